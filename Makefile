@@ -1,0 +1,38 @@
+# Two commands do everything: `make demo` and `make test`. Both make their own .venv first.
+#
+#   PYTHON=python3.12           another Python, 3.11 to 3.13
+#   TORCH_BACKEND=cu130         with uv: another build of PyTorch than the CPU's
+#   PIP_FLAGS='--index-url ...' with pip: where to take packages from, such as PyTorch's own CPU index
+
+PYTHON ?= python3
+TORCH_BACKEND ?= cpu
+PIP_FLAGS ?=
+BIN := .venv/bin
+
+.PHONY: demo test style types pytest clean
+
+demo: .venv/installed
+	$(BIN)/longshort demo
+
+test: style types pytest
+
+style: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: .venv/installed
+	$(BIN)/mypy
+
+pytest: .venv/installed
+	$(BIN)/pytest
+
+# uv, where it is installed, can choose PyTorch's CPU build by itself; plain pip takes what its index offers.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	@if command -v uv >/dev/null && uv pip install --python $(BIN)/python --torch-backend $(TORCH_BACKEND) \
+	    -c constraints.txt -e '.[dev]'; then :; \
+	else $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'; fi
+	@touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis dist build

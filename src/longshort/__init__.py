@@ -1,0 +1,104 @@
+"""longshort: small LSTM, GRU and RNN models on ordinary CPUs.
+
+    longshort.LSTM, GRU, RNN and their cells     in the place of torch.nn's
+    longshort.load(path)                         a trained model, without PyTorch; train=True gives a LanguageModel
+    longshort.train(TrainConfig(...))            trains and yields events
+    longshort.evaluate, longshort.generate       free functions on any model
+    longshort.kernels                            which implementation runs, and why
+    longshort.scratch                            the textbook
+
+Names that need PyTorch are loaded when they are first asked for: `import longshort` imports neither it nor NumPy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from longshort import kernels as kernels
+    from longshort import scratch as scratch
+    from longshort.config import ModelConfig as ModelConfig
+    from longshort.config import TrainConfig as TrainConfig
+    from longshort.decoder import Decoder as Decoder
+    from longshort.errors import LongshortError as LongshortError
+    from longshort.evaluation import Evaluation as Evaluation
+    from longshort.evaluation import evaluate as evaluate
+    from longshort.generation import Sampling as Sampling
+    from longshort.generation import generate as generate
+    from longshort.layers import GRU as GRU
+    from longshort.layers import LSTM as LSTM
+    from longshort.layers import RNN as RNN
+    from longshort.layers import GRUCell as GRUCell
+    from longshort.layers import LSTMCell as LSTMCell
+    from longshort.layers import RNNCell as RNNCell
+    from longshort.model import LanguageModel as LanguageModel
+    from longshort.training import train as train
+
+_HOME = {
+    "GRU": "layers",
+    "GRUCell": "layers",
+    "LSTM": "layers",
+    "LSTMCell": "layers",
+    "RNN": "layers",
+    "RNNCell": "layers",
+    "Decoder": "decoder",
+    "Evaluation": "evaluation",
+    "LanguageModel": "model",
+    "LongshortError": "errors",
+    "ModelConfig": "config",
+    "Sampling": "generation",
+    "TrainConfig": "config",
+    "evaluate": "evaluation",
+    "generate": "generation",
+    "train": "training",
+    "kernels": "",
+    "scratch": "",
+}
+"""Each public name and the module that holds it; a module itself has none."""
+
+__all__ = [*_HOME, "load"]
+
+
+def load(path: str | Path, *, train: bool = False) -> Any:
+    """Return the model in a run or model directory.
+
+    Args:
+        path: a run (its best checkpoint, else its latest) or a model directory.
+        train: whether to return a `LanguageModel`, which PyTorch can train on, instead of a torch-free `Decoder`.
+
+    Raises:
+        UsageError: there is nothing at `path`, or the model's cell needs PyTorch.
+        CheckpointError: it is damaged, or its files do not belong together.
+        MissingExtraError: `train` is asked for and PyTorch is not installed.
+    """
+    if train:
+        return _module("model").load_language_model(path)
+    return _module("decoder").load_decoder(path)
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(f"longshort.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        from longshort.errors import MissingExtraError
+
+        raise MissingExtraError("PyTorch", "train", f"longshort.{name}") from error
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'longshort' has no attribute {name!r}")
+    home = _HOME[name]
+    value = getattr(_module(home), name) if home else _module(name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

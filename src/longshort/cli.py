@@ -1,0 +1,417 @@
+"""The command line: one function a verb, and the only place that prints.
+
+Results go to standard output, everything else (progress, notes, errors) to standard error. Exit status: 0 done,
+1 failure, 2 usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+import cyclopts
+from cyclopts import App, Parameter
+
+import longshort
+from longshort.config import TrainConfig
+from longshort.errors import LongshortError, MissingExtraError, OutputError, UsageError
+
+app = App(
+    name="longshort",
+    version=longshort.__version__,
+    help="Train and run small LSTM, GRU and RNN language models on an ordinary CPU.",
+    result_action="return_value",
+    version_flags=["--version"],
+)
+
+
+def _option_class(config: type, left_out: tuple[str, ...]) -> type:
+    """Return a dataclass of optional flags, one for each option of `config`: None means that it was not given."""
+    hints, annotations = get_type_hints(config), {}
+    for field in dataclasses.fields(config):
+        if field.name not in left_out:
+            default = "" if field.default in (None, False) else f" (default: {field.default})"
+            parameter = Parameter(help=field.metadata["help"] + default)
+            annotations[field.name] = Annotated[hints[field.name] | None, parameter]
+    body = {"__annotations__": annotations, "__module__": __name__, **dict.fromkeys(annotations)}
+    return dataclasses.dataclass(type(f"{config.__name__}Flags", (), body))
+
+
+if TYPE_CHECKING:
+    TrainFlags = Any
+else:
+    TrainFlags = _option_class(TrainConfig, left_out=("texts",))
+
+Json = Annotated[bool, Parameter(help="Print one JSON object and nothing else.", negative="")]
+Corpus = Annotated[str | None, Parameter(help="A named corpus instead of TEXT: builtin, timemachine, tinyshakespeare.")]
+DataDir = Annotated[str | None, Parameter(help="Directory that holds the named corpora, instead of a download.")]
+
+
+# ------------------------------------------------------------------------------------------------- the verbs
+
+
+@app.command
+def demo(
+    *,
+    minutes: Annotated[float, Parameter(help="Time for training.")] = 1.0,
+    out: Annotated[str | None, Parameter(help="Run directory to make.")] = None,
+) -> None:
+    """Train a minute on text that is on this machine already, write samples, and say what to do next."""
+    from longshort import training
+
+    _say("A character model learns English from Python's own documentation, which is on this machine already.")
+    path = Path(out) if out else training.free_run_directory("longshort-demo")
+    path = path if out else Path(str(path).replace("-run", "", 1))
+    run = _train({"corpus": "builtin", "out": str(path)}, None, minutes)
+    _say("\nWhat it writes, given the first words:\n")
+    for number, prompt in enumerate(("The ", "If the argument ", "class ")):
+        _generate_to_screen(run, prompt, 200, {"temperature": 0.7}, stream=number)
+        print()
+    place = shlex.quote(str(run))
+    _say("Next:")
+    for command, meaning in (
+        (f"longshort generate {place} --prompt 'The ' --temperature 0.5", "more, and bolder"),
+        (f"longshort eval {place} --split valid", "the held-out figure once more"),
+        ("longshort train MY-TEXT.txt --minutes 5", "a model of your own text"),
+        ("longshort compare --recipe lecture", "RNN, GRU and LSTM, from scratch and from the library"),
+    ):
+        _say(f"  {command:<58} {meaning}")
+
+
+@app.command
+def train(
+    *text: Annotated[str, Parameter(help="Text files, or directories of .txt files; UTF-8.")],
+    minutes: Annotated[
+        float | None, Parameter(help="The one dial: measure this machine, choose size and steps for this time.")
+    ] = None,
+    recipe: Annotated[str | None, Parameter(help="Named settings: lecture.")] = None,
+    config: Annotated[str | None, Parameter(help="TOML file of options; flags are stronger.")] = None,
+    flags: Annotated[TrainFlags | None, Parameter(name="*")] = None,
+) -> None:
+    """Train a model on a text and keep it in a run directory."""
+    from longshort import recipes
+
+    given = {name: value for name, value in vars(flags).items() if value is not None} if flags else {}
+    if text:
+        given["texts"] = text
+    settings = recipes.combine(given, recipes.load_toml(config) if config else None, recipe)
+    run = _train(settings, recipe, minutes)
+    place = shlex.quote(str(run))
+    _say(f"Next: longshort generate {place}    longshort eval {place} --split valid")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, Parameter(help="A run or a model directory.")],
+    *text: Annotated[str, Parameter(help="Text files or directories.")],
+    corpus: Corpus = None,
+    data_dir: DataDir = None,
+    split: Annotated[
+        Literal["valid"] | None, Parameter(help="Take the run's own held-out part instead of TEXT.")
+    ] = None,
+    block: Annotated[int | None, Parameter(help="Zero state at the start of every block of this many tokens.")] = None,
+    json: Json = False,
+) -> None:
+    """Measure how well a model predicts a text: state carried through the text, or zero at every block."""
+    from longshort import checkpoint
+    from longshort.evaluation import evaluate
+    from longshort.text import corpus as corpora
+
+    lanes = 1
+    if split is not None:
+        if text or corpus:
+            raise UsageError("--split valid is the run's own text; TEXT and --corpus do not go with it.")
+        if not checkpoint.is_run(Path(model)):
+            raise UsageError(f"{model} is not a run, so it has no held-out part.", "Give a TEXT, or a run directory.")
+        torch_model = _language_model(model)
+        from longshort import training
+
+        config = training.run_config(Path(model))
+        content, name = training.heldout_text(Path(model)), "held-out part"
+        lanes = config.eval_lanes if block is None else 1
+        _set_threads(config.threads)
+    else:
+        loaded = corpora.load(text, corpus, Path(data_dir) if data_dir else None)
+        content, name = loaded.content, loaded.name
+        torch_model = _language_model(model, required=False) or longshort.load(model)
+    found = evaluate(torch_model, torch_model.tokenizer, content, lanes=lanes, block=block)
+    if json:
+        _print_json({"model": model, "text": name, **found.to_dict()})
+        return
+    print(f"{found.nats_per_token:.4f} nats a token   {found.bits_per_character:.4f} bits a character   ", end="")
+    print(f"{found.bits_per_byte:.4f} bits a byte   perplexity {found.perplexity:.4f}")
+    print(f"{found.tokens:,} tokens of {name}; {found.protocol}", end="")
+    print(f"; {found.skipped:,} outside the vocabulary skipped" if found.skipped else "")
+
+
+@app.command
+def generate(
+    model: Annotated[str, Parameter(help="A run or a model directory.")],
+    *,
+    prompt: Annotated[str, Parameter(help="What the model reads before it writes.")] = "",
+    length: Annotated[int, Parameter(help="Symbols to write.")] = 500,
+    temperature: Annotated[float | None, Parameter(help="Below 1 bolder, above 1 wilder (default: 0.8).")] = None,
+    top_k: Annotated[int | None, Parameter(help="Sample from the K most probable symbols only.")] = None,
+    top_p: Annotated[float | None, Parameter(help="Sample from the fewest symbols that hold this probability.")] = None,
+    greedy: Annotated[bool, Parameter(help="Always the most probable symbol.", negative="")] = False,
+    seed: Annotated[int, Parameter(help="Decides what is sampled.")] = 0,
+    json: Json = False,
+) -> None:
+    """Write text: warm the state on the prompt, then sample symbol by symbol."""
+    if length < 0:
+        raise UsageError(f"--length must be at least 0, not {length}.")
+    if greedy and not (temperature is None and top_k is None and top_p is None):
+        raise UsageError("--greedy takes the most probable symbol; temperature, top-k and top-p do not go with it.")
+    given = {"temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    sampling = {name: value for name, value in given.items() if value is not None}
+    if json:
+        pieces: list[str] = []
+        settings = _generate(model, prompt, length, sampling, pieces.append)
+        _print_json({"model": model, "prompt": prompt, "text": "".join(pieces), "length": length, **settings})
+    else:
+        _generate_to_screen(model, prompt, length, sampling)
+
+
+@app.command
+def compare(
+    text: Annotated[str | None, Parameter(help="A text file; the built-in text if not given.")] = None,
+    *,
+    recipe: Annotated[Literal["lecture"], Parameter(help="What to run.")] = "lecture",
+    cells: Annotated[str, Parameter(help="Cells, separated by commas.")] = "rnn,gru,lstm",
+    implementations: Annotated[
+        str, Parameter(help="scratch, torch, reference, or your own copy of the textbook such as ./mine.py.")
+    ] = "scratch,torch",
+    seeds: Annotated[int, Parameter(help="Runs of each, with seeds 0, 1, ...")] = 1,
+    epochs: Annotated[int | None, Parameter(help="Other than the lecture's 160.")] = None,
+    threads: Annotated[int | None, Parameter(help="Processor threads.")] = None,
+    corpus: Corpus = None,
+    data_dir: DataDir = None,
+    plot: Annotated[str | None, Parameter(help="Draw the curves into this file (.png, .svg, .pdf).")] = None,
+    json: Json = False,
+) -> None:
+    """Compare cells and implementations on the lecture's workload, in quality and in seconds."""
+    _need_torch("compare")
+    import torch
+
+    from longshort import comparison, screen
+    from longshort.text import corpus as corpora
+
+    for name, value in (("seeds", seeds), ("epochs", epochs), ("threads", threads)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} must be at least 1, not {value}.")
+    if plot is not None:
+        _check_plot(plot)
+    _set_threads(threads)
+    loaded = corpora.load([text] if text else (), corpus if text or corpus else "builtin", _path(data_dir))
+    chosen = {"cells": _names(cells), "implementations": _names(implementations), "seeds": seeds, "epochs": epochs}
+    with screen.Ticker(quiet=json) as ticker:
+        result = comparison.result(loaded, threads=torch.get_num_threads(), report=ticker.report, **chosen)
+    if plot is not None:
+        from longshort import plots
+
+        plots.comparison(result, plot)
+    if json:
+        _print_json(result)
+    else:
+        screen.print_comparison(result)
+        if plot is not None:
+            _say(f"Curves: {plot}")
+
+
+@app.command
+def doctor(*, json: Json = False) -> None:
+    """Say what this machine has, which kernels run, what is missing and how to get it."""
+    from longshort import machine, screen
+
+    report = machine.description()
+    report["kernels"] = list(longshort.kernels.available()) if machine.version_of("torch") else []
+    report["advice"] = machine.advice()
+    if json:
+        _print_json(report)
+    else:
+        screen.print_doctor(report)
+
+
+# --------------------------------------------------------------------------------------------- what they share
+
+
+def _train(settings: Mapping[str, Any], recipe: str | None, minutes: float | None) -> Path:
+    """Train with everything that is set, show it, and return the run directory."""
+    _need_torch("train")
+    from longshort import recipes, screen, training
+
+    config = TrainConfig.from_dict(settings)
+    if config.out is not None:
+        training.require_free(Path(config.out))
+    prepared = None
+    if minutes is not None:
+        begin = time.perf_counter()
+        _say(f"Measuring this machine for a run of {minutes:g} minute{'' if minutes == 1 else 's'} ...")
+        prepared = training.Prepared(config)
+        plan = recipes.plan(minutes, settings, prepared, since=begin)
+        config = plan.config
+        _say(screen.describe_plan(plan))
+    view = screen.TrainView()
+    run = Path()
+    with view:
+        for event in training.train(config, prepared):
+            if isinstance(event, training.Started):
+                run = event.run
+            view.show(event)
+    return run
+
+
+def _generate(
+    model: str | Path,
+    prompt: str,
+    length: int,
+    settings: Mapping[str, Any],
+    put: Callable[[str], object],
+    stream: int = 0,
+) -> dict[str, Any]:
+    """Give the text that `model` writes to `put`, piece by piece, and return the settings of the sampling."""
+    from longshort.generation import Sampling, generate
+
+    sampling = Sampling(**settings)
+    loaded = _decoder(model)
+    unseen = sorted({c for c in prompt if (loaded.tokenizer.encode(c) == loaded.tokenizer.size).any()})
+    pieces = generate(loaded, loaded.tokenizer, prompt, length, sampling, stream=stream)
+    if unseen and len(unseen) < len(set(prompt)):
+        shown = ", ".join(repr(c) for c in unseen[:8])
+        _say(f"longshort: the model never saw {shown}{' ...' if len(unseen) > 8 else ''}; read as <unk>.")
+    for piece in pieces:
+        put(piece)
+    return sampling.to_dict()
+
+
+def _generate_to_screen(
+    model: str | Path, prompt: str, length: int, settings: Mapping[str, Any], stream: int = 0
+) -> None:
+    from longshort.screen import visible
+
+    started = False
+
+    def put(piece: str) -> None:
+        nonlocal started
+        if not started:
+            sys.stdout.write(visible(prompt))
+            started = True
+        sys.stdout.write(visible(piece))
+        sys.stdout.flush()
+
+    _generate(model, prompt, length, settings, put, stream)
+    print()
+
+
+def _decoder(model: str | Path) -> Any:
+    """Return the torch-free decoder of `model`, or where only PyTorch can run its cell, a `LanguageModel`."""
+    try:
+        return longshort.load(model)
+    except UsageError:
+        loaded = _language_model(model, required=False)
+        if loaded is None:
+            raise
+        return loaded
+
+
+def _language_model(model: str | Path, required: bool = True) -> Any:
+    """Return the `LanguageModel` at `model`; None where PyTorch is not installed and not `required`."""
+    try:
+        return longshort.load(model, train=True)
+    except MissingExtraError:
+        if required:
+            raise
+        return None
+
+
+def _need_torch(verb: str) -> None:
+    from longshort.machine import version_of
+
+    if version_of("torch") is None:
+        raise MissingExtraError("PyTorch", "train", f"longshort {verb}")
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _path(given: str | None) -> Path | None:
+    return Path(given) if given is not None else None
+
+
+def _names(given: str) -> list[str]:
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    if not names:
+        raise UsageError(f"A list of names separated by commas was wanted, not {given!r}.")
+    return names
+
+
+def _check_plot(path: str) -> None:
+    """Refuse a picture that could not be written after the runs have taken their minutes."""
+    from longshort.machine import version_of
+
+    if version_of("matplotlib") is None:
+        raise MissingExtraError("matplotlib", "plot", "A picture")
+    if Path(path).suffix not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"The picture {path!r} has an unknown format.", "End its name in .png, .svg or .pdf.")
+    if not Path(path).absolute().parent.is_dir() or not os.access(Path(path).absolute().parent, os.W_OK):
+        raise OutputError(f"The picture {path!r} cannot be written: its directory is missing or read-only.")
+
+
+def _print_json(content: Mapping[str, Any]) -> None:
+    print(json.dumps({"format_version": 1, **content}, indent=2, allow_nan=False))
+
+
+def _say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+
+
+def _complain(words: str) -> None:
+    """Print an error: control characters made visible, three lines at most."""
+    from longshort.screen import visible
+
+    lines = [line for line in visible(words).split("\n") if line.strip()]
+    _say("\n".join(["longshort: " + lines[0], *lines[1:3]]) if lines else "longshort: failed")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command line and return its exit status."""
+    # Before PyTorch is loaded: threads that wait must not burn a core that something else needs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    warnings.showwarning = lambda message, *_args, **_kwargs: _complain(f"warning: {message}")
+    try:
+        app(arguments, exit_on_error=False, print_error=False)
+    except cyclopts.CycloptsError as error:
+        _complain(f"{error}\nSee: longshort --help")
+        return 2
+    except LongshortError as error:
+        _complain(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("longshort: interrupted.")
+        return 130
+    except BrokenPipeError:
+        # The reader, such as `head`, has had enough. Nothing more can be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        _complain("There is not enough memory.\nUse a smaller text, --batch-size or --hidden.")
+        return 1
+    except OSError as error:
+        _complain(f"{error.strerror or error}: {error.filename or ''}")
+        return 1
+    return 0

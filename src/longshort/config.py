@@ -1,0 +1,190 @@
+"""What a model is and how it is trained: validated dataclasses, free of torch.
+
+Each option is declared once, with its default, its help and its range; the command line, TOML files and the
+Python interface are all made from these declarations, so they cannot say different things.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from longshort.errors import ConfigError
+
+T = TypeVar("T", bound="Options")
+
+MOST_ONE_HOT = 4096
+"""A one-hot row is as wide as the vocabulary; beyond this many symbols a learned embedding is the only sane input."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Declare an option: its default, one line of help, and its range or choices."""
+    limits = {"least": least, "above": above, "below": below, "most": most}
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, **limits})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of the configurations: checks every option, and names the one that is wrong."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            _check(field, hints[field.name], getattr(self, field.name))
+
+    @classmethod
+    def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "the configuration") -> T:
+        """Return the configuration that holds `values`.
+
+        Raises:
+            ConfigError: an unknown name (with the nearest known one) or a value outside its range.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+                raise ConfigError(f"Unknown option {name!r} in {where}.", hint)
+        hints = get_type_hints(cls)
+        wants_tuple = {name for name, hint in hints.items() if "tuple" in str(hint)}
+        return cls(**{k: tuple(v) if k in wants_tuple and isinstance(v, list) else v for k, v in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all options by name, as JSON can hold them."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(Options):
+    """The part of a model that its user chooses."""
+
+    cell: str = option("lstm", "Recurrent cell: lstm, gru or rnn.")
+    layers: int = option(1, "Recurrent layers, one above the other.", least=1, most=64)
+    hidden: int = option(256, "Hidden units of each layer.", least=1, most=65536)
+    embedding: int = option(
+        0, "Width of the learned embedding; 0 feeds one-hot symbols, as the lecture does.", least=0, most=65536
+    )
+    dropout: float = option(0.0, "Share of each layer's outputs that training drops.", least=0, below=1)
+    tied: bool = option(False, "Use the embedding as the output layer's weights too (embedding = hidden).")
+    bidirectional: bool = option(False, "Refused: a model that predicts the next symbol must not read it.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bidirectional:
+            raise ConfigError(
+                "A language model cannot be bidirectional: its backward direction would read the symbol to predict.",
+                "Leave out bidirectional; longshort.LSTM, GRU and RNN take it, for models that tag or classify.",
+            )
+        if self.tied and self.embedding != self.hidden:
+            raise ConfigError(
+                f"tied needs embedding = hidden, but embedding is {self.embedding} and hidden {self.hidden}.",
+                f"Set --embedding {self.hidden}, or leave out --tied.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Architecture):
+    """A language model: its architecture and the size of its vocabulary."""
+
+    vocab_size: int = option(256, "Number of symbols that the model can write.", least=1, most=10_000_000)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.embedding and self.vocab_size > MOST_ONE_HOT:
+            raise ConfigError(
+                f"One-hot input is for at most {MOST_ONE_HOT} symbols; this text has {self.vocab_size}.",
+                f"Give the symbols a learned embedding, such as --embedding {self.hidden}.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Architecture):
+    """A training run: what is read, the architecture, and how its weights are found."""
+
+    texts: tuple[str, ...] = option((), "Text files or directories.")
+    corpus: str | None = option(None, "A named corpus instead of TEXT: builtin, timemachine or tinyshakespeare.")
+    data_dir: str | None = option(None, "Directory that holds the named corpora, instead of a download.")
+    out: str | None = option(None, "Run directory to make; named after the text if not given.")
+    tokenizer: str = option("char", "How the text is cut into symbols.", choices=("char", "byte"))
+    heldout: float = option(0.1, "Share of the text, at its end, that is never trained on.", least=0, below=1)
+    sampler: str = option(
+        "consecutive",
+        "consecutive: rows go on where they stopped, state carried; random: windows from a zero state.",
+        choices=("consecutive", "random"),
+    )
+    drop_incomplete: bool = option(False, "Leave out the incomplete last window of an epoch, as the lecture does.")
+    steps: int | None = option(None, "Training steps (updates).", least=1)
+    epochs: float | None = option(None, "Passes over the training text, instead of steps.", above=0)
+    batch_size: int = option(32, "Rows that are trained on side by side.", least=1, most=1_000_000)
+    seq_len: int = option(64, "Steps of a window: how far gradients reach back.", least=1, most=1_000_000)
+    optimizer: str = option("adamw", "adamw, or sgd (plain gradient descent).", choices=("adamw", "sgd"))
+    lr: float = option(4e-3, "Highest learning rate.", above=0)
+    warmup: float = option(0.05, "Share of the steps over which the rate rises to its highest.", least=0, most=1)
+    final_lr: float = option(0.02, "The rate at the last step, as a share of the highest (cosine).", least=0, most=1)
+    weight_decay: float = option(0.0, "Decoupled weight decay (adamw).", least=0)
+    clip: float | None = option(1.0, "Most that the common L2 norm of all gradients may be.", above=0)
+    init: str = option(
+        "torch",
+        "torch: PyTorch's own ranges; normal: N(0, 0.01) and zero biases, as the lecture.",
+        choices=("torch", "normal"),
+    )
+    seed: int = option(0, "Decides initial weights, dropout and the order of reading.", least=0, most=2**63 - 1)
+    threads: int | None = option(None, "Processor threads; measured or PyTorch's own choice if not given.", least=1)
+    device: str = option("cpu", "cpu, or cuda.", choices=("cpu", "cuda"))
+    validate_every: int | None = option(None, "Steps between looks at held-out text; a tenth of all if unset.", least=1)
+    eval_lanes: int = option(1, "Lanes in which the held-out text is read for the last figure.", least=1)
+    patience: int | None = option(None, "Stop after this many looks without improvement.", least=1)
+
+    def model(self, vocab_size: int) -> ModelConfig:
+        """Return the configuration of the model to train."""
+        names = [field.name for field in dataclasses.fields(Architecture)]
+        return ModelConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
+
+
+def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> None:
+    """Raise `ConfigError` if `value` is not of the field's type or outside its range."""
+    limits = field.metadata
+    allowed = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+    if value is None and type(None) in allowed:
+        return
+    wanted = next((t for t in (bool, int, float, str) if t in allowed), None)
+    if wanted is not None:
+        fits = isinstance(value, (int, float) if wanted is float else wanted)
+        if not fits or (wanted is not bool and isinstance(value, bool)):
+            raise ConfigError(f"{field.name} must be {_NAMES[wanted]}, not {value!r}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{field.name} must be a finite number, not {value}.")
+    choices = limits["choices"]
+    if choices and value not in choices:
+        close = difflib.get_close_matches(value, choices, n=1)
+        hint_text = f"Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"{field.name} must be one of {', '.join(choices)}; not {value!r}.", hint_text)
+    for limit, (breaks, words) in _LIMITS.items():
+        bound = limits[limit]
+        if bound is not None and breaks(value, bound):
+            raise ConfigError(f"{field.name} must be {words} {bound:g}, not {value:g}.")
+
+
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+_LIMITS: dict[str, tuple[Callable[[float, float], bool], str]] = {
+    "least": (operator.lt, "at least"),
+    "above": (operator.le, "above"),
+    "below": (operator.ge, "below"),
+    "most": (operator.gt, "at most"),
+}

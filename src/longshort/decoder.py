@@ -1,0 +1,176 @@
+"""Runs a trained model without PyTorch: NumPy alone, for rnn, gru and lstm.
+
+    T  steps   B  rows   V  symbols   H  hidden units   G  gates times H
+
+The first layer reads a table of V + 1 rows, the product of embedding and input weights with the bias added; its last
+row is the unknown symbol's. All in float32, probabilities in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longshort import checkpoint
+from longshort.config import ModelConfig
+from longshort.errors import CheckpointError, UsageError
+from longshort.text import tokenizers
+from longshort.text.tokenizers import Tokenizer
+
+Array = NDArray[np.float32]
+State = tuple[Array, ...]
+"""Each tensor (L, B, H)."""
+
+
+def _sigmoid(x: Array) -> Array:
+    # By tanh, which cannot overflow.
+    y: Array = np.float32(0.5) * (np.float32(1) + np.tanh(np.float32(0.5) * x))
+    return y
+
+
+def _rnn_step(x_BG: Array, h_BG: Array, state: State) -> State:
+    return (np.tanh(x_BG + h_BG),)
+
+
+def _rnn_relu_step(x_BG: Array, h_BG: Array, state: State) -> State:
+    return (np.maximum(x_BG + h_BG, np.float32(0)),)
+
+
+def _gru_step(x_BG: Array, h_BG: Array, state: State) -> State:
+    H = x_BG.shape[1] // 3
+    r_z = _sigmoid(x_BG[:, : 2 * H] + h_BG[:, : 2 * H])
+    r, z = r_z[:, :H], r_z[:, H:]
+    n = np.tanh(x_BG[:, 2 * H :] + r * h_BG[:, 2 * H :])
+    return (n + z * (state[0] - n),)
+
+
+def _lstm_step(x_BG: Array, h_BG: Array, state: State) -> State:
+    gates_BG = x_BG + h_BG
+    H = x_BG.shape[1] // 4
+    i_f, o = _sigmoid(gates_BG[:, : 2 * H]), _sigmoid(gates_BG[:, 3 * H :])
+    c = i_f[:, H:] * state[1] + i_f[:, :H] * np.tanh(gates_BG[:, 2 * H : 3 * H])
+    return (o * np.tanh(c), c)
+
+
+# The equations of cells.py once more, on arrays; `h_BG` is W_hh h + b_hh.
+_STEPS: dict[str, tuple[Callable[[Array, Array, State], State], int]] = {
+    "rnn": (_rnn_step, 1),
+    "rnn_relu": (_rnn_relu_step, 1),
+    "gru": (_gru_step, 1),
+    "lstm": (_lstm_step, 2),
+}
+
+
+class Decoder:
+    """A trained model that reads and predicts.
+
+    Args:
+        config: what the model is.
+        weights: its weights by name, as `LanguageModel.weights` gives them.
+        tokenizer: of the text it was trained on.
+
+    Raises:
+        UsageError: a cell that only PyTorch can run.
+        CheckpointError: a weight is missing or has another shape than `config` says.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Array], tokenizer: Tokenizer) -> None:
+        if config.cell not in _STEPS:
+            raise UsageError(
+                f"The cell {config.cell!r} runs with PyTorch only; without it {', '.join(_STEPS)} can be run.",
+                "Install PyTorch: pip install 'longshort[train]'",
+            )
+        self.config = config
+        self.tokenizer = tokenizer
+        self._step, self._num_states = _STEPS[config.cell]
+        shapes = weight_shapes(config, {"rnn": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}[config.cell])
+        for name, shape in shapes.items():
+            found = weights[name].shape if name in weights else None
+            if found != shape:
+                raise CheckpointError(
+                    f"The model's weight {name} should have the shape {shape}; the file has {found or 'none'}.",
+                    "The files belong to different models: restore the directory from where it was made.",
+                )
+        self._weights = {name: np.asarray(weights[name], dtype=np.float32) for name in shapes}
+        w = self._weights
+        table_VG = w["recurrent.weight_ih_l0"].T
+        if config.embedding:
+            table_VG = w["embedding.weight"] @ table_VG
+        unknown = np.zeros((1, table_VG.shape[1]), dtype=np.float32)
+        self._table = np.concatenate([table_VG, unknown]) + w["recurrent.bias_ih_l0"]
+        self._output = np.ascontiguousarray(w["embedding.weight" if config.tied else "output.weight"].T)
+
+    def _zero_state(self, batch_size: int) -> State:
+        shape = (self.config.layers, batch_size, self.config.hidden)
+        return tuple(np.zeros(shape, dtype=np.float32) for _ in range(self._num_states))
+
+    def _run(self, ids_TB: NDArray[np.int64], state: State | None) -> tuple[Array, State]:
+        """Return the last layer's outputs (T, B, H) and the state after the last step."""
+        w, (T, B) = self._weights, ids_TB.shape
+        before = self._zero_state(B) if state is None else state
+        after: list[State] = []
+        h_TBH = np.empty(0, dtype=np.float32)
+        for layer in range(self.config.layers):
+            if layer == 0:
+                x_TBG = self._table[ids_TB]
+            else:
+                x_TBG = h_TBH @ w[f"recurrent.weight_ih_l{layer}"].T + w[f"recurrent.bias_ih_l{layer}"]
+            weight_hh, bias_hh = w[f"recurrent.weight_hh_l{layer}"], w[f"recurrent.bias_hh_l{layer}"]
+            now = tuple(tensor[layer] for tensor in before)
+            h_TBH = np.empty((T, B, self.config.hidden), dtype=np.float32)
+            for t in range(T):
+                # (G, H) times a column is BLAS's fast product for one row; the transposed one is, for several.
+                h_BG = (weight_hh @ now[0][0])[None] if B == 1 else now[0] @ weight_hh.T
+                now = self._step(x_TBG[t], h_BG + bias_hh, now)
+                h_TBH[t] = now[0]
+            after.append(now)
+        return h_TBH, tuple(np.stack(tensors) for tensors in zip(*after, strict=True))
+
+    def nats(
+        self, inputs_TB: NDArray[np.int64], targets_TB: NDArray[np.int64], state: State | None
+    ) -> tuple[NDArray[np.float64], State]:
+        """Return -log p of each target in nats, float64 (T, B), and the state after the last input."""
+        h_TBH, state = self._run(inputs_TB, state)
+        logits_TBV = (h_TBH @ self._output + self._weights["output.bias"]).astype(np.float64)
+        largest_TB1 = logits_TBV.max(axis=-1, keepdims=True)
+        log_sum_TB = np.log(np.exp(logits_TBV - largest_TB1).sum(axis=-1)) + largest_TB1[..., 0]
+        target_logits_TB = np.take_along_axis(logits_TBV, targets_TB[..., None], axis=-1)[..., 0]
+        return log_sum_TB - target_logits_TB, state
+
+    def logits(self, ids_T: NDArray[np.int64], state: State | None) -> tuple[Array, State]:
+        """Read `ids_T` and return the logits (V) of the symbol after the last, and the state there."""
+        h_TBH, state = self._run(ids_T[:, None], state)
+        return h_TBH[-1, 0] @ self._output + self._weights["output.bias"], state
+
+
+def weight_shapes(config: ModelConfig, num_gates: int) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every weight of a model whose cell has `num_gates` gates."""
+    V, H, G = config.vocab_size, config.hidden, num_gates * config.hidden
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (V, config.embedding)} if config.embedding else {}
+    for layer in range(config.layers):
+        width = H if layer else config.embedding or V
+        shapes |= {
+            f"recurrent.weight_ih_l{layer}": (G, width),
+            f"recurrent.weight_hh_l{layer}": (G, H),
+            f"recurrent.bias_ih_l{layer}": (G,),
+            f"recurrent.bias_hh_l{layer}": (G,),
+        }
+    if not config.tied:
+        shapes["output.weight"] = (V, H)
+    shapes["output.bias"] = (V,)
+    return shapes
+
+
+def load_decoder(path: str | Path) -> Decoder:
+    """Return the model saved at `path`, a run or a model directory.
+
+    Raises:
+        UsageError: there is nothing at `path`, or only PyTorch can run the model.
+        CheckpointError: it is damaged, or the files do not belong together.
+    """
+    saved = checkpoint.load_model(path)
+    config = ModelConfig.from_dict(saved.model, f"{saved.path}/config.json")
+    return Decoder(config, saved.weights, tokenizers.from_json(saved.tokenizer_json))

@@ -1,0 +1,144 @@
+"""The language model: embedding, recurrent stack, output layer; the state goes in and comes out explicitly.
+
+T  steps   B  rows   V  symbols   E  embedding width   H  hidden units   L  layers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from longshort import cells, checkpoint, kernels
+from longshort.cells import State
+from longshort.config import ModelConfig
+from longshort.layers import CellStack
+from longshort.text import tokenizers
+from longshort.text.tokenizers import Tokenizer
+
+
+class LanguageModel(nn.Module):
+    """Predicts each next symbol of a text from all before it.
+
+    Args:
+        config: architecture and vocabulary size.
+        tokenizer: of the text that the model reads, if it is to read texts and not only ids.
+
+    The parameters are named as `torch.nn`'s: `embedding.weight` (V, E) unless symbols are fed one-hot,
+    `recurrent.weight_ih_l0` (G, E or V) and so on, `output.weight` (V, H), `output.bias` (V).
+    """
+
+    identity: Tensor | None
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        V, H = config.vocab_size, config.hidden
+        self.embedding = nn.Embedding(V, config.embedding) if config.embedding else None
+        self.recurrent = CellStack(config.cell, config.embedding or V, H, config.layers)
+        self.output = nn.Linear(H, V)
+        if config.tied and self.embedding is not None:
+            nn.init.uniform_(self.embedding.weight, -(H**-0.5), H**-0.5)
+            self.output.weight = self.embedding.weight
+        # One-hot rows, and a row of zeros for the unknown symbol; not weights, so not saved.
+        one_hot = not config.embedding or config.embedding >= V
+        identity = torch.cat([torch.eye(V), torch.zeros(1, V)]) if one_hot else None
+        self.register_buffer("identity", identity, persistent=False)
+
+    def zero_state(self, batch_size: int = 1) -> State:
+        """Return the state before the first symbol: for each tensor of the cell's state zeros (L, B, H)."""
+        names = cells.get_cell(self.config.cell).states
+        like = self.output.bias
+        return tuple(like.new_zeros(self.config.layers, batch_size, self.config.hidden) for _ in names)
+
+    def forward(self, ids_TB: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Predict the symbol after each of `ids_TB`.
+
+        Args:
+            ids_TB: symbols 0 .. V-1, or V for one that the vocabulary does not hold.
+            state: before the first of them, as this function or `zero_state` gave it; zeros if None.
+
+        Returns:
+            Logits (T, B, V) and the state after the last symbol. The gradient flows through both: cut it with
+            `detach` where a window ends.
+        """
+        config = self.config
+        h_TBH, state = kernels.run_tokens(
+            config.cell,
+            ids_TB,
+            None if self.embedding is None else self.embedding.weight,
+            self.identity,
+            self.zero_state(ids_TB.shape[1]) if state is None else state,
+            self.recurrent.all_weights,
+            dropout=config.dropout,
+            training=self.training,
+        )
+        logits_TBV = self.output(F.dropout(h_TBH, config.dropout, self.training))
+        return logits_TBV, state
+
+    def initialise_normal(self, std: float = 0.01) -> None:
+        """Draw every weight from N(0, std) and set every bias to zero, as the lecture does."""
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=std)
+            else:
+                nn.init.zeros_(parameter)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained values; a tied matrix counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def weights(self) -> dict[str, NDArray[np.float32]]:
+        """Return the weights by name as float32 arrays, a tied output matrix left out."""
+        state = {k: v.detach().cpu().float().numpy() for k, v in self.state_dict().items()}
+        if self.config.tied:
+            del state["output.weight"]
+        return state
+
+    def load_weights(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
+        """Take over weights that `weights` gave."""
+        state = {k: torch.from_numpy(np.array(v)) for k, v in weights.items()}
+        if self.config.tied:
+            state["output.weight"] = state["embedding.weight"]
+        self.load_state_dict(state)
+
+    # What evaluation and generation ask of any model, this one or the torch-free decoder: arrays in, arrays out.
+
+    @torch.no_grad()
+    def nats(
+        self, inputs_TB: NDArray[np.int64], targets_TB: NDArray[np.int64], state: State | None
+    ) -> tuple[NDArray[np.float64], State]:
+        """Return -log p of each target in nats, float64 (T, B), and the state after the last input."""
+        device = self.output.bias.device
+        logits_TBV, state = self.eval()(torch.from_numpy(inputs_TB).to(device), state)
+        log_p = F.log_softmax(logits_TBV.double(), dim=-1)
+        targets = torch.from_numpy(targets_TB).to(device).unsqueeze(-1)
+        return -log_p.gather(-1, targets).squeeze(-1).cpu().numpy(), state
+
+    @torch.no_grad()
+    def logits(self, ids_T: NDArray[np.int64], state: State | None) -> tuple[NDArray[np.float32], State]:
+        """Read `ids_T` and return the logits (V) of the symbol after the last, and the state there."""
+        device = self.output.bias.device
+        logits_TBV, state = self.eval()(torch.from_numpy(ids_T).to(device).unsqueeze(1), state)
+        return logits_TBV[-1, 0].cpu().float().numpy(), state
+
+
+def load_language_model(path: str | Path) -> LanguageModel:
+    """Return the `LanguageModel` saved at `path`, a run or a model directory, in evaluation mode.
+
+    Raises:
+        UsageError: there is nothing at `path`.
+        CheckpointError: it is damaged, or the files do not belong together.
+    """
+    saved = checkpoint.load_model(path)
+    config = ModelConfig.from_dict(saved.model, f"{saved.path}/config.json")
+    model = LanguageModel(config, tokenizers.from_json(saved.tokenizer_json))
+    model.load_weights(saved.weights)
+    return model.eval()

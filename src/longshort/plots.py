@@ -1,0 +1,98 @@
+"""Pictures of results. Imported only where one is asked for: matplotlib takes its time to load."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longshort.errors import MissingExtraError, OutputError, UsageError
+
+_COLOURS = ("#1f6fb4", "#d1601f", "#3a8f3a", "#8a4fa3", "#b0323c", "#5f6b73")
+_DASHES = ("-", "--", ":", "-.")
+
+
+def comparison(result: Mapping[str, Any], path: str | Path) -> None:
+    """Draw what `compare` found: training curves beside held-out perplexity.
+
+    Args:
+        result: what `compare --json` prints.
+        path: of the picture; its ending (.png, .svg, .pdf) decides the format.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OutputError: the picture cannot be written.
+        UsageError: the ending names no format.
+    """
+    try:
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "plot", "A picture") from error
+
+    rows: Sequence[Mapping[str, Any]] = result["rows"]
+    cells = list(dict.fromkeys(row["cell"] for row in rows))
+    implementations = list(dict.fromkeys(row["implementation"] for row in rows))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(3, 2), layout="constrained")
+    for cell, colour in zip(cells, _cycle(_COLOURS, len(cells)), strict=True):
+        for implementation, dash in zip(implementations, _cycle(_DASHES, len(implementations)), strict=True):
+            curves = [r["curve"] for r in rows if r["cell"] == cell and r["implementation"] == implementation]
+            middle = [statistics.median(values) for values in zip(*curves, strict=True)]
+            epochs = range(1, len(middle) + 1)
+            if len(curves) > 1:
+                lowest, highest = ([f(v) for v in zip(*curves, strict=True)] for f in (min, max))
+                left.fill_between(epochs, lowest, highest, color=colour, alpha=0.12, linewidth=0)
+            left.plot(epochs, middle, dash, color=colour, label=f"{cell.upper()}, {Path(implementation).name}")
+    for baseline in result["baselines"]:
+        left.axhline(baseline["train_perplexity"], color="#999999", linewidth=0.7)
+        label = f"{baseline['order']}-gram counts "
+        where = (1.0, baseline["train_perplexity"])
+        axes = left.get_yaxis_transform()
+        left.text(*where, label, ha="right", va="bottom", size=7.5, color="#777777", transform=axes)
+    ticks = (1, 2, 4, 8, 16, 32)
+    left.set_yscale("log")
+    left.set_yticks(ticks, [str(tick) for tick in ticks])
+    left.minorticks_off()
+    left.set_ylim(1, 32)
+    left.set_xlabel("epoch (8 updates of 32 x 35 characters)")
+    left.set_ylabel("perplexity while training")
+    left.set_title("The text that is trained on: memory", loc="left", size=11)
+    left.legend(frameon=False, fontsize=9, loc="lower left")
+
+    names, values, colours = [], [], []
+    for cell, colour in zip(cells, _cycle(_COLOURS, len(cells)), strict=True):
+        found = [r["heldout_perplexity"] for r in rows if r["cell"] == cell]
+        found = [value for value in found if value is not None and math.isfinite(value)]
+        if found:
+            names.append(cell.upper())
+            values.append(statistics.median(found))
+            colours.append(colour)
+    for baseline in result["baselines"]:
+        if baseline["heldout_perplexity"] is not None:
+            names.append(f"{baseline['order']}-gram")
+            values.append(baseline["heldout_perplexity"])
+            colours.append("#aaaaaa")
+    bars = right.barh(names, values, color=colours)
+    right.bar_label(bars, labels=[f"{value:.1f}" for value in values], padding=4, fontsize=9)
+    right.invert_yaxis()
+    right.set_xlim(0, max(values, default=1) * 1.15)
+    right.set_xlabel("perplexity at the end of training")
+    right.set_title("The 5,000 characters that follow: nobody saw them", loc="left", size=11)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise OutputError(f"The picture {path} cannot be written: {error.strerror}.") from error
+    except ValueError as error:
+        raise UsageError(f"The picture {path} has an unknown format.", "End its name in .png, .svg or .pdf.") from error
+    finally:
+        plt.close(figure)
+
+
+def _cycle(values: Sequence[str], count: int) -> list[str]:
+    return [values[i % len(values)] for i in range(count)]

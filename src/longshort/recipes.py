@@ -1,0 +1,183 @@
+"""Named settings, and the one dial: how a time budget becomes a model size and a number of steps.
+
+Precedence: flag > TOML file > recipe > the dial; the dial fills only what nothing else has set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import time
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longshort.config import TrainConfig
+from longshort.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from longshort.training import Prepared
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # The lecture's: LECTURE notebook slides/4_9/lstm.ipynb of d2l-ai/berkeley-stat-157.
+    "lecture": {
+        "hidden": 256,
+        "embedding": 0,
+        "seq_len": 35,
+        "batch_size": 32,
+        "epochs": 160,
+        "sampler": "consecutive",
+        "drop_incomplete": True,
+        "optimizer": "sgd",
+        "lr": 100.0,
+        "clip": 0.01,
+        "warmup": 0.0,
+        "final_lr": 1.0,
+        "init": "normal",
+    },
+}
+
+SIZES = (64, 128, 256, 384, 512, 768, 1024)
+"""Hidden units that the dial chooses among."""
+
+FEWEST_STEPS = 600
+"""The dial takes the largest model that makes this many steps in the time given; docs/log.md has the measurement."""
+
+
+def load_toml(path: str | Path) -> dict[str, Any]:
+    """Return the options in a TOML file.
+
+    Raises:
+        UsageError: there is no such file, or it is not TOML.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"The configuration file {path} cannot be read: {error}.") from error
+
+
+def combine(
+    flags: Mapping[str, Any], toml: Mapping[str, Any] | None = None, recipe: str | None = None
+) -> dict[str, Any]:
+    """Return every option that is set somewhere, the stronger source winning.
+
+    Raises:
+        UsageError: there is no recipe of that name.
+    """
+    if recipe is not None and recipe not in RECIPES:
+        close = difflib.get_close_matches(recipe, RECIPES, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(RECIPES)}."
+        raise UsageError(f"There is no recipe called {recipe!r}.", hint)
+    settings = dict(RECIPES[recipe]) if recipe else {}
+    for stronger in (toml or {}, flags):
+        # One length of training replaces the other: a flag --steps is not at odds with a recipe's epochs.
+        if "steps" in stronger or "epochs" in stronger:
+            settings.pop("steps", None)
+            settings.pop("epochs", None)
+        settings |= stronger
+    return settings
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the dial chose, and what it measured."""
+
+    config: TrainConfig
+    seconds_per_step: dict[int, float]
+    """Of each size that was tried."""
+    threads: dict[int, float]
+    """Seconds a step at each number of threads that was tried, for the chosen size."""
+
+
+def plan(minutes: float, settings: Mapping[str, Any], prepared: Prepared, since: float) -> Plan:
+    """Choose model size, threads and number of steps for a budget by measuring this machine.
+
+    Args:
+        minutes: the budget, to the last figure.
+        settings: options that are set already; they stay.
+        prepared: the text.
+        since: `time.perf_counter()` when the budget began to run.
+
+    Returns:
+        A configuration with a fixed number of steps: a run of it can be repeated exactly.
+
+    Raises:
+        ConfigError: the budget is not a positive number, or the number of steps is set too.
+    """
+    import torch
+
+    from longshort import training
+    from longshort.evaluation import evaluate
+
+    if not 0 < minutes < 1e6:
+        raise ConfigError(f"minutes must be a positive number, not {minutes:g}.")
+    if "steps" in settings or "epochs" in settings:
+        raise UsageError("Give --minutes or a number of steps or epochs, not both.")
+    seconds = 60 * minutes
+    base = TrainConfig.from_dict(settings)
+    cores = torch.get_num_threads()
+
+    def seconds_per_step(config: TrainConfig, threads: int) -> float:
+        """Median of a few steps of a model that is then thrown away."""
+        torch.set_num_threads(threads)
+        stepper = training.Stepper(training.make_model(config, prepared.tokenizer), config, steps=100)
+        batch = prepared.sampler(config).batch(0)
+        times = []
+        for number in range(4):
+            begin = time.perf_counter()
+            stepper.step(number, batch)
+            times.append(time.perf_counter() - begin)
+        return sorted(times[1:])[1]  # the first step allocates and is slower
+
+    def sized(hidden: int) -> TrainConfig:
+        # With few symbols one-hot input is as good as an embedding and costs least; with many it is too wide.
+        embedding = settings.get("embedding", 0 if prepared.tokenizer.size <= hidden else min(hidden, 256))
+        if settings.get("tied"):
+            embedding = hidden
+        return dataclasses.replace(base, hidden=hidden, embedding=embedding)
+
+    measured: dict[int, float] = {}
+    chosen: TrainConfig | None = None
+    for hidden in (settings["hidden"],) if "hidden" in settings else SIZES:
+        candidate = sized(hidden)
+        measured[hidden] = seconds_per_step(candidate, cores)
+        left = seconds - (time.perf_counter() - since)
+        if chosen is not None and left / measured[hidden] < FEWEST_STEPS:
+            break
+        chosen = candidate
+    assert chosen is not None
+
+    tried = {cores: measured[chosen.hidden]}
+    threads = cores
+    if chosen.threads is not None:
+        threads = chosen.threads
+    else:
+        # Fewer threads are sometimes faster: small models, busy neighbours.
+        fewer = cores // 2
+        while fewer >= 1:
+            tried[fewer] = seconds_per_step(chosen, fewer)
+            if tried[fewer] > 1.2 * tried[threads]:
+                break
+            threads = min(tried, key=lambda n: tried[n])
+            fewer //= 2
+    torch.set_num_threads(threads)
+
+    # What the looks at held-out text and the last figure cost.
+    lanes, reserve = 1, 0.0
+    if prepared.heldout_text:
+        model = training.make_model(chosen, prepared.tokenizer)
+        rates: dict[int, float] = {}
+        for lanes in (1, 64):
+            sample = prepared.heldout_text[: 2000 * lanes]
+            begin = time.perf_counter()
+            evaluate(model, prepared.tokenizer, sample, lanes=lanes)
+            rates[lanes] = (time.perf_counter() - begin) / len(sample)
+        lanes = settings.get("eval_lanes", 1 if rates[1] * len(prepared.heldout_text) < 0.1 * seconds else 64)
+        looks = 10 * min(len(prepared.heldout_text), training.LOOK_CHARACTERS) * rates[64]
+        reserve = looks + len(prepared.heldout_text) * rates[1 if lanes == 1 else 64]
+    left = seconds - (time.perf_counter() - since) - reserve
+    steps = max(int(left / tried.get(threads, measured[chosen.hidden])), 1)
+    return Plan(dataclasses.replace(chosen, steps=steps, threads=threads, eval_lanes=lanes), measured, tried)

@@ -1,0 +1,297 @@
+"""What the command line shows: live progress on a terminal, plain lines elsewhere, tables.
+
+Everything that a model or a file can put into a line goes through `visible` first.
+"""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from longshort.comparison import Row
+    from longshort.recipes import Plan
+    from longshort.training import Event, Finished, Looked, Progress, Started
+
+_SAMPLE_CHARACTERS = 240
+_SECONDS_BETWEEN_SAMPLES = 2.0
+_PICTURES = {c: chr(0x2400 + c) for c in range(0x20) if chr(c) not in "\n\t"}
+_PICTURES |= {0x7F: "\N{SYMBOL FOR DELETE}"}
+# C1 controls, and marks that turn the direction of writing: a terminal obeys them, so they are replaced.
+_PICTURES |= dict.fromkeys(
+    [*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\N{REPLACEMENT CHARACTER}"
+)
+
+
+def visible(text: str) -> str:
+    """Return `text` with every control character but newline and tab replaced by a picture of it."""
+    return text.translate(_PICTURES)
+
+
+def describe_model(event: Started) -> str:
+    """Return a line on the text and a line on the model."""
+    config, text = event.config, event.text
+    symbols = "one-hot" if not config.embedding else f"embedding {config.embedding}"
+    epochs = (config.steps or 0) / event.steps_per_epoch
+    parameters = f"{event.model.num_parameters:,} parameters"
+    return (
+        f"{visible(text.name)}: {text.characters:,} characters, {event.train_tokens:,} tokens to train on, "
+        f"{event.tokenizer.size} symbols, SHA-256 {text.sha256[:12]}\n"
+        f"{config.cell.upper()} {config.layers} x {config.hidden}, {symbols}, {parameters};\n"
+        f"{config.steps:,} steps of {config.batch_size} x {config.seq_len} ({epochs:.1f} epochs), "
+        f"{config.threads} thread{'' if config.threads == 1 else 's'}; {visible(str(event.run))}"
+    )
+
+
+def describe_plan(plan: Plan) -> str:
+    """Return what the dial measured, what it chose, and the flags that repeat it without measuring."""
+    config = plan.config
+    sizes = ", ".join(f"{hidden}: {1000 * seconds:.0f} ms" for hidden, seconds in plan.seconds_per_step.items())
+    flags = {
+        "--cell": config.cell,
+        "--hidden": config.hidden,
+        "--embedding": config.embedding,
+        "--steps": config.steps,
+        "--threads": config.threads,
+        "--eval-lanes": config.eval_lanes,
+        "--seed": config.seed,
+    }
+    return (
+        f"A step by hidden units: {sizes}. Chosen: {config.hidden} units, {config.steps:,} steps.\n"
+        f"The same run without measuring: {shlex.join(str(part) for pair in flags.items() for part in pair)}"
+    )
+
+
+class TrainView:
+    """Shows a training run: a live display on a terminal, otherwise a line now and then. Use as a context."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._live: Live | None = None
+        self._started: Started | None = None
+        self._progress: Progress | None = None
+        self._looked: Looked | None = None
+        self._sample = ""
+        self._sampled_at = 0.0
+        self._last_line = 0.0
+
+    def __enter__(self) -> TrainView:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def show(self, event: Event) -> None:
+        """Show one event."""
+        from longshort import training
+
+        if isinstance(event, training.Started):
+            self._started = event
+            self._console.print(describe_model(event), markup=False)
+            if self._console.is_terminal:
+                self._live = Live(console=self._console, auto_refresh=False, transient=False)
+                self._live.start()
+        elif isinstance(event, training.Progress):
+            self._progress = event
+        elif isinstance(event, training.Looked):
+            self._looked = event
+        if isinstance(event, training.Finished):
+            self.__exit__(None, None, None)
+            self._console.print(self._last_words(event), markup=False)
+        elif self._live is not None:
+            self._write_sample()
+            self._live.update(self._display(), refresh=True)
+        elif not isinstance(event, training.Started):
+            self._write_line(event)
+
+    def _write_sample(self) -> None:
+        """Sample anew from the model in training, at most every two seconds; this does not disturb the training."""
+        from longshort.generation import Sampling, generate
+
+        started = self._started
+        if started is None or self._progress is None or time.monotonic() - self._sampled_at < _SECONDS_BETWEEN_SAMPLES:
+            return
+        sampling = Sampling(temperature=0.7, seed=self._progress.step)
+        self._sample = "".join(generate(started.model, started.tokenizer, "", _SAMPLE_CHARACTERS, sampling))
+        self._sampled_at = time.monotonic()
+
+    def _display(self) -> Group:
+        progress, looked, started = self._progress, self._looked, self._started
+        if progress is None or started is None:
+            return Group(Text("first steps ..."))
+        table = Table.grid(padding=(0, 2))
+        bar = ProgressBar(total=progress.steps, completed=progress.step, width=30)
+        speed = f"{progress.tokens_per_second:,.0f} tokens/s"
+        table.add_row(bar, f"{progress.step:,}/{progress.steps:,}", speed, f"{_clock(progress.seconds_left)} left")
+        words = Text(f"training {_figures(progress.nats_per_token)}")
+        if looked is not None:
+            words.append(f"   held-out {_figures(looked.heldout.nats_per_token)} at step {looked.step:,}")
+        return Group(table, words, Text(), Text(visible(self._sample), style="dim"))
+
+    def _write_line(self, event: Event) -> None:
+        from longshort import training
+
+        if isinstance(event, training.Looked):
+            mark = "  best so far" if event.best else ""
+            self._console.print(f"step {event.step:,}: held-out {_figures(event.heldout.nats_per_token)}{mark}")
+        elif isinstance(event, training.Progress) and time.monotonic() - self._last_line >= 5:
+            self._last_line = time.monotonic()
+            self._console.print(
+                f"step {event.step:,}/{event.steps:,}: training {_figures(event.nats_per_token)}  "
+                f"{event.tokens_per_second:,.0f} tokens/s  {_clock(event.seconds_left)} left"
+            )
+
+    def _last_words(self, event: Finished) -> str:
+        early = " (stopped early)" if event.stopped_early else ""
+        words = (
+            f"{event.step:,} steps{early} in {_clock(event.seconds)}; the best weights are of step {event.best_step:,}."
+        )
+        if event.heldout is not None:
+            h = event.heldout
+            words += (
+                f"\nheld-out: {h.nats_per_token:.4f} nats a token, {h.bits_per_character:.4f} bits a character, "
+                f"perplexity {h.perplexity:.4f}\n({h.tokens:,} tokens; {h.protocol})"
+            )
+        return words
+
+
+class Ticker:
+    """Says on standard error how far `compare` is: one line that is overwritten, on a terminal only."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._on = self._console.is_terminal and not quiet
+        self._lines = not self._console.is_terminal and not quiet
+
+    def __enter__(self) -> Ticker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._on:
+            self._console.file.write("\r\x1b[K")
+
+    def report(self, row: Row, epoch: int, epochs: int) -> None:
+        """Say how far one run is."""
+        words = (
+            f"{row.implementation} {row.cell} seed {row.seed}: epoch {epoch}/{epochs}, perplexity {row.curve[-1]:.3f}"
+        )
+        if self._on:
+            self._console.file.write(f"\r{visible(words)}\x1b[K")
+            self._console.file.flush()
+        elif self._lines and epoch == epochs:
+            self._console.print(words, markup=False)
+
+
+def print_comparison(result: Mapping[str, Any]) -> None:
+    """Print the table of `compare`: medians over the seeds."""
+    console = _console()
+    text = result["text"]
+    console.print(
+        f"{visible(text['name'])}: {text['train_characters']:,} characters to train on, {text['symbols']} symbols; "
+        f"{text['heldout_characters']:,} that follow held out; {result['seeds']} seed{'s' * (result['seeds'] > 1)}, "
+        f"{result['threads']} threads",
+        markup=False,
+    )
+    epochs = list(result["rows"][0]["train_perplexity"]) if result["rows"] else []
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("cell", "implementation"):
+        table.add_column(name)
+    for name in ("parameters", *(f"epoch {e}" for e in epochs), "held-out", "s/epoch", "tokens/s"):
+        table.add_column(name, justify="right")
+    for group in summary(result["rows"]):
+        figures = [f"{group['train_perplexity'][e]:.2f}" for e in epochs]
+        table.add_row(
+            group["cell"].upper(),
+            visible(group["implementation"]),
+            f"{group['parameters']:,}",
+            *figures,
+            _or_dash(group["heldout_perplexity"], ".1f"),
+            f"{group['seconds_per_epoch']:.3f}",
+            f"{group['tokens_per_second']:,.0f}",
+        )
+    for cell, figures in result.get("lecture", {}).items():
+        table.add_row(cell.upper(), "the lecture, 2019", *("", *figures, "", "", "")[: len(epochs) + 4])
+    for baseline in result["baselines"]:
+        blanks = [""] * max(len(epochs) - 1, 0)
+        counted = [f"{baseline['train_perplexity']:.2f}"] if epochs else []
+        held_out = _or_dash(baseline["heldout_perplexity"], ".1f")
+        table.add_row(f"{baseline['order']}-gram", "counts", "", *blanks, *counted, held_out, "", "")
+    console.print(table)
+    console.print("Perplexity while training, median over the seeds; held-out: at the end, state carried, one lane.")
+    for group in summary(result["rows"]):
+        for sample in group["samples"]:
+            console.print(
+                f"{group['cell'].upper():5}{visible(group['implementation'])}: {visible(sample)}", markup=False
+            )
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return one entry a cell and implementation: medians over the seeds, and the first seed's samples."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["cell"], row["implementation"]), []).append(row)
+    found = []
+    for (cell, implementation), members in groups.items():
+        held_out = [m["heldout_perplexity"] for m in members if m["heldout_perplexity"] is not None]
+        epochs = members[0]["train_perplexity"]
+        found.append(
+            {
+                "cell": cell,
+                "implementation": implementation,
+                "parameters": members[0]["parameters"],
+                "train_perplexity": {e: statistics.median(m["train_perplexity"][e] for m in members) for e in epochs},
+                "heldout_perplexity": statistics.median(held_out) if held_out else None,
+                "seconds_per_epoch": statistics.median(m["seconds_per_epoch"] for m in members),
+                "tokens_per_second": statistics.median(m["tokens_per_second"] for m in members),
+                "samples": members[0]["samples"],
+            }
+        )
+    return found
+
+
+def print_doctor(report: Mapping[str, Any]) -> None:
+    """Print what `doctor` found."""
+    console = _console()
+    table = Table.grid(padding=(0, 3))
+    for name, value in report.items():
+        if name != "advice":
+            shown = (
+                ", ".join(value) if isinstance(value, list) else str(value) if value is not None else "not installed"
+            )
+            table.add_row(name.replace("_", " "), visible(shown or "none"))
+    console.print(table)
+    for line in report["advice"] or ["Nothing is missing."]:
+        console.print(line, markup=False)
+
+
+def _console() -> Console:
+    # A pipe gets tables as wide as they are, whatever the width of the terminal behind it.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+def _figures(nats: float) -> str:
+    return f"{nats:.4f} nats ({nats / 0.6931471805599453:.3f} bits)"
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"

@@ -1,0 +1,1 @@
+"""Texts: tokenizers, corpora and batches."""

@@ -1,0 +1,206 @@
+"""The order in which training reads a text: the lecture's two samplers.
+
+    T  steps of a window      B  rows of a batch (all processes together)      N  pairs (id, next id) of the text
+
+Both see the text as a ring of N pairs that is turned by an offset drawn anew for each epoch and then cut, so
+that every pair is used once an epoch and windows fall elsewhere in each. What step s reads is a pure
+function of (seed, s, rank, world size): there is no position to save, and none to lose.
+
+    consecutive lanes   the ring is cut into B lanes; row k of a batch continues row k of the batch before, so the
+                        state is carried from step to step and zero at the start of an epoch
+    random windows      the ring is cut into windows of T, which are read in random order from a zero state
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longshort.errors import ConfigError, TextError, UsageError
+from longshort.text.tokenizers import Ids
+
+IGNORED = -1
+"""Target of a place that holds no token; the loss leaves it out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one training step reads."""
+
+    inputs_TB: NDArray[np.int64]
+    targets_TB: NDArray[np.int64]
+    """The id that follows each input, or `IGNORED`."""
+    epoch: int
+    starts_fresh: bool
+    """Whether the state is zero before this batch instead of carried from the one before."""
+
+    @property
+    def tokens(self) -> int:
+        """Number of targets that count."""
+        return int(np.count_nonzero(self.targets_TB != IGNORED))
+
+
+class Sampler(ABC):
+    """Base of both samplers.
+
+    Args:
+        ids: the training text, at least two ids.
+        batch_size: B, rows of all processes together; a multiple of `world_size`.
+        seq_len: T.
+        seed: decides every offset and order.
+        rank: this process reads rows rank * B / world_size and following.
+        world_size: number of processes.
+
+    Raises:
+        TextError: the text has fewer than two ids.
+        ConfigError: B or T is below one, or `world_size` does not divide B.
+    """
+
+    def __init__(
+        self, ids: Ids, batch_size: int, seq_len: int, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if len(ids) < 2:
+            raise TextError(f"Training needs a text of at least 2 tokens; this one has {len(ids)}.")
+        if batch_size < 1 or seq_len < 1:
+            raise ConfigError(f"batch_size and seq_len must be at least 1, not {batch_size} and {seq_len}.")
+        if batch_size % world_size or not 0 <= rank < world_size:
+            raise ConfigError(f"batch_size {batch_size} cannot be divided over {world_size} processes.")
+        self.ids = ids
+        self.batch_size = batch_size
+        self.seq_len = seq_len
+        self.seed = seed
+        self.num_pairs = len(ids) - 1
+        rows = batch_size // world_size
+        self.rows = slice(rank * rows, (rank + 1) * rows)
+        self.steps_per_epoch = self._count_steps()
+
+    @abstractmethod
+    def _count_steps(self) -> int: ...
+
+    @abstractmethod
+    def batch(self, step: int) -> Batch:
+        """Return what training step `step` (0, 1, ...) reads."""
+
+    def _generator(self, epoch: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+
+    def _gather(self, pairs_TB: NDArray[np.int64], counts_TB: NDArray[np.bool_]) -> tuple[NDArray[np.int64], ...]:
+        positions_TB = pairs_TB[:, self.rows] % self.num_pairs
+        inputs_TB = self.ids[positions_TB].astype(np.int64)
+        targets_TB = np.where(counts_TB[:, self.rows], self.ids[positions_TB + 1], IGNORED).astype(np.int64)
+        return inputs_TB, targets_TB
+
+
+class ConsecutiveLanes(Sampler):
+    """Consecutive sampling: B lanes, read side by side in windows of T, the state carried.
+
+    With `drop_incomplete` it is the lecture's own `data_iter_consecutive`: the offset is drawn from [0, T), what
+    stands before it and the incomplete last window are left out. (The lecture: 8 updates an epoch.)
+    """
+
+    def __init__(
+        self,
+        ids: Ids,
+        batch_size: int,
+        seq_len: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_incomplete: bool = False,
+    ) -> None:
+        self.drop_incomplete = drop_incomplete
+        super().__init__(ids, batch_size, seq_len, seed, rank, world_size)
+
+    def _count_steps(self) -> int:
+        if not self.drop_incomplete:
+            return -(-self._lane_length() // self.seq_len)
+        steps = (self._lane_length() - 1) // self.seq_len
+        if steps < 1:
+            needed = self.batch_size * (self.seq_len + 1) + self.seq_len
+            raise TextError(
+                f"{self.batch_size} lanes of whole windows of {self.seq_len} need a text of at least {needed} "
+                f"tokens; this one has {len(self.ids)}.",
+                "Give a longer text.",
+            )
+        return steps
+
+    def _lane_length(self) -> int:
+        """Return the pairs in the longest lane, or with `drop_incomplete` the ids in every lane."""
+        if self.drop_incomplete:
+            return (len(self.ids) - self.seq_len + 1) // self.batch_size
+        return -(-self.num_pairs // self.batch_size)
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of `step`; its last column in an epoch may hold ignored targets."""
+        epoch, window = divmod(step, self.steps_per_epoch)
+        if self.drop_incomplete:
+            bounds = np.arange(self.batch_size + 1) * self._lane_length()
+            offset = int(self._generator(epoch).integers(self.seq_len))
+        else:
+            bounds = np.arange(self.batch_size + 1) * self.num_pairs // self.batch_size
+            offset = int(self._generator(epoch).integers(self.num_pairs))
+        first = window * self.seq_len
+        columns_T1 = np.arange(first, min(first + self.seq_len, self._lane_length()))[:, None]
+        inputs_TB, targets_TB = self._gather(offset + bounds[:-1] + columns_T1, columns_T1 < np.diff(bounds))
+        return Batch(inputs_TB, targets_TB, epoch, starts_fresh=window == 0)
+
+
+class RandomWindows(Sampler):
+    """Random sampling: windows of T in random order, each from a zero state."""
+
+    def _count_steps(self) -> int:
+        return -(-self._num_windows() // self.batch_size)
+
+    def _num_windows(self) -> int:
+        return -(-self.num_pairs // self.seq_len)
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of `step`; rows that an epoch's last batch does not need hold ignored targets."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        generator = self._generator(epoch)
+        offset = int(generator.integers(self.num_pairs))
+        order = generator.permutation(self._num_windows())
+        chosen = order[number * self.batch_size : (number + 1) * self.batch_size]
+        # A row that is not needed starts past the last pair, where nothing counts.
+        starts_B = np.full(self.batch_size, self.num_pairs)
+        starts_B[: len(chosen)] = chosen * self.seq_len
+        pairs_TB = starts_B + np.arange(min(self.seq_len, self.num_pairs))[:, None]
+        inputs_TB, targets_TB = self._gather(offset + pairs_TB, pairs_TB < self.num_pairs)
+        return Batch(inputs_TB, targets_TB, epoch, starts_fresh=True)
+
+
+SAMPLERS: dict[str, type[Sampler]] = {"consecutive": ConsecutiveLanes, "random": RandomWindows}
+
+
+def split(text: str, heldout: float = 0.1) -> tuple[str, str]:
+    """Return the training part and the held-out tail of `text`, cut between two characters.
+
+    Args:
+        text: the whole text.
+        heldout: share of the characters that is held out, 0 <= heldout < 1.
+
+    Raises:
+        ConfigError: `heldout` is outside its range.
+        TextError: a part would be too short to train on (2 characters) or to evaluate on (2, or 0 if none is
+            asked for).
+    """
+    if not 0 <= heldout < 1:
+        raise ConfigError(f"The held-out share must be in [0, 1), not {heldout}.")
+    cut = int(len(text) * (1 - heldout)) if heldout else len(text)
+    if cut < 2 or (heldout and len(text) - cut < 2):
+        raise TextError(
+            f"The text has {len(text)} character{'s' if len(text) != 1 else ''}: too few to train on "
+            f"{1 - heldout:.0%} and hold out {heldout:.0%}.",
+            "Give a longer text; a few thousand characters are the least that teaches a model anything.",
+        )
+    return text[:cut], text[cut:]
+
+
+def make_sampler(name: str, ids: Ids, batch_size: int, seq_len: int, seed: int) -> Sampler:
+    """Return the sampler called `name`: `consecutive` or `random`."""
+    if name not in SAMPLERS:
+        raise UsageError(f"There is no sampler called {name!r}.", f"Choose one of: {', '.join(SAMPLERS)}.")
+    return SAMPLERS[name](ids, batch_size, seq_len, seed)

@@ -1,0 +1,318 @@
+"""Where a text comes from: the user's own files, the built-in text, or a named corpus.
+
+    load(paths)                    any UTF-8 files, and folders of `*.txt` files
+    load(corpus="builtin")         English that ships inside Python; needs no network (see `builtin.py`)
+    load(corpus="timemachine")     downloaded once, checked by SHA-256, kept in the cache directory
+    load(corpus=..., data_dir=D)   the same file from a folder of the user's; never touches the network
+
+Environment: `LONGSHORT_CACHE` names another cache directory, and `LONGSHORT_CORPUS_URL` another place to
+download from (a mirror or a test server), to which `/timemachine.txt` or `/tinyshakespeare.txt` is added.
+"""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import hashlib
+import logging
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from longshort.errors import CorpusError, LongshortError, MissingExtraError, TextError, UsageError
+
+_GITHUB = "https://raw.githubusercontent.com"
+# Name of each downloaded corpus: its address at a fixed commit, and the SHA-256 of the file.
+SOURCES = {
+    "timemachine": (
+        f"{_GITHUB}/d2l-ai/berkeley-stat-157/cfc1b921fe5825015c50a663e01a57c9a4a04a5b/slides/4_4/data/timemachine.txt",
+        "8424dbd9532ac81f7e5f0b6add90e6952baea29158309d7d1bf3884f4e12c516",
+    ),
+    "tinyshakespeare": (
+        f"{_GITHUB}/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    ),
+}
+CORPORA = ("builtin", *SOURCES)
+TIMEOUT = 20.0  # seconds to wait for a connection, and for each next piece of the file
+
+# English text in an encoding of wide characters: which of four neighbouring bytes are mostly zero.
+_WIDE_PATTERNS = {
+    (False, True, False, True): "UTF-16LE",
+    (True, False, True, False): "UTF-16BE",
+    (False, True, True, True): "UTF-32LE",
+    (True, True, True, False): "UTF-32BE",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text and where it came from.
+
+    Args:
+        content: the whole text.
+        name: `builtin`, `timemachine`, or the names of the files joined by `+`.
+        sha256: of the content as UTF-8, in hexadecimal.
+    """
+
+    content: str
+    name: str
+    sha256: str
+
+    @classmethod
+    def of(cls, content: str, name: str) -> Text:
+        """The text `content` with its hash."""
+        return cls(content, name, hashlib.sha256(content.encode("utf-8")).hexdigest())
+
+    @property
+    def characters(self) -> int:
+        """Length in characters (Unicode code points)."""
+        return len(self.content)
+
+
+def load(paths: Sequence[str | Path] = (), corpus: str | None = None, data_dir: Path | None = None) -> Text:
+    """The text that the user asked for: files, or else a named corpus.
+
+    Args:
+        paths: files and folders, read by `read_files`.
+        corpus: one of `CORPORA`.
+        data_dir: a folder that holds the file of a downloaded corpus; without use for anything else.
+
+    Raises:
+        UsageError: both or neither of files and corpus, or a name that is not a corpus.
+        TextError: a file that cannot be read as text.
+        CorpusError: a corpus that cannot be had.
+        MissingExtraError: a download is needed and pooch is not installed.
+    """
+    if corpus is None:
+        return read_files(paths)
+    if paths:
+        raise UsageError("Both text files and a corpus were given.", "Give the files or --corpus, not both.")
+    _check_name(corpus, CORPORA)
+    if corpus in SOURCES:
+        return download(corpus, data_dir)
+    from longshort.text.builtin import builtin  # here, because `builtin.py` imports this module
+
+    return builtin()
+
+
+def read_files(paths: Sequence[str | Path]) -> Text:
+    """UTF-8 files as one text, in the given order, every character as it stands in them.
+
+    A folder stands for all `*.txt` files in it and below it, sorted by path. Line ends are kept; only a
+    byte order mark at the start of a file is dropped.
+
+    Raises:
+        UsageError: no path, or one that does not exist.
+        TextError: a path that is no UTF-8 text file, or nothing in all of them together.
+    """
+    given = [paths] if isinstance(paths, str | Path) else list(paths)
+    if not given:
+        raise UsageError("No text was given.", f"Give text files or folders, or --corpus {'|'.join(CORPORA)}.")
+    if "" in given:
+        raise UsageError("One of the paths is empty.", "An unset shell variable looks like this.")
+    files = [file for path in given for file in _files(Path(path))]
+    content = "".join(_decode(_read(file), file) for file in files)
+    if not content:
+        more = f" and {len(given) - 1} more" if len(given) > 1 else ""
+        raise TextError(f"The text is empty: {_quoted(given[0])}{more}.", "Give a file with text in it.")
+    name = "+".join(Path(path).name or str(path) for path in given)
+    return Text.of(content, name if name.isprintable() else repr(name))
+
+
+def download(
+    name: str, data_dir: Path | None = None, cache_dir: Path | None = None, base_url: str | None = None
+) -> Text:
+    """The named corpus from `data_dir`, from the cache, or from the network, checked by its SHA-256.
+
+    Args:
+        name: a key of `SOURCES`.
+        data_dir: a folder that holds `<name>.txt`; nothing else is looked at then.
+        cache_dir: where to keep the file; by default `cache_directory()`.
+        base_url: where to download from, instead of `LONGSHORT_CORPUS_URL` and the corpus's own address.
+
+    Raises:
+        UsageError: no such corpus.
+        CorpusError: no network, a transfer that fails, or a file that is not the right one.
+        MissingExtraError: a download is needed and pooch is not installed.
+    """
+    _check_name(name, SOURCES)
+    url, sha256 = SOURCES[name]
+    if data_dir is not None:
+        path = Path(data_dir) / f"{name}.txt"
+        data = _read_exactly(path, sha256)
+        if data is None:
+            raise CorpusError(f"There is no {_quoted(path)} with SHA-256 {sha256}.", f"Download it from {url}")
+        return Text.of(_decode(data, path), name)
+    path = (cache_dir or cache_directory()) / f"{name}.txt"
+    base_url = base_url or os.environ.get("LONGSHORT_CORPUS_URL")
+    if base_url:
+        url = f"{base_url.rstrip('/')}/{name}.txt"
+    data = _read_exactly(path, sha256) or _fetch(name, url, sha256, path)
+    return Text.of(_decode(data, path), name)
+
+
+def cache_directory() -> Path:
+    """`LONGSHORT_CACHE`, or the user's own cache: the same place as `pooch.os_cache("longshort")` on Linux.
+
+    Worked out here, because the built-in text is kept there too and needs no pooch.
+
+    Raises:
+        CorpusError: a process without a home directory.
+    """
+    override = os.environ.get("LONGSHORT_CACHE")
+    if override:
+        return Path(override)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "longshort"
+    except RuntimeError as error:
+        raise CorpusError("There is no home directory to keep a cache in.", "Set LONGSHORT_CACHE.") from error
+
+
+def _check_name(name: str, names: Iterable[str]) -> None:
+    names = list(names)
+    if name not in names:
+        close = difflib.get_close_matches(name.lower(), names, n=1)
+        question = f"Did you mean {close[0]}? " if close else ""
+        raise UsageError(f"There is no corpus named {name!r}.", f"{question}The corpora are {', '.join(names)}.")
+
+
+def _quoted(path: str | Path) -> str:
+    # `repr` also spells out control characters, which must not reach a terminal from a file's name.
+    return repr(str(path))
+
+
+def _refusal(path: Path, error: Exception) -> LongshortError:
+    """The error to raise for a path that the system refused."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        reason = error.strerror if isinstance(error, OSError) else error
+        return TextError(f"Cannot read {_quoted(path)}: {reason}.", "Check the path and its permissions.")
+    hint = "Give a text file, or a folder with *.txt files."
+    if str(path) in CORPORA:
+        hint = f"For the corpus of that name: --corpus {path}"
+    elif path.is_symlink():
+        hint = "It is a symbolic link to something that is not there."
+    elif os.access(path.parent, os.R_OK) and path.parent.is_dir():
+        close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+        hint = f"Did you mean {_quoted(path.parent / close[0])}?" if close else hint
+    return UsageError(f"There is no file or folder {_quoted(path)}.", hint)
+
+
+def _kind(path: Path) -> int:
+    """What `path` is, as one of `stat.S_IFREG`, `stat.S_IFDIR` and so on."""
+    try:
+        return stat.S_IFMT(path.stat().st_mode)
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        raise _refusal(path, error) from error
+
+
+def _files(path: Path) -> list[Path]:
+    """The file `path`, or all `*.txt` files of the folder `path`."""
+    if _kind(path) != stat.S_IFDIR:
+        return [path]
+
+    def refuse(error: OSError) -> None:
+        raise _refusal(Path(error.filename), error) from error
+
+    # `os.walk` follows no symbolic links to folders, and unlike `rglob` passes over no folder silently.
+    walk = os.walk(path, onerror=refuse)
+    files = sorted(Path(folder) / name for folder, _, names in walk for name in names if name.endswith(".txt"))
+    if not files:
+        raise TextError(f"There are no *.txt files in the folder {_quoted(path)}.", "Give the files by name.")
+    return files
+
+
+def _read(path: Path) -> bytes:
+    # Opening a pipe would wait for ever and a device may never end, so the kind is looked at first.
+    if _kind(path) != stat.S_IFREG:
+        raise TextError(
+            f"{_quoted(path)} is no regular file but a pipe, a socket or a device.",
+            "Save the text to a file first.",
+        )
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _refusal(path, error) from error
+
+
+def _wide_encoding(data: bytes) -> str | None:
+    """The name of the UTF-16 or UTF-32 encoding that `data` seems to be in."""
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    columns = [data[i:4096:4] for i in range(4)]
+    a, b, c, d = (2 * column.count(0) > len(column) for column in columns)
+    return _WIDE_PATTERNS.get((a, b, c, d))
+
+
+def _decode(data: bytes, path: Path) -> str:
+    convert = "Convert it first: iconv -f {} -t UTF-8 OLD.txt > NEW.txt"
+    wide = _wide_encoding(data)
+    if wide:
+        raise TextError(f"{_quoted(path)} looks like {wide} text; UTF-8 is wanted.", convert.format(wide))
+    if b"\0" in data:
+        raise TextError(f"{_quoted(path)} looks like a binary file.", "Give a plain text file in UTF-8.")
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        start = error.start
+        line = data.count(b"\n", 0, start) + 1
+        raise TextError(
+            f"{_quoted(path)} is not UTF-8: byte 0x{data[start]:02x} at offset {start}, line {line}.",
+            convert.format("WINDOWS-1252") + " (or whatever its encoding is)",
+        ) from error
+
+
+def _read_exactly(path: Path, sha256: str) -> bytes | None:
+    """The bytes of `path`, or None where it cannot be read or is another file than wanted."""
+    try:
+        data = _read(path)
+    except LongshortError:
+        return None
+    return data if hashlib.sha256(data).hexdigest() == sha256 else None
+
+
+def _fetch(name: str, url: str, sha256: str, path: Path) -> bytes:
+    """Download `url`; pooch moves the file to `path` only when it is whole and has the right hash."""
+    try:
+        import pooch
+        import requests
+    except ImportError as error:
+        raise MissingExtraError("pooch", "train", f"Downloading the corpus {name}") from error
+
+    def transfer(url: str, output: str | Path, _: object) -> None:
+        # Not `pooch.HTTPDownloader`: after an error it leaves the connection open.
+        with requests.get(url, stream=True, timeout=TIMEOUT) as response, Path(output).open("wb") as file:
+            response.raise_for_status()
+            for piece in response.iter_content(2**16):
+                file.write(piece)
+
+    logger = pooch.get_logger()
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        pooch.retrieve(url, f"sha256:{sha256}", fname=path.name, path=path.parent, downloader=transfer)
+        return path.read_bytes()
+    except (requests.RequestException, ValueError) as error:
+        if not isinstance(error, requests.RequestException):
+            reason = "the file that came has another SHA-256 than expected"
+        elif error.response is not None:
+            reason = f"the server answered {error.response.status_code}"
+        elif isinstance(error, requests.exceptions.ChunkedEncodingError):
+            reason = "the transfer was cut off"
+        else:
+            reason = "no answer"
+        raise CorpusError(
+            f"Cannot download the corpus {name}: {reason}.\nThe address was {url!r}.",
+            f"Without a network, put {path.name} into a folder and name the folder with --data-dir.",
+        ) from error
+    except OSError as error:
+        raise CorpusError(
+            f"Cannot keep the corpus {name} at {_quoted(path)}: {error.strerror or type(error).__name__}.",
+            "Name another cache directory in LONGSHORT_CACHE, or give the file's folder with --data-dir.",
+        ) from error
+    finally:
+        logger.setLevel(level)

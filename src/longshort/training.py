@@ -1,0 +1,325 @@
+"""The training loop: truncated backpropagation through time. It yields events and prints nothing.
+
+    for event in train(TrainConfig(corpus="builtin", steps=500, out="my-run")):
+        ...
+
+The state is carried from window to window and cut from the graph there (`detach`), so gradients reach back `seq_len`
+steps and no further; all gradients are scaled together so that their L2 norm is at most `clip` (Pascanu, Mikolov and
+Bengio 2013, arXiv:1211.5063).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import longshort
+from longshort import checkpoint
+from longshort.config import TrainConfig
+from longshort.errors import TrainingError, UsageError
+from longshort.evaluation import Evaluation, evaluate
+from longshort.model import LanguageModel
+from longshort.text import corpus
+from longshort.text.batches import IGNORED, SAMPLERS, Batch, ConsecutiveLanes, Sampler, split
+from longshort.text.corpus import Text
+from longshort.text.tokenizers import Tokenizer, train_tokenizer
+
+_LOOK_LANES = 32
+LOOK_CHARACTERS = 131_072
+"""Looks during training read this much of the held-out text, in lanes; the last figure is of all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Everything is settled and the run directory exists."""
+
+    config: TrainConfig
+    run: Path
+    model: LanguageModel
+    tokenizer: Tokenizer
+    text: Text
+    train_tokens: int
+    steps_per_epoch: float
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A number of steps were made."""
+
+    step: int
+    steps: int
+    nats_per_token: float
+    """Mean over the steps since the last such event."""
+    tokens_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """The held-out text was looked at and a checkpoint saved."""
+
+    step: int
+    heldout: Evaluation
+    best: bool
+    model: LanguageModel
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Training has ended; the best weights were measured once more, in one lane."""
+
+    step: int
+    best_step: int
+    heldout: Evaluation | None
+    seconds: float
+    stopped_early: bool
+
+
+Event = Started | Progress | Looked | Finished
+
+
+class Prepared:
+    """A text, its tokenizer, and its training and held-out parts, as a configuration asks for them."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        data_dir = Path(config.data_dir) if config.data_dir else None
+        self.text = corpus.load(config.texts, config.corpus, data_dir)
+        train_text, self.heldout_text = split(self.text.content, config.heldout)
+        self.tokenizer = train_tokenizer(config.tokenizer, train_text)
+        self.train_ids = self.tokenizer.encode(train_text)
+
+    def sampler(self, config: TrainConfig) -> Sampler:
+        """Return the order in which `config` reads the training part."""
+        if config.drop_incomplete:
+            if config.sampler != "consecutive":
+                raise UsageError("drop_incomplete goes with the consecutive sampler.", "Leave out one of the two.")
+            return ConsecutiveLanes(
+                self.train_ids, config.batch_size, config.seq_len, config.seed, drop_incomplete=True
+            )
+        return SAMPLERS[config.sampler](self.train_ids, config.batch_size, config.seq_len, config.seed)
+
+
+def settle(config: TrainConfig, steps_per_epoch: int) -> TrainConfig:
+    """Return `config` with the number of steps, looks and threads that it leaves open."""
+    if config.steps is not None and config.epochs is not None:
+        raise UsageError("Give steps or epochs, not both.")
+    steps = config.steps or max(1, round((config.epochs or 10.0) * steps_per_epoch))
+    return dataclasses.replace(
+        config,
+        steps=steps,
+        epochs=None,
+        validate_every=config.validate_every or max(1, -(-steps // 10)),
+        threads=config.threads or torch.get_num_threads(),
+    )
+
+
+def make_model(config: TrainConfig, tokenizer: Tokenizer) -> LanguageModel:
+    """Return a new model with the weights that the configuration's seed gives."""
+    torch.manual_seed(config.seed)
+    model = LanguageModel(config.model(tokenizer.size), tokenizer)
+    if config.init == "normal":
+        model.initialise_normal()
+    return model.to(_device(config.device))
+
+
+class Stepper:
+    """One training step after the other: forward, loss, gradients, clipping, optimizer."""
+
+    def __init__(self, model: LanguageModel, config: TrainConfig, steps: int) -> None:
+        self.model, self.config, self.steps = model, config, steps
+        self.parameters = list(model.parameters())
+        self.device = model.output.bias.device
+        self.state: Any = None
+        self.optimizer: torch.optim.Optimizer
+        if config.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
+        else:
+            self.optimizer = torch.optim.AdamW(
+                self.parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
+            )
+
+    def step(self, number: int, batch: Batch) -> tuple[float, float, float]:
+        """Make step `number` (0, 1, ...) on `batch`.
+
+        Returns:
+            The loss in nats a token, the norm of the gradients before clipping, the learning rate.
+
+        Raises:
+            TrainingError: the loss or a gradient is not finite; the weights are as they were.
+        """
+        model, config = self.model, self.config
+        model.train()
+        if batch.starts_fresh or self.state is None:
+            self.state = model.zero_state(batch.inputs_TB.shape[1])
+        state = tuple(tensor.detach() for tensor in self.state)
+        targets = torch.from_numpy(batch.targets_TB).to(self.device)
+        logits_TBV, self.state = model(torch.from_numpy(batch.inputs_TB).to(self.device), state)
+        loss = F.cross_entropy(logits_TBV.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        most = math.inf if config.clip is None else config.clip
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, most, foreach=True).item()
+        nats = loss.item()
+        if not math.isfinite(nats) or not math.isfinite(norm):
+            raise TrainingError(
+                f"Training diverged at step {number + 1}: the loss is {nats} and the gradients' norm {norm}.",
+                f"Try a lower --lr (it is {config.lr:g}) or a lower --clip; what was saved before is intact.",
+            )
+        rate = learning_rate(config, number, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        return nats, norm, rate
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """Return the rate of step `step` (0, 1, ...): a linear rise, then a cosine fall to `final_lr` of the highest."""
+    warmup = config.warmup * steps
+    if step < warmup:
+        return config.lr * (step + 1) / (math.floor(warmup) + 1)
+    progress = (step - warmup) / max(steps - 1 - warmup, 1)
+    return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def train(config: TrainConfig, prepared: Prepared | None = None) -> Iterator[Event]:
+    """Train a model as `config` says and keep it in a run directory.
+
+    Args:
+        config: what to read, the model, the training.
+        prepared: the text, where it has been read already.
+
+    Yields:
+        `Started`, then `Progress` and `Looked` as they come, then `Finished`.
+
+    Raises:
+        LongshortError: a text, a value or a place that cannot be used; nothing is left behind then.
+        TrainingError: the loss is no longer finite.
+    """
+    prepared = prepared or Prepared(config)
+    sampler = prepared.sampler(config)
+    config = settle(config, sampler.steps_per_epoch)
+    steps, look_every = config.steps or 1, config.validate_every or 1
+    torch.set_num_threads(config.threads or 1)
+    tokenizer = prepared.tokenizer
+    model = make_model(config, tokenizer)
+    path = Path(config.out) if config.out else free_run_directory(prepared.text.name)
+    config = dataclasses.replace(config, out=str(path))
+    saved_config: dict[str, Any] = {"longshort_version": longshort.__version__, "text_name": prepared.text.name}
+    saved_config |= {"text_sha256": prepared.text.sha256, "train": config.to_dict()}
+    run = checkpoint.create_run(path, saved_config, tokenizer.to_json())
+    start = time.perf_counter()
+    yield Started(config, path, model, tokenizer, prepared.text, len(prepared.train_ids), sampler.steps_per_epoch)
+
+    stepper = Stepper(model, config, steps)
+    extra = {"text_name": prepared.text.name, "text_sha256": prepared.text.sha256}
+    look_text = prepared.heldout_text[:LOOK_CHARACTERS]
+    best, best_step, looks_without_gain, done = math.inf, 0, 0, 0
+    report_every = max(1, min(steps // 100, 50))
+    window = _Window()
+    while done < steps and not (config.patience and looks_without_gain >= config.patience):
+        batch = sampler.batch(done)
+        nats, norm, rate = stepper.step(done, batch)
+        done += 1
+        window.add(nats, batch.tokens)
+        if done % report_every == 0 or done == steps:
+            progress = window.progress(done, steps)
+            metrics = {"nats_per_token": progress.nats_per_token, "learning_rate": rate, "gradient_norm": norm}
+            run.log_metrics({"step": done, **metrics})
+            run.log_timing({"step": done, "tokens_per_second": progress.tokens_per_second})
+            yield progress
+            window = _Window()
+        if done % look_every == 0 or done == steps:
+            paused = time.perf_counter()
+            heldout = evaluate(model, tokenizer, look_text, lanes=_LOOK_LANES) if look_text else None
+            is_best = heldout is None or heldout.nats_per_token < best
+            if heldout is not None:
+                look = {"heldout_nats_per_token": heldout.nats_per_token, "protocol": heldout.protocol}
+                run.log_metrics({"step": done, **look})
+                best = min(best, heldout.nats_per_token)
+            best_step = done if is_best else best_step
+            looks_without_gain = 0 if is_best else looks_without_gain + 1
+            run.save(done, model.weights(), model.config.to_dict(), tokenizer.to_json(), extra, best=is_best)
+            if heldout is not None:
+                yield Looked(done, heldout, is_best, model)
+            window.start += time.perf_counter() - paused
+    final = None
+    if prepared.heldout_text:
+        model.load_weights(checkpoint.load_model(path).weights)
+        final = evaluate(model, tokenizer, prepared.heldout_text, lanes=config.eval_lanes)
+    result = {"steps": done, "best_step": best_step, "heldout": final.to_dict() if final else None}
+    run.write_json("result.json", result)
+    yield Finished(done, best_step, final, time.perf_counter() - start, stopped_early=done < steps)
+
+
+class _Window:
+    """What has happened since the last report."""
+
+    def __init__(self) -> None:
+        self.steps, self.nats, self.tokens, self.start = 0, 0.0, 0, time.perf_counter()
+
+    def add(self, nats_per_token: float, tokens: int) -> None:
+        self.steps += 1
+        self.nats += nats_per_token * tokens
+        self.tokens += tokens
+
+    def progress(self, done: int, steps: int) -> Progress:
+        seconds = time.perf_counter() - self.start
+        left = seconds / self.steps * (steps - done)
+        return Progress(done, steps, self.nats / self.tokens, self.tokens / seconds, left)
+
+
+def run_config(run: Path) -> TrainConfig:
+    """Return the configuration that `run` was trained with."""
+    return TrainConfig.from_dict(checkpoint.open_run(run).config()["train"], f"{run}/config.json")
+
+
+def heldout_text(run: Path) -> str:
+    """Return the held-out part of the text that `run` was trained on.
+
+    Raises:
+        UsageError: the run held nothing out, or its text is no longer what it was.
+    """
+    saved, config = checkpoint.open_run(run).config(), run_config(run)
+    text = corpus.load(config.texts, config.corpus, Path(config.data_dir) if config.data_dir else None)
+    if text.sha256 != saved["text_sha256"]:
+        raise UsageError(
+            f"The text of {run} has changed: it was {saved['text_sha256'][:12]}, it is {text.sha256[:12]} (SHA-256).",
+            "Restore the text, or evaluate the model on a file: longshort eval MODEL TEXT",
+        )
+    _, heldout = split(text.content, config.heldout)
+    if not heldout:
+        raise UsageError(f"{run} held nothing out.", "Evaluate it on a text: longshort eval MODEL TEXT")
+    return heldout
+
+
+def require_free(path: Path) -> None:
+    """Refuse a run directory that cannot be made, before anything takes time.
+
+    Raises:
+        UsageError: something is there already.
+        OutputError: nothing can be written there.
+    """
+    checkpoint.require_new_run(path)
+
+
+def free_run_directory(text_name: str) -> Path:
+    """Return the name of a run directory that does not exist: NAME-run, NAME-run-2, ..."""
+    stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(text_name).stem) or "text"
+    path, number = Path(f"{stem}-run"), 2
+    while path.exists():
+        path, number = Path(f"{stem}-run-{number}"), number + 1
+    return path
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("There is no CUDA device that PyTorch can use here.", "Leave out --device cuda.")
+    return torch.device(name)

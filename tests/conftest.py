@@ -1,0 +1,36 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Tests run side by side; each process keeps to one thread, and none spins while it waits.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+# Time is never asserted; CI draws the same examples each time, so that it fails for a reason in the change.
+settings.register_profile("longshort", deadline=None, max_examples=60, derandomize="CI" in os.environ)
+settings.load_profile("longshort")
+
+ROOT = Path(__file__).parent.parent
+SHARED_TEXTS = ROOT.parent / "shared" / "data"
+
+
+def shared_text(name: str) -> Path:
+    """Return a text that is not part of the project, or skip the test where it is not there."""
+    path = SHARED_TEXTS / name
+    if not path.is_file():
+        pytest.skip(f"the text {name} is not on this machine")
+    return path
+
+
+@pytest.fixture(scope="session")
+def english() -> str:
+    """About 20,000 characters of made-up English: repeatable on every Python."""
+    from longshort.text import grammar
+
+    return grammar.generate(20_000, seed=0)

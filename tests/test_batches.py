@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longshort.errors import ConfigError, TextError
+from longshort.text.batches import IGNORED, SAMPLERS, Batch, ConsecutiveLanes, RandomWindows, Sampler, split
+from longshort.text.tokenizers import Ids
+
+# Every id is its own position, so that a batch tells where it was read.
+sizes = st.integers(2, 300)
+batch_sizes = st.integers(1, 12)
+lengths = st.integers(1, 40)
+seeds = st.integers(0, 2**63 - 1)
+
+
+def positions(n: int) -> Ids:
+    return np.arange(n, dtype=np.int32)
+
+
+def pairs(batch: Batch) -> list[tuple[int, int]]:
+    counted = batch.targets_TB != IGNORED
+    return list(zip(batch.inputs_TB[counted].tolist(), batch.targets_TB[counted].tolist(), strict=True))
+
+
+@given(n=sizes, batch_size=batch_sizes, seq_len=lengths, seed=seeds, name=st.sampled_from(sorted(SAMPLERS)))
+def test_each_epoch_uses_every_pair_once(n: int, batch_size: int, seq_len: int, seed: int, name: str) -> None:
+    sampler = SAMPLERS[name](positions(n), batch_size, seq_len, seed)
+    for epoch in (0, 3):
+        first = epoch * sampler.steps_per_epoch
+        batches = [sampler.batch(step) for step in range(first, first + sampler.steps_per_epoch)]
+        read = Counter(pair for batch in batches for pair in pairs(batch))
+        assert read == Counter((i, i + 1) for i in range(n - 1))
+        assert all(batch.epoch == epoch and batch.tokens == len(pairs(batch)) for batch in batches)
+
+
+@given(n=sizes, batch_size=batch_sizes, seq_len=lengths, seed=seeds)
+def test_lanes_continue_row_by_row(n: int, batch_size: int, seq_len: int, seed: int) -> None:
+    sampler = ConsecutiveLanes(positions(n), batch_size, seq_len, seed)
+    before = None
+    for step in range(2 * sampler.steps_per_epoch):
+        batch = sampler.batch(step)
+        assert batch.starts_fresh == (step % sampler.steps_per_epoch == 0)
+        if before is not None and not batch.starts_fresh:
+            following = (before.inputs_TB[-1] + 1) % (n - 1)
+            assert np.array_equal(batch.inputs_TB[0], following)
+        before = batch
+
+
+@given(n=sizes, batch_size=batch_sizes, seq_len=lengths, seed=seeds)
+def test_random_windows_are_stretches_of_text_from_a_zero_state(
+    n: int, batch_size: int, seq_len: int, seed: int
+) -> None:
+    sampler = RandomWindows(positions(n), batch_size, seq_len, seed)
+    for step in range(sampler.steps_per_epoch):
+        batch = sampler.batch(step)
+        assert batch.starts_fresh
+        assert batch.inputs_TB.shape == (min(seq_len, n - 1), batch_size)
+        for column in range(batch_size):
+            counted = batch.targets_TB[:, column] != IGNORED
+            read = batch.inputs_TB[counted, column]
+            assert np.array_equal(np.diff(read) % (n - 1), np.ones(max(len(read) - 1, 0)) % (n - 1))
+
+
+@given(
+    n=sizes,
+    rows=st.integers(1, 4),
+    world_size=st.integers(1, 4),
+    seq_len=lengths,
+    seed=seeds,
+    name=st.sampled_from(sorted(SAMPLERS)),
+    step=st.integers(0, 50),
+)
+def test_processes_share_the_rows_of_one_batch(
+    n: int, rows: int, world_size: int, seq_len: int, seed: int, name: str, step: int
+) -> None:
+    whole = SAMPLERS[name](positions(n), rows * world_size, seq_len, seed).batch(step)
+    parts = [
+        SAMPLERS[name](positions(n), rows * world_size, seq_len, seed, rank, world_size).batch(step)
+        for rank in range(world_size)
+    ]
+    assert np.array_equal(np.concatenate([p.inputs_TB for p in parts], axis=1), whole.inputs_TB)
+    assert np.array_equal(np.concatenate([p.targets_TB for p in parts], axis=1), whole.targets_TB)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_what_a_step_reads_depends_on_seed_and_epoch_alone(name: str) -> None:
+    def read(seed: int, step: int) -> list[int]:
+        return SAMPLERS[name](positions(1000), 4, 10, seed).batch(step).inputs_TB.ravel().tolist()
+
+    per_epoch = SAMPLERS[name](positions(1000), 4, 10).steps_per_epoch
+    assert read(0, 7) == read(0, 7)
+    assert read(0, 7) != read(1, 7)
+    assert read(0, 0) != read(0, per_epoch)
+
+
+def test_the_lecture_makes_eight_updates_of_whole_windows() -> None:
+    sampler = ConsecutiveLanes(positions(10_000), 32, 35, drop_incomplete=True)
+    assert sampler.steps_per_epoch == 8
+    offsets = set()
+    for epoch in range(200):
+        batches = [sampler.batch(8 * epoch + window) for window in range(8)]
+        assert all(batch.tokens == 32 * 35 for batch in batches)
+        offset = int(batches[0].inputs_TB[0, 0])
+        offsets.add(offset)
+        lanes = np.concatenate([batch.inputs_TB for batch in batches])
+        assert np.array_equal(lanes, offset + np.arange(280)[:, None] + 311 * np.arange(32))
+        assert np.array_equal(batches[-1].targets_TB, batches[-1].inputs_TB + 1)
+    assert offsets == set(range(35))
+
+
+@given(text=st.text(min_size=4, max_size=200), heldout=st.floats(0.0, 0.99))
+def test_split_cuts_the_tail_off(text: str, heldout: float) -> None:
+    try:
+        train, tail = split(text, heldout)
+    except TextError:
+        assert len(text) * heldout < 2 or len(text) * (1 - heldout) < 3
+        return
+    assert train + tail == text
+    assert len(train) == (int(len(text) * (1 - heldout)) if heldout else len(text))
+
+
+def test_the_last_tenth_is_the_published_split() -> None:
+    train, tail = split("x" * 1_115_394)
+    assert (len(train), len(tail)) == (1_003_854, 111_540)
+
+
+def _sampler(**changes: Any) -> Sampler:
+    return ConsecutiveLanes(**({"ids": positions(100), "batch_size": 4, "seq_len": 5} | changes))
+
+
+def test_what_cannot_be_read_is_refused() -> None:
+    with pytest.raises(TextError, match="at least 2 tokens"):
+        _sampler(ids=positions(1))
+    with pytest.raises(ConfigError, match="at least 1"):
+        _sampler(batch_size=0)
+    with pytest.raises(ConfigError, match="at least 1"):
+        _sampler(seq_len=-3)
+    with pytest.raises(ConfigError, match="divided over 3"):
+        _sampler(world_size=3)
+    with pytest.raises(TextError, match="whole windows"):
+        _sampler(seq_len=40, drop_incomplete=True)
+    with pytest.raises(TextError, match="1 character:"):
+        split("x")
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ConfigError):
+            split("x" * 100, share)
