@@ -121,6 +121,22 @@ class Run:
                     shutil.rmtree(entry, ignore_errors=True)
 
 
+def require_new_run(path: str | Path) -> None:
+    """Prove that a run can be started at `path`, before anything takes time; makes the directories of a run.
+
+    Raises:
+        UsageError: something is there already.
+        OutputError: it cannot be written.
+    """
+    with suppress(OSError):  # nothing there; or it may not be looked at, and then not be written either
+        if Path(path).is_file() or any(
+            entry.name != _CHECKPOINTS or any(entry.iterdir()) for entry in Path(path).iterdir()
+        ):
+            found = "is a run already" if is_run(path) else "exists and is not an empty directory"
+            raise UsageError(f"{path} {found}.", "Choose another --out: nothing is overwritten.")
+    require_writable_directory(Path(path) / _CHECKPOINTS)
+
+
 def create_run(path: str | Path, config: Json, tokenizer_json: str) -> Run:
     """Start a run in the directory `path`, made if missing.
 
@@ -129,11 +145,7 @@ def create_run(path: str | Path, config: Json, tokenizer_json: str) -> Run:
         OutputError: it cannot be written.
     """
     run, config_bytes = Run(Path(path)), _json_bytes(config)
-    with suppress(OSError):  # nothing there; or it may not be looked at, and then not be written either
-        if run.path.is_file() or any(run.path.iterdir()):
-            found = "is a run already" if is_run(path) else "exists and is not an empty directory"
-            raise UsageError(f"{path} {found}.", "Choose another --out: nothing is overwritten.")
-    require_writable_directory(run.path / _CHECKPOINTS)
+    require_new_run(path)
     write_file(run.path / _TOKENIZER, tokenizer_json.encode())
     write_file(run.path / _CONFIG, config_bytes)  # last, as it makes the directory a run
     return run

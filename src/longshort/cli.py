@@ -246,11 +246,11 @@ def doctor(*, json: Json = False) -> None:
 def _train(settings: Mapping[str, Any], recipe: str | None, minutes: float | None) -> Path:
     """Train with everything that is set, show it, and return the run directory."""
     _need_torch("train")
-    from longshort import recipes, screen, training
+    from longshort import checkpoint, recipes, screen, training
 
     config = TrainConfig.from_dict(settings)
     if config.out is not None:
-        training.require_free(Path(config.out))
+        checkpoint.require_new_run(config.out)
     prepared = None
     if minutes is not None:
         begin = time.perf_counter()

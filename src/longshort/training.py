@@ -300,16 +300,6 @@ def heldout_text(run: Path) -> str:
     return heldout
 
 
-def require_free(path: Path) -> None:
-    """Refuse a run directory that cannot be made, before anything takes time.
-
-    Raises:
-        UsageError: something is there already.
-        OutputError: nothing can be written there.
-    """
-    checkpoint.require_new_run(path)
-
-
 def free_run_directory(text_name: str) -> Path:
     """Return the name of a run directory that does not exist: NAME-run, NAME-run-2, ..."""
     stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(text_name).stem) or "text"

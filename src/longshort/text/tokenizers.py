@@ -191,7 +191,7 @@ def _code_points(text: str) -> NDArray[np.uint32]:
 
 
 def _tokenizer_json(pre_tokenizer: dict[str, Any], decoder: dict[str, Any], model: dict[str, Any]) -> str:
-    content = {
+    content: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
