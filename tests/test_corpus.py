@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -329,16 +328,33 @@ def test_corrupted_cache_is_replaced(cache: Path, tmp_path: Path) -> None:
         (sends(GOOD[:5000], length=len(GOOD)), "cut off"),
         (sends(b"not here", status=404), "answered 404"),
         (sends(GOOD, status=503), "answered 503"),
-        (lambda _: time.sleep(0.6), "no answer"),
         (lambda handler: handler.wfile.write(b"\x00 this is no HTTP"), "no answer"),
     ],
 )
 def test_failed_download_leaves_nothing(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, answer: Callable[[BaseHTTPRequestHandler], None], reason: str
+    cache: Path, answer: Callable[[BaseHTTPRequestHandler], None], reason: str
 ) -> None:
-    monkeypatch.setattr(corpus, "TIMEOUT", 0.3)
     with server(answer) as url, refused(CorpusError, reason, f"{url}/timemachine.txt", "--data-dir"):
         download("timemachine", base_url=url)
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_server_that_falls_silent(cache: Path, monkeypatch: pytest.MonkeyPatch, begins: bool) -> None:
+    monkeypatch.setattr(corpus, "TIMEOUT", 0.2)
+    over = threading.Event()
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        if begins:
+            sends(GOOD[:5000], length=len(GOOD))(handler)
+        over.wait(10)
+
+    with server(answer) as url:
+        try:
+            with at_most(5), refused(CorpusError, "no answer", f"{url}/timemachine.txt", "--data-dir"):
+                download("timemachine", base_url=url)
+        finally:
+            over.set()
     assert list(cache.iterdir()) == []
 
 

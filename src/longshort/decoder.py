@@ -86,14 +86,7 @@ class Decoder:
         self.config = config
         self.tokenizer = tokenizer
         self._step, self._num_states = _STEPS[config.cell]
-        shapes = weight_shapes(config, {"rnn": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}[config.cell])
-        for name, shape in shapes.items():
-            found = weights[name].shape if name in weights else None
-            if found != shape:
-                raise CheckpointError(
-                    f"The model's weight {name} should have the shape {shape}; the file has {found or 'none'}.",
-                    "The files belong to different models: restore the directory from where it was made.",
-                )
+        shapes = check_weights(config, {"rnn": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}[config.cell], weights)
         self._weights = {name: np.asarray(weights[name], dtype=np.float32) for name in shapes}
         w = self._weights
         table_VG = w["recurrent.weight_ih_l0"].T
@@ -161,6 +154,24 @@ def weight_shapes(config: ModelConfig, num_gates: int) -> dict[str, tuple[int, .
     if not config.tied:
         shapes["output.weight"] = (V, H)
     shapes["output.bias"] = (V,)
+    return shapes
+
+
+def check_weights(config: ModelConfig, num_gates: int, weights: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every weight, having found each in `weights` and nothing else.
+
+    Raises:
+        CheckpointError: a weight is missing, is one too many, or has another shape than `config` says.
+    """
+    shapes = weight_shapes(config, num_gates)
+    for name in {**shapes, **weights}:
+        wanted = shapes.get(name, "nothing")
+        found = weights[name].shape if name in weights else "nothing"
+        if found != wanted:
+            raise CheckpointError(
+                f"The model's weight {name} should have the shape {wanted}; the file has {found}.",
+                "The files belong to different models: restore the directory from where it was made.",
+            )
     return shapes
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from longshort import cells, checkpoint, kernels
 from longshort.cells import State
 from longshort.config import ModelConfig
+from longshort.decoder import check_weights
 from longshort.layers import CellStack
 from longshort.text import tokenizers
 from longshort.text.tokenizers import Tokenizer
@@ -103,7 +104,12 @@ class LanguageModel(nn.Module):
         return state
 
     def load_weights(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
-        """Take over weights that `weights` gave."""
+        """Take over weights that `weights` gave.
+
+        Raises:
+            CheckpointError: they are those of another model.
+        """
+        check_weights(self.config, len(cells.get_cell(self.config.cell).gates), weights)
         state = {k: torch.from_numpy(np.array(v)) for k, v in weights.items()}
         if self.config.tied:
             state["output.weight"] = state["embedding.weight"]
