@@ -131,7 +131,8 @@ def test_the_last_tenth_is_the_published_split() -> None:
 
 
 def _sampler(**changes: Any) -> Sampler:
-    return ConsecutiveLanes(**({"ids": positions(100), "batch_size": 4, "seq_len": 5} | changes))
+    arguments: dict[str, Any] = {"ids": positions(100), "batch_size": 4, "seq_len": 5}
+    return ConsecutiveLanes(**(arguments | changes))
 
 
 def test_what_cannot_be_read_is_refused() -> None:

@@ -20,6 +20,11 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
+def gradient_of(param: Tensor) -> Tensor:
+    assert param.grad is not None
+    return param.grad
+
+
 def double_stack(cell: str, x_TBI: Tensor, layer: nn.RNNBase) -> tuple[Tensor, cells.State]:
     """Run the reference equations with the weights of a PyTorch layer."""
     definition = cells.CELLS[cell]
@@ -75,7 +80,8 @@ def test_textbook_reference_and_torch_agree(cell: str, T: int, B: int, V: int, H
     found = torch.autograd.grad((reference_output * weights).sum(), [getattr(layer, name) for name in names])
     for i, (theirs, reference) in enumerate(zip(expected, found, strict=True)):
         close(reference, theirs)
-        ours = torch.cat([block[i].grad.T if i < 2 else block[i].grad for block in order])
+        gradients = [gradient_of(block[i]) for block in order]
+        ours = torch.cat([gradient.T for gradient in gradients] if i < 2 else gradients)
         close(ours, theirs)
 
 

@@ -25,7 +25,7 @@ TOKENIZER = CharTokenizer(SYMBOLS)
 
 def model_of(seed: int = 0, **changes: Any) -> LanguageModel:
     torch.manual_seed(seed)
-    return LanguageModel(ModelConfig(**({"vocab_size": 8, "hidden": 6} | changes)), TOKENIZER).eval()
+    return LanguageModel(ModelConfig(**({"vocab_size": 8, "hidden": 6, "embedding": 5} | changes)), TOKENIZER).eval()
 
 
 architectures = st.fixed_dictionaries(
@@ -110,7 +110,7 @@ def test_tied_weights_are_one_and_are_saved_once() -> None:
 
 @pytest.mark.parametrize(("cell", "parameters"), [("rnn", 88_107), ("gru", 242_219), ("lstm", 319_275)])
 def test_the_lectures_model_has_pytorchs_number_of_parameters(cell: str, parameters: int) -> None:
-    assert LanguageModel(ModelConfig(vocab_size=43, cell=cell)).num_parameters == parameters
+    assert LanguageModel(ModelConfig(vocab_size=43, cell=cell, embedding=0)).num_parameters == parameters
 
 
 def test_a_causal_model_refuses_to_be_bidirectional_and_says_why() -> None:
@@ -125,6 +125,8 @@ def test_dropout_acts_in_training_alone() -> None:
     assert torch.equal(model(ids)[0], model(ids)[0])
     model.train()
     assert not torch.equal(model(ids)[0], model(ids)[0])
+    assert evaluate(model, TOKENIZER, "abcabc") == evaluate(model, TOKENIZER, "abcabc")
+    assert model.training
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_dropout_acts_in_training_alone() -> None:
         ({"tied": 1}, "tied must be true or false"),
         ({"hiden": 3}, "Did you mean 'hidden'"),
         ({"zzz": 3}, "Known: cell"),
-        ({"vocab_size": 5000}, "One-hot input is for at most 4096"),
+        ({"vocab_size": 5000, "embedding": 0}, "One-hot input is for at most 4096"),
     ],
 )
 def test_configurations_name_what_is_wrong(values: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ from longshort.errors import CheckpointError, TextError, UsageError
 from longshort.text.tokenizers import ByteTokenizer, CharTokenizer, from_json, train_tokenizer
 
 # Surrogates cannot stand in a UTF-8 file, and HF takes no text that holds one.
-texts = st.text(alphabet=st.characters(exclude_categories=("Cs",)))
+texts = st.text(alphabet=st.characters(exclude_categories=["Cs"]))
 
 
 @given(text=texts.filter(bool))

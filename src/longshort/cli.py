@@ -6,6 +6,7 @@ Results go to standard output, everything else (progress, notes, errors) to stan
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,9 +14,9 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -30,7 +31,20 @@ app = App(
     help="Train and run small LSTM, GRU and RNN language models on an ordinary CPU.",
     result_action="return_value",
     version_flags=["--version"],
+    suppress_keyboard_interrupt=False,
 )
+
+
+def _whole_number(_: type, tokens: Sequence[cyclopts.Token]) -> int:
+    """Convert a flag's value; unlike cyclopts, which would round it, refuse 1.5."""
+    with contextlib.suppress(ValueError, OverflowError):
+        number = float(tokens[0].value)
+        if number.is_integer():
+            return int(tokens[0].value) if tokens[0].value.isdecimal() else int(number)
+    raise ValueError(f"a whole number was wanted, not {tokens[0].value!r}")
+
+
+Int = Annotated[int, Parameter(converter=_whole_number)]
 
 
 def _option_class(config: type, left_out: tuple[str, ...]) -> type:
@@ -39,7 +53,9 @@ def _option_class(config: type, left_out: tuple[str, ...]) -> type:
     for field in dataclasses.fields(config):
         if field.name not in left_out:
             default = "" if field.default in (None, False) else f" (default: {field.default})"
-            parameter = Parameter(help=field.metadata["help"] + default)
+            whole = int in (hints[field.name], *get_args(hints[field.name]))
+            convert = _whole_number if whole else None
+            parameter = Parameter(help=field.metadata["help"] + default, converter=convert)
             annotations[field.name] = Annotated[hints[field.name] | None, parameter]
     body = {"__annotations__": annotations, "__module__": __name__, **dict.fromkeys(annotations)}
     return dataclasses.dataclass(type(f"{config.__name__}Flags", (), body))
@@ -50,7 +66,7 @@ if TYPE_CHECKING:
 else:
     TrainFlags = _option_class(TrainConfig, left_out=("texts",))
 
-Json = Annotated[bool, Parameter(help="Print one JSON object and nothing else.", negative="")]
+Json = Annotated[bool, Parameter(help="Print one JSON object and nothing else.", negative="", show_default=False)]
 Corpus = Annotated[str | None, Parameter(help="A named corpus instead of TEXT: builtin, timemachine, tinyshakespeare.")]
 DataDir = Annotated[str | None, Parameter(help="Directory that holds the named corpora, instead of a download.")]
 
@@ -68,8 +84,7 @@ def demo(
     from longshort import training
 
     _say("A character model learns English from Python's own documentation, which is on this machine already.")
-    path = Path(out) if out else training.free_run_directory("longshort-demo")
-    path = path if out else Path(str(path).replace("-run", "", 1))
+    path = Path(out) if out else training.free_directory("longshort-demo")
     run = _train({"corpus": "builtin", "out": str(path)}, None, minutes)
     _say("\nWhat it writes, given the first words:\n")
     for number, prompt in enumerate(("The ", "If the argument ", "class ")):
@@ -111,13 +126,15 @@ def train(
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, Parameter(help="A run or a model directory.")],
+    /,
     *text: Annotated[str, Parameter(help="Text files or directories.")],
     corpus: Corpus = None,
     data_dir: DataDir = None,
     split: Annotated[
         Literal["valid"] | None, Parameter(help="Take the run's own held-out part instead of TEXT.")
     ] = None,
-    block: Annotated[int | None, Parameter(help="Zero state at the start of every block of this many tokens.")] = None,
+    block: Annotated[Int | None, Parameter(help="Zero state at the start of every block of this many tokens.")] = None,
+    lanes: Annotated[Int | None, Parameter(help="Parts that are read side by side: quicker, a little worse.")] = None,
     json: Json = False,
 ) -> None:
     """Measure how well a model predicts a text: state carried through the text, or zero at every block."""
@@ -125,7 +142,8 @@ def evaluate(
     from longshort.evaluation import evaluate
     from longshort.text import corpus as corpora
 
-    lanes = 1
+    if lanes is not None and lanes < 1:
+        raise UsageError(f"--lanes must be at least 1, not {lanes}.")
     if split is not None:
         if text or corpus:
             raise UsageError("--split valid is the run's own text; TEXT and --corpus do not go with it.")
@@ -136,13 +154,13 @@ def evaluate(
 
         config = training.run_config(Path(model))
         content, name = training.heldout_text(Path(model)), "held-out part"
-        lanes = config.eval_lanes if block is None else 1
+        lanes = lanes or (config.eval_lanes or 1 if block is None else 1)
         _set_threads(config.threads)
     else:
         loaded = corpora.load(text, corpus, Path(data_dir) if data_dir else None)
         content, name = loaded.content, loaded.name
         torch_model = _language_model(model, required=False) or longshort.load(model)
-    found = evaluate(torch_model, torch_model.tokenizer, content, lanes=lanes, block=block)
+    found = evaluate(torch_model, torch_model.tokenizer, content, lanes=lanes or 1, block=block)
     if json:
         _print_json({"model": model, "text": name, **found.to_dict()})
         return
@@ -155,14 +173,17 @@ def evaluate(
 @app.command
 def generate(
     model: Annotated[str, Parameter(help="A run or a model directory.")],
+    /,
     *,
     prompt: Annotated[str, Parameter(help="What the model reads before it writes.")] = "",
-    length: Annotated[int, Parameter(help="Symbols to write.")] = 500,
+    length: Annotated[Int, Parameter(help="Symbols to write.")] = 500,
     temperature: Annotated[float | None, Parameter(help="Below 1 bolder, above 1 wilder (default: 0.8).")] = None,
-    top_k: Annotated[int | None, Parameter(help="Sample from the K most probable symbols only.")] = None,
+    top_k: Annotated[Int | None, Parameter(help="Sample from the K most probable symbols only.")] = None,
     top_p: Annotated[float | None, Parameter(help="Sample from the fewest symbols that hold this probability.")] = None,
-    greedy: Annotated[bool, Parameter(help="Always the most probable symbol.", negative="")] = False,
-    seed: Annotated[int, Parameter(help="Decides what is sampled.")] = 0,
+    greedy: Annotated[
+        bool, Parameter(help="Always the most probable symbol.", negative="", show_default=False)
+    ] = False,
+    seed: Annotated[Int, Parameter(help="Decides what is sampled.")] = 0,
     json: Json = False,
 ) -> None:
     """Write text: warm the state on the prompt, then sample symbol by symbol."""
@@ -189,9 +210,9 @@ def compare(
     implementations: Annotated[
         str, Parameter(help="scratch, torch, reference, or your own copy of the textbook such as ./mine.py.")
     ] = "scratch,torch",
-    seeds: Annotated[int, Parameter(help="Runs of each, with seeds 0, 1, ...")] = 1,
-    epochs: Annotated[int | None, Parameter(help="Other than the lecture's 160.")] = None,
-    threads: Annotated[int | None, Parameter(help="Processor threads.")] = None,
+    seeds: Annotated[Int, Parameter(help="Runs of each, with seeds 0, 1, ...")] = 1,
+    epochs: Annotated[Int | None, Parameter(help="Other than the lecture's 160.")] = None,
+    threads: Annotated[Int | None, Parameter(help="Processor threads.")] = None,
     corpus: Corpus = None,
     data_dir: DataDir = None,
     plot: Annotated[str | None, Parameter(help="Draw the curves into this file (.png, .svg, .pdf).")] = None,
@@ -212,7 +233,7 @@ def compare(
     _set_threads(threads)
     loaded = corpora.load([text] if text else (), corpus if text or corpus else "builtin", _path(data_dir))
     chosen = {"cells": _names(cells), "implementations": _names(implementations), "seeds": seeds, "epochs": epochs}
-    with screen.Ticker(quiet=json) as ticker:
+    with screen.Ticker() as ticker:
         result = comparison.result(loaded, threads=torch.get_num_threads(), report=ticker.report, **chosen)
     if plot is not None:
         from longshort import plots
@@ -254,6 +275,7 @@ def _train(settings: Mapping[str, Any], recipe: str | None, minutes: float | Non
     prepared = None
     if minutes is not None:
         begin = time.perf_counter()
+        recipes.check_budget(minutes, settings)
         _say(f"Measuring this machine for a run of {minutes:g} minute{'' if minutes == 1 else 's'} ...")
         prepared = training.Prepared(config)
         plan = recipes.plan(minutes, settings, prepared, since=begin)
@@ -387,8 +409,10 @@ def _complain(words: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line and return its exit status."""
-    # Before PyTorch is loaded: threads that wait must not burn a core that something else needs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before PyTorch is loaded: a waiting thread spins briefly, then sleeps. GNU OpenMP's own choice (300,000 turns) is
+    # ruinous beside a busy process, not spinning at all costs half the speed on a quiet machine (docs/log.md).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

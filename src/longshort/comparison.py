@@ -43,6 +43,8 @@ PREFIXES = ("traveller", "time traveller")
 SAMPLE_CHARACTERS = 50
 CHECKPOINTS = (40, 80, 120, 160)
 """Epochs whose training perplexity the lecture prints."""
+HELDOUT_EVERY = 20
+"""Epochs between looks at the held-out characters."""
 IMPLEMENTATIONS = ("scratch", "torch")
 LECTURE_TEXT_SHA256 = "a825e700ad7753c931b4766105c6a33c472a81f78de7f6bc73dfe2cebf4821dc"
 LECTURE_PERPLEXITY = {"gru": ["7.74", "3.35", "1.35", "1.15"], "lstm": ["7.95", "3.83", "1.92", "1.32"]}
@@ -63,6 +65,9 @@ class Row:
     train_perplexity: dict[int, float] = field(default_factory=dict)
     """At the epochs that the lecture prints, and the last."""
     heldout_perplexity: float | None = None
+    """At the end."""
+    heldout_curve: dict[int, float] = field(default_factory=dict)
+    """Every 20 epochs, and at the end."""
     curve: list[float] = field(default_factory=list)
     """Training perplexity of every epoch."""
     samples: list[str] = field(default_factory=list)
@@ -186,11 +191,12 @@ def run(
                     row.curve.append(perplexity)
                     if number in CHECKPOINTS or number == num_epochs:
                         row.train_perplexity[number] = perplexity
+                    if heldout and (number % HELDOUT_EVERY == 0 or number == num_epochs):
+                        row.heldout_perplexity = model.heldout_perplexity(heldout)
+                        row.heldout_curve[number] = row.heldout_perplexity
                     report(row, number, num_epochs)
                 row.seconds_per_epoch = statistics.median(seconds)
                 row.tokens_per_second = statistics.median(rates)
-                if heldout:
-                    row.heldout_perplexity = model.heldout_perplexity(heldout)
                 known = set(train_text)
                 row.samples = [model.continue_text(p, SAMPLE_CHARACTERS) for p in PREFIXES if set(p) <= known]
                 yield row

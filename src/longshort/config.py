@@ -77,7 +77,7 @@ class Architecture(Options):
     layers: int = option(1, "Recurrent layers, one above the other.", least=1, most=64)
     hidden: int = option(256, "Hidden units of each layer.", least=1, most=65536)
     embedding: int = option(
-        0, "Width of the learned embedding; 0 feeds one-hot symbols, as the lecture does.", least=0, most=65536
+        128, "Width of the learned embedding; 0 feeds one-hot symbols, as the lecture does.", least=0, most=65536
     )
     dropout: float = option(0.0, "Share of each layer's outputs that training drops.", least=0, below=1)
     tied: bool = option(False, "Use the embedding as the output layer's weights too (embedding = hidden).")
@@ -143,11 +143,16 @@ class TrainConfig(Architecture):
         "torch: PyTorch's own ranges; normal: N(0, 0.01) and zero biases, as the lecture.",
         choices=("torch", "normal"),
     )
+    single_bias: bool = option(
+        False, "Train one bias a gate, as the equations have; the second one of PyTorch's layers stays zero."
+    )
     seed: int = option(0, "Decides initial weights, dropout and the order of reading.", least=0, most=2**63 - 1)
     threads: int | None = option(None, "Processor threads; measured or PyTorch's own choice if not given.", least=1)
     device: str = option("cpu", "cpu, or cuda.", choices=("cpu", "cuda"))
     validate_every: int | None = option(None, "Steps between looks at held-out text; a tenth of all if unset.", least=1)
-    eval_lanes: int = option(1, "Lanes in which the held-out text is read for the last figure.", least=1)
+    eval_lanes: int | None = option(
+        None, "Lanes in which the held-out text is read for the last figure; one, unless it is very long.", least=1
+    )
     patience: int | None = option(None, "Stop after this many looks without improvement.", least=1)
 
     def model(self, vocab_size: int) -> ModelConfig:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,12 +56,20 @@ def _lstm_step(x_BG: Array, h_BG: Array, state: State) -> State:
     return (o * np.tanh(c), c)
 
 
-# The equations of cells.py once more, on arrays; `h_BG` is W_hh h + b_hh.
-_STEPS: dict[str, tuple[Callable[[Array, Array, State], State], int]] = {
-    "rnn": (_rnn_step, 1),
-    "rnn_relu": (_rnn_relu_step, 1),
-    "gru": (_gru_step, 1),
-    "lstm": (_lstm_step, 2),
+class ArrayCell(NamedTuple):
+    """A cell of `cells.py` once more, on arrays."""
+
+    step: Callable[[Array, Array, State], State]
+    """`step(x_BG, h_BG, state) -> state`: the input's and the state's shares of the gates, biases added."""
+    num_gates: int
+    num_states: int
+
+
+CELLS = {
+    "rnn": ArrayCell(_rnn_step, 1, 1),
+    "rnn_relu": ArrayCell(_rnn_relu_step, 1, 1),
+    "gru": ArrayCell(_gru_step, 3, 1),
+    "lstm": ArrayCell(_lstm_step, 4, 2),
 }
 
 
@@ -78,15 +87,15 @@ class Decoder:
     """
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Array], tokenizer: Tokenizer) -> None:
-        if config.cell not in _STEPS:
+        if config.cell not in CELLS:
             raise UsageError(
-                f"The cell {config.cell!r} runs with PyTorch only; without it {', '.join(_STEPS)} can be run.",
+                f"The cell {config.cell!r} runs with PyTorch only; without it {', '.join(CELLS)} can be run.",
                 "Install PyTorch: pip install 'longshort[train]'",
             )
         self.config = config
         self.tokenizer = tokenizer
-        self._step, self._num_states = _STEPS[config.cell]
-        shapes = check_weights(config, {"rnn": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}[config.cell], weights)
+        self._cell = CELLS[config.cell]
+        shapes = check_weights(config, self._cell.num_gates, weights)
         self._weights = {name: np.asarray(weights[name], dtype=np.float32) for name in shapes}
         w = self._weights
         table_VG = w["recurrent.weight_ih_l0"].T
@@ -98,7 +107,7 @@ class Decoder:
 
     def _zero_state(self, batch_size: int) -> State:
         shape = (self.config.layers, batch_size, self.config.hidden)
-        return tuple(np.zeros(shape, dtype=np.float32) for _ in range(self._num_states))
+        return tuple(np.zeros(shape, dtype=np.float32) for _ in range(self._cell.num_states))
 
     def _run(self, ids_TB: NDArray[np.int64], state: State | None) -> tuple[Array, State]:
         """Return the last layer's outputs (T, B, H) and the state after the last step."""
@@ -117,7 +126,7 @@ class Decoder:
             for t in range(T):
                 # (G, H) times a column is BLAS's fast product for one row; the transposed one is, for several.
                 h_BG = (weight_hh @ now[0][0])[None] if B == 1 else now[0] @ weight_hh.T
-                now = self._step(x_TBG[t], h_BG + bias_hh, now)
+                now = self._cell.step(x_TBG[t], h_BG + bias_hh, now)
                 h_TBH[t] = now[0]
             after.append(now)
         return h_TBH, tuple(np.stack(tensors) for tensors in zip(*after, strict=True))

@@ -23,6 +23,7 @@ from longshort.errors import ConfigError, TextError
 from longshort.text.tokenizers import Tokenizer
 
 _TOKENS_A_CALL = 4096
+_LOGITS_A_CALL = 2**22
 
 
 class Model(Protocol):
@@ -87,13 +88,13 @@ def evaluate(model: Model, tokenizer: Tokenizer, text: str, *, lanes: int = 1, b
         protocol = f"zero state at the start of every block of {block} tokens"
         for start in range(0, len(inputs), block * 64):
             part = slice(start, start + block * 64)
-            total += _rows(model, inputs[part], targets[part], counted[part], block)
+            total += _rows(model, tokenizer.size, inputs[part], targets[part], counted[part], block)
     else:
         lanes = min(lanes, len(inputs))
         protocol = (
             "state carried through the text, one lane" if lanes == 1 else f"state carried in each of {lanes} lanes"
         )
-        total = _rows(model, inputs, targets, counted, -(-len(inputs) // lanes))
+        total = _rows(model, tokenizer.size, inputs, targets, counted, -(-len(inputs) // lanes))
     predicted = targets[counted]
     characters = tokenizer.characters(predicted.astype(np.int32))
     num_bytes = len(tokenizer.decode(predicted.tolist()).encode("utf-8", "surrogatepass"))
@@ -115,7 +116,12 @@ def evaluate(model: Model, tokenizer: Tokenizer, text: str, *, lanes: int = 1, b
 
 
 def _rows(
-    model: Model, inputs: NDArray[np.int64], targets: NDArray[np.int64], counted: NDArray[np.bool_], length: int
+    model: Model,
+    size: int,
+    inputs: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    counted: NDArray[np.bool_],
+    length: int,
 ) -> float:
     """Return the nats of all counted targets, the text being cut into rows of `length`, each from a zero state."""
     rows = -(-len(inputs) // length)
@@ -124,7 +130,7 @@ def _rows(
     counted_TB = np.pad(counted, (0, padding)).reshape(rows, length).T
     targets_TB = np.where(counted_TB, np.pad(targets, (0, padding)).reshape(rows, length).T, 0)
     total, state = 0.0, None
-    window = max(_TOKENS_A_CALL // rows, 1)
+    window = max(min(_TOKENS_A_CALL, _LOGITS_A_CALL // size) // rows, 1)
     for first in range(0, length, window):
         part = slice(first, first + window)
         nats_TB, state = model.nats(

@@ -101,7 +101,7 @@ def choose(logits_V: NDArray[np.float32], sampling: Sampling, u: float) -> int:
     p = np.exp(scaled)
     p /= p.sum()
     if sampling.top_k is not None or sampling.top_p is not None:
-        order = np.argsort(-p, kind="stable")
+        order = np.argsort(-logits_V, kind="stable")
         keep = len(p) if sampling.top_k is None else min(sampling.top_k, len(p))
         if sampling.top_p is not None:
             reached = np.cumsum(p[order[:keep]] / p[order[:keep]].sum())

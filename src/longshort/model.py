@@ -5,7 +5,8 @@ T  steps   B  rows   V  symbols   E  embedding width   H  hidden units   L  laye
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,7 @@ class LanguageModel(nn.Module):
     @property
     def num_parameters(self) -> int:
         """Number of trained values; a tied matrix counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
     def weights(self) -> dict[str, NDArray[np.float32]]:
         """Return the weights by name as float32 arrays, a tied output matrix left out."""
@@ -115,6 +116,16 @@ class LanguageModel(nn.Module):
             state["output.weight"] = state["embedding.weight"]
         self.load_state_dict(state)
 
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Without dropout; a model in training is in training afterwards."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
+
     # What evaluation and generation ask of any model, this one or the torch-free decoder: arrays in, arrays out.
 
     @torch.no_grad()
@@ -123,7 +134,8 @@ class LanguageModel(nn.Module):
     ) -> tuple[NDArray[np.float64], State]:
         """Return -log p of each target in nats, float64 (T, B), and the state after the last input."""
         device = self.output.bias.device
-        logits_TBV, state = self.eval()(torch.from_numpy(inputs_TB).to(device), state)
+        with self._evaluating():
+            logits_TBV, state = self(torch.from_numpy(inputs_TB).to(device), state)
         log_p = F.log_softmax(logits_TBV.double(), dim=-1)
         targets = torch.from_numpy(targets_TB).to(device).unsqueeze(-1)
         return -log_p.gather(-1, targets).squeeze(-1).cpu().numpy(), state
@@ -132,7 +144,8 @@ class LanguageModel(nn.Module):
     def logits(self, ids_T: NDArray[np.int64], state: State | None) -> tuple[NDArray[np.float32], State]:
         """Read `ids_T` and return the logits (V) of the symbol after the last, and the state there."""
         device = self.output.bias.device
-        logits_TBV, state = self.eval()(torch.from_numpy(ids_T).to(device).unsqueeze(1), state)
+        with self._evaluating():
+            logits_TBV, state = self(torch.from_numpy(ids_T).to(device).unsqueeze(1), state)
         return logits_TBV[-1, 0].cpu().float().numpy(), state
 
 

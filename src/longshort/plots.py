@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,12 +64,13 @@ def comparison(result: Mapping[str, Any], path: str | Path) -> None:
 
     names, values, colours = [], [], []
     for cell, colour in zip(cells, _cycle(_COLOURS, len(cells)), strict=True):
-        found = [r["heldout_perplexity"] for r in rows if r["cell"] == cell]
-        found = [value for value in found if value is not None and math.isfinite(value)]
-        if found:
-            names.append(cell.upper())
-            values.append(statistics.median(found))
-            colours.append(colour)
+        curves = [row["heldout_curve"] for row in rows if row["cell"] == cell and row["heldout_curve"]]
+        if curves:
+            middles = {epoch: statistics.median(curve[epoch] for curve in curves) for epoch in curves[0]}
+            best = min(middles, key=lambda epoch: middles[epoch])
+            names += [cell.upper(), f"{cell.upper()} at epoch {best}"]
+            values += [list(middles.values())[-1], middles[best]]
+            colours += [colour, colour]
     for baseline in result["baselines"]:
         if baseline["heldout_perplexity"] is not None:
             names.append(f"{baseline['order']}-gram")
@@ -80,8 +80,8 @@ def comparison(result: Mapping[str, Any], path: str | Path) -> None:
     right.bar_label(bars, labels=[f"{value:.1f}" for value in values], padding=4, fontsize=9)
     right.invert_yaxis()
     right.set_xlim(0, max(values, default=1) * 1.15)
-    right.set_xlabel("perplexity at the end of training")
-    right.set_title("The 5,000 characters that follow: nobody saw them", loc="left", size=11)
+    right.set_xlabel("perplexity at the end of training, and at its best")
+    right.set_title("The characters that follow: unseen", loc="left", size=11)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     try:

@@ -36,6 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "warmup": 0.0,
         "final_lr": 1.0,
         "init": "normal",
+        "single_bias": True,
     },
 }
 
@@ -92,6 +93,18 @@ class Plan:
     """Seconds a step at each number of threads that was tried, for the chosen size."""
 
 
+def check_budget(minutes: float, settings: Mapping[str, Any]) -> None:
+    """Refuse a budget that is not a positive number of minutes, or that stands beside a number of steps.
+
+    Raises:
+        ConfigError, UsageError: accordingly.
+    """
+    if not 0 < minutes < 1e6:
+        raise ConfigError(f"minutes must be a positive number, not {minutes:g}.")
+    if "steps" in settings or "epochs" in settings:
+        raise UsageError("Give --minutes or a number of steps or epochs, not both.")
+
+
 def plan(minutes: float, settings: Mapping[str, Any], prepared: Prepared, since: float) -> Plan:
     """Choose model size, threads and number of steps for a budget by measuring this machine.
 
@@ -105,17 +118,14 @@ def plan(minutes: float, settings: Mapping[str, Any], prepared: Prepared, since:
         A configuration with a fixed number of steps: a run of it can be repeated exactly.
 
     Raises:
-        ConfigError: the budget is not a positive number, or the number of steps is set too.
+        ConfigError, UsageError: as `check_budget`.
     """
     import torch
 
     from longshort import training
     from longshort.evaluation import evaluate
 
-    if not 0 < minutes < 1e6:
-        raise ConfigError(f"minutes must be a positive number, not {minutes:g}.")
-    if "steps" in settings or "epochs" in settings:
-        raise UsageError("Give --minutes or a number of steps or epochs, not both.")
+    check_budget(minutes, settings)
     seconds = 60 * minutes
     base = TrainConfig.from_dict(settings)
     cores = torch.get_num_threads()
@@ -133,10 +143,8 @@ def plan(minutes: float, settings: Mapping[str, Any], prepared: Prepared, since:
         return sorted(times[1:])[1]  # the first step allocates and is slower
 
     def sized(hidden: int) -> TrainConfig:
-        # With few symbols one-hot input is as good as an embedding and costs least; with many it is too wide.
-        embedding = settings.get("embedding", 0 if prepared.tokenizer.size <= hidden else min(hidden, 256))
-        if settings.get("tied"):
-            embedding = hidden
+        # A learned embedding learns much faster than one-hot input; the projected table makes it cost the same.
+        embedding = settings.get("embedding", hidden if settings.get("tied") else min(hidden, 256))
         return dataclasses.replace(base, hidden=hidden, embedding=embedding)
 
     measured: dict[int, float] = {}
@@ -166,16 +174,17 @@ def plan(minutes: float, settings: Mapping[str, Any], prepared: Prepared, since:
     torch.set_num_threads(threads)
 
     # What the looks at held-out text and the last figure cost.
-    lanes, reserve = 1, 0.0
+    lanes, reserve = training.settle(chosen, 1, prepared.heldout_tokens).eval_lanes or 1, 0.0
     if prepared.heldout_text:
         model = training.make_model(chosen, prepared.tokenizer)
         rates: dict[int, float] = {}
-        for lanes in (1, 64):
-            sample = prepared.heldout_text[: 2000 * lanes]
+        for rows in (1, 64):
+            sample = prepared.heldout_text[: 2000 * rows]
             begin = time.perf_counter()
-            evaluate(model, prepared.tokenizer, sample, lanes=lanes)
-            rates[lanes] = (time.perf_counter() - begin) / len(sample)
-        lanes = settings.get("eval_lanes", 1 if rates[1] * len(prepared.heldout_text) < 0.1 * seconds else 64)
+            evaluate(model, prepared.tokenizer, sample, lanes=rows)
+            rates[rows] = (time.perf_counter() - begin) / len(sample)
+        if "eval_lanes" not in settings and rates[1] * len(prepared.heldout_text) > 0.1 * seconds:
+            lanes = 64
         looks = 10 * min(len(prepared.heldout_text), training.LOOK_CHARACTERS) * rates[64]
         reserve = looks + len(prepared.heldout_text) * rates[1 if lanes == 1 else 64]
     left = seconds - (time.perf_counter() - since) - reserve

@@ -171,18 +171,16 @@ class TrainView:
 
 
 class Ticker:
-    """Says on standard error how far `compare` is: one line that is overwritten, on a terminal only."""
+    """Says on standard error how far `compare` is: a line that is overwritten, or off a terminal one line a run."""
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
-        self._on = self._console.is_terminal and not quiet
-        self._lines = not self._console.is_terminal and not quiet
 
     def __enter__(self) -> Ticker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._on:
+        if self._console.is_terminal:
             self._console.file.write("\r\x1b[K")
 
     def report(self, row: Row, epoch: int, epochs: int) -> None:
@@ -190,10 +188,10 @@ class Ticker:
         words = (
             f"{row.implementation} {row.cell} seed {row.seed}: epoch {epoch}/{epochs}, perplexity {row.curve[-1]:.3f}"
         )
-        if self._on:
+        if self._console.is_terminal:
             self._console.file.write(f"\r{visible(words)}\x1b[K")
             self._console.file.flush()
-        elif self._lines and epoch == epochs:
+        elif epoch == epochs:
             self._console.print(words, markup=False)
 
 
@@ -211,7 +209,7 @@ def print_comparison(result: Mapping[str, Any]) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("cell", "implementation"):
         table.add_column(name)
-    for name in ("parameters", *(f"epoch {e}" for e in epochs), "held-out", "s/epoch", "tokens/s"):
+    for name in ("parameters", *(f"epoch {e}" for e in epochs), "held-out", "best (epoch)", "s/epoch", "tokens/s"):
         table.add_column(name, justify="right")
     for group in summary(result["rows"]):
         figures = [f"{group['train_perplexity'][e]:.2f}" for e in epochs]
@@ -221,18 +219,21 @@ def print_comparison(result: Mapping[str, Any]) -> None:
             f"{group['parameters']:,}",
             *figures,
             _or_dash(group["heldout_perplexity"], ".1f"),
+            "-" if group["heldout_best"] is None else f"{group['heldout_best']:.1f} ({group['heldout_best_epoch']})",
             f"{group['seconds_per_epoch']:.3f}",
             f"{group['tokens_per_second']:,.0f}",
         )
     for cell, figures in result.get("lecture", {}).items():
-        table.add_row(cell.upper(), "the lecture, 2019", *("", *figures, "", "", "")[: len(epochs) + 4])
+        table.add_row(cell.upper(), "the lecture, 2019", *("", *figures, "", "", "", "")[: len(epochs) + 5])
     for baseline in result["baselines"]:
         blanks = [""] * max(len(epochs) - 1, 0)
         counted = [f"{baseline['train_perplexity']:.2f}"] if epochs else []
         held_out = _or_dash(baseline["heldout_perplexity"], ".1f")
-        table.add_row(f"{baseline['order']}-gram", "counts", "", *blanks, *counted, held_out, "", "")
+        table.add_row(f"{baseline['order']}-gram", "counts", "", *blanks, *counted, held_out, "", "", "")
     console.print(table)
-    console.print("Perplexity while training, median over the seeds; held-out: at the end, state carried, one lane.")
+    console.print(
+        "Perplexity while training, median over the seeds; held-out: at the end and at its best, state carried."
+    )
     for group in summary(result["rows"]):
         for sample in group["samples"]:
             console.print(
@@ -248,6 +249,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for (cell, implementation), members in groups.items():
         held_out = [m["heldout_perplexity"] for m in members if m["heldout_perplexity"] is not None]
+        looks = members[0]["heldout_curve"] if held_out else {}
+        curve = {epoch: statistics.median(m["heldout_curve"][epoch] for m in members) for epoch in looks}
         epochs = members[0]["train_perplexity"]
         found.append(
             {
@@ -256,6 +259,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "parameters": members[0]["parameters"],
                 "train_perplexity": {e: statistics.median(m["train_perplexity"][e] for m in members) for e in epochs},
                 "heldout_perplexity": statistics.median(held_out) if held_out else None,
+                "heldout_best": min(curve.values(), default=None),
+                "heldout_best_epoch": min(curve, key=lambda epoch: curve[epoch], default=None),
                 "seconds_per_epoch": statistics.median(m["seconds_per_epoch"] for m in members),
                 "tokens_per_second": statistics.median(m["tokens_per_second"] for m in members),
                 "samples": members[0]["samples"],

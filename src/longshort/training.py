@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import longshort
 from longshort import checkpoint
 from longshort.config import TrainConfig
-from longshort.errors import TrainingError, UsageError
+from longshort.errors import TextError, TrainingError, UsageError
 from longshort.evaluation import Evaluation, evaluate
 from longshort.model import LanguageModel
 from longshort.text import corpus
@@ -33,6 +33,9 @@ from longshort.text.corpus import Text
 from longshort.text.tokenizers import Tokenizer, train_tokenizer
 
 _LOOK_LANES = 32
+TOKENS_A_LANE = 65_536
+"""The last figure is taken in one lane, and in more where each has this many tokens: what a lane's first tokens lose
+from the zero state is then below 0.001 nats a token (docs/log.md has the measurement)."""
 LOOK_CHARACTERS = 131_072
 """Looks during training read this much of the held-out text, in lanes; the last figure is of all of it."""
 
@@ -95,6 +98,13 @@ class Prepared:
         train_text, self.heldout_text = split(self.text.content, config.heldout)
         self.tokenizer = train_tokenizer(config.tokenizer, train_text)
         self.train_ids = self.tokenizer.encode(train_text)
+        heldout_ids = self.tokenizer.encode(self.heldout_text)
+        self.heldout_tokens = len(heldout_ids)
+        if self.heldout_tokens and not (heldout_ids[1:] < self.tokenizer.size).any():
+            raise TextError(
+                "The held-out part, the end of the text, shares no symbol with the part that is trained on.",
+                "Put the texts in another order, or hold nothing out: --heldout 0",
+            )
 
     def sampler(self, config: TrainConfig) -> Sampler:
         """Return the order in which `config` reads the training part."""
@@ -107,8 +117,8 @@ class Prepared:
         return SAMPLERS[config.sampler](self.train_ids, config.batch_size, config.seq_len, config.seed)
 
 
-def settle(config: TrainConfig, steps_per_epoch: int) -> TrainConfig:
-    """Return `config` with the number of steps, looks and threads that it leaves open."""
+def settle(config: TrainConfig, steps_per_epoch: int, heldout_tokens: int = 0) -> TrainConfig:
+    """Return `config` with the number of steps, looks, threads and lanes that it leaves open."""
     if config.steps is not None and config.epochs is not None:
         raise UsageError("Give steps or epochs, not both.")
     steps = config.steps or max(1, round((config.epochs or 10.0) * steps_per_epoch))
@@ -118,6 +128,7 @@ def settle(config: TrainConfig, steps_per_epoch: int) -> TrainConfig:
         epochs=None,
         validate_every=config.validate_every or max(1, -(-steps // 10)),
         threads=config.threads or torch.get_num_threads(),
+        eval_lanes=config.eval_lanes or max(1, min(heldout_tokens // TOKENS_A_LANE, 64)),
     )
 
 
@@ -127,6 +138,10 @@ def make_model(config: TrainConfig, tokenizer: Tokenizer) -> LanguageModel:
     model = LanguageModel(config.model(tokenizer.size), tokenizer)
     if config.init == "normal":
         model.initialise_normal()
+    if config.single_bias:
+        for name, parameter in model.named_parameters():
+            if name.startswith("recurrent.bias_hh"):
+                torch.nn.init.zeros_(parameter).requires_grad_(False)
     return model.to(_device(config.device))
 
 
@@ -135,7 +150,7 @@ class Stepper:
 
     def __init__(self, model: LanguageModel, config: TrainConfig, steps: int) -> None:
         self.model, self.config, self.steps = model, config, steps
-        self.parameters = list(model.parameters())
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = model.output.bias.device
         self.state: Any = None
         self.optimizer: torch.optim.Optimizer
@@ -205,12 +220,12 @@ def train(config: TrainConfig, prepared: Prepared | None = None) -> Iterator[Eve
     """
     prepared = prepared or Prepared(config)
     sampler = prepared.sampler(config)
-    config = settle(config, sampler.steps_per_epoch)
+    config = settle(config, sampler.steps_per_epoch, prepared.heldout_tokens)
     steps, look_every = config.steps or 1, config.validate_every or 1
     torch.set_num_threads(config.threads or 1)
     tokenizer = prepared.tokenizer
     model = make_model(config, tokenizer)
-    path = Path(config.out) if config.out else free_run_directory(prepared.text.name)
+    path = Path(config.out) if config.out else free_directory(f"{Path(prepared.text.name).stem}-run")
     config = dataclasses.replace(config, out=str(path))
     saved_config: dict[str, Any] = {"longshort_version": longshort.__version__, "text_name": prepared.text.name}
     saved_config |= {"text_sha256": prepared.text.sha256, "train": config.to_dict()}
@@ -253,7 +268,7 @@ def train(config: TrainConfig, prepared: Prepared | None = None) -> Iterator[Eve
     final = None
     if prepared.heldout_text:
         model.load_weights(checkpoint.load_model(path).weights)
-        final = evaluate(model, tokenizer, prepared.heldout_text, lanes=config.eval_lanes)
+        final = evaluate(model, tokenizer, prepared.heldout_text, lanes=config.eval_lanes or 1)
     result = {"steps": done, "best_step": best_step, "heldout": final.to_dict() if final else None}
     run.write_json("result.json", result)
     yield Finished(done, best_step, final, time.perf_counter() - start, stopped_early=done < steps)
@@ -300,12 +315,12 @@ def heldout_text(run: Path) -> str:
     return heldout
 
 
-def free_run_directory(text_name: str) -> Path:
-    """Return the name of a run directory that does not exist: NAME-run, NAME-run-2, ..."""
-    stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(text_name).stem) or "text"
-    path, number = Path(f"{stem}-run"), 2
+def free_directory(name: str) -> Path:
+    """Return `name`, or the first of name-2, name-3, ... that does not exist; odd characters become hyphens."""
+    stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+    path, number = Path(stem), 2
     while path.exists():
-        path, number = Path(f"{stem}-run-{number}"), number + 1
+        path, number = Path(f"{stem}-{number}"), number + 1
     return path
 
 

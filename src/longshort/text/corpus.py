@@ -114,12 +114,23 @@ def read_files(paths: Sequence[str | Path]) -> Text:
     if "" in given:
         raise UsageError("One of the paths is empty.", "An unset shell variable looks like this.")
     files = [file for path in given for file in _files(Path(path))]
+    _refuse_repeated(files)
     content = "".join(_decode(_read(file), file) for file in files)
     if not content:
         more = f" and {len(given) - 1} more" if len(given) > 1 else ""
         raise TextError(f"The text is empty: {_quoted(given[0])}{more}.", "Give a file with text in it.")
     name = "+".join(Path(path).name or str(path) for path in given)
     return Text.of(content, name if name.isprintable() else repr(name))
+
+
+def _refuse_repeated(files: Sequence[Path]) -> None:
+    """A file that is read twice would stand in the held-out tail and in the training part at once."""
+    seen: set[Path] = set()
+    for file in files:
+        real = Path(os.path.realpath(file))
+        if real in seen:
+            raise UsageError(f"The file {_quoted(file)} is given twice.", "Give each text once.")
+        seen.add(real)
 
 
 def download(

@@ -1,0 +1,106 @@
+"""The README is true: its commands run, its programs run, its figures are those of the result files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from longshort import screen
+from longshort.cli import main
+from longshort.text.corpus import SOURCES
+
+PAGE = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+LECTURE = ROOT / "benchmarks" / "results" / "2026-11-23-lecture-timemachine.json"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, english: str) -> Path:
+    """A new user's directory, with a text of their own and the corpora where --data-dir says."""
+    folder = tmp_path_factory.mktemp("new-user")
+    (folder / "my-text.txt").write_text(english, encoding="utf-8")
+    return folder
+
+
+def shortened(arguments: list[str]) -> list[str]:
+    """Return a command as the page has it, with less training."""
+    if "--minutes" in arguments:
+        where = arguments.index("--minutes")
+        arguments = [*arguments[:where], "--steps", "2", "--hidden", "8", *arguments[where + 2 :]]
+    if "--seeds" in arguments:
+        arguments[arguments.index("--seeds") + 1] = "1"
+    if arguments[0] == "compare":
+        arguments = [*arguments, "--epochs", "1"]
+    return arguments
+
+
+def test_every_command_of_the_readme_runs(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], english: str
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("LONGSHORT_CACHE", str(place / "cache"))
+    # The downloads have tests of their own; here the named corpora are in the cache already, as after a download.
+    import hashlib
+
+    for name in SOURCES:
+        content = english.encode("utf-8")
+        monkeypatch.setitem(SOURCES, name, ("http://127.0.0.1:9/", hashlib.sha256(content).hexdigest()))
+        (place / "cache").mkdir(exist_ok=True)
+        (place / "cache" / f"{name}.txt").write_bytes(content)
+    ran = set()
+    for command in COMMANDS:
+        program, *arguments = shlex.split(command)
+        if program == "longshort":
+            ran.add(arguments[0])
+            assert main(shortened(arguments)) == 0, (command, capsys.readouterr().err)
+            capsys.readouterr()
+        elif program == "make":
+            assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        elif program == "cp":
+            source, target = arguments
+            (place / target).write_bytes((ROOT / source).read_bytes())
+        else:
+            assert program in ("git", "cd", "pip", "uv", "python"), command
+    assert ran == {"demo", "train", "eval", "generate", "compare", "doctor"}
+
+
+def test_every_python_program_of_the_readme_runs(place: Path, english: str) -> None:
+    run = place / "my-text-run"
+    if not run.exists():
+        assert main(["train", str(place / "my-text.txt"), "--steps", "2", "--hidden", "8", "--out", str(run)]) == 0
+    programs = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert programs
+    for program in programs:
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", program], cwd=place, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_lectures_table_is_the_result_file() -> None:
+    result = json.loads(LECTURE.read_text(encoding="utf-8"))
+    for group in screen.summary(result["rows"]):
+        figures = [f"{group['train_perplexity'][epoch]:.2f}" for epoch in ("40", "80", "120", "160")]
+        cells = [f"{group['cell'].upper()}, {group['implementation']}", *figures]
+        cells += [f"{group['heldout_perplexity']:.1f}", f"{group['heldout_best']:.1f} ({group['heldout_best_epoch']})"]
+        cells += [f"{group['seconds_per_epoch']:.3f}"]
+        assert "| " + " | ".join(cells) + " |" in PAGE
+    for baseline in result["baselines"]:
+        counted = f"{baseline['train_perplexity']:.2f} | {baseline['heldout_perplexity']:.1f}"
+        assert re.search(rf"\| {baseline['order']}-gram[^|]*\|[^\n]*{re.escape(counted)}", PAGE)
+
+
+def test_the_page_opens_with_the_sentence_and_ends_with_the_tree() -> None:
+    assert PAGE.split("\n")[2].startswith("longshort trains and runs small LSTM, GRU and RNN models on ordinary CPUs:")
+    tree = PAGE.rsplit("```", 2)[1]
+    for path in (ROOT / "src" / "longshort").rglob("*.py"):
+        if path.stem not in ("__init__", "__main__"):
+            assert path.name in tree, path.name
