@@ -232,7 +232,7 @@ def test_minutes_print_the_choice_and_the_flags_that_repeat_it(
     text = str(workplace / "english.txt")
     assert main(["train", text, "--minutes", "0.02", "--hidden", "16", "--threads", "1", "--out", "a"]) == 0
     said = capsys.readouterr().err
-    (line,) = (line for line in said.split("\n") if line.startswith("The same run without measuring: "))
+    (line,) = (line for line in said.split("\n") if line.startswith("To repeat this run, put in place of --minutes: "))
     flags = line.split(": ", 1)[1].split()
     assert main(["train", text, *flags, "--out", "b"]) == 0
     first, second = (Path(name, "metrics.jsonl").read_text(encoding="utf-8") for name in "ab")

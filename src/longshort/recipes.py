@@ -43,7 +43,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 SIZES = (64, 128, 256, 384, 512, 768, 1024)
 """Hidden units that the dial chooses among."""
 
-FEWEST_STEPS = 600
+MOST_EPOCHS_WITHOUT_DROPOUT = 10
+
+FEWEST_STEPS = 1500
 """The dial takes the largest model that makes this many steps in the time given; docs/log.md has the measurement."""
 
 
@@ -88,9 +90,7 @@ class Plan:
 
     config: TrainConfig
     seconds_per_step: dict[int, float]
-    """Of each size that was tried."""
-    threads: dict[int, float]
-    """Seconds a step at each number of threads that was tried, for the chosen size."""
+    """Of each size that was tried, with the threads that are fastest for it."""
 
 
 def check_budget(minutes: float, settings: Mapping[str, Any]) -> None:
@@ -147,31 +147,30 @@ def plan(minutes: float, settings: Mapping[str, Any], prepared: Prepared, since:
         embedding = settings.get("embedding", hidden if settings.get("tied") else min(hidden, 256))
         return dataclasses.replace(base, hidden=hidden, embedding=embedding)
 
+    def fastest(config: TrainConfig) -> tuple[float, int]:
+        """Seconds a step, and threads. Fewer threads may be faster: for small models, beside busy neighbours."""
+        if base.threads is not None:
+            return seconds_per_step(config, base.threads), base.threads
+        threads, best = cores, (seconds_per_step(config, cores), cores)
+        while threads > 1:
+            threads //= 2
+            tried = (seconds_per_step(config, threads), threads)
+            if tried[0] > 1.2 * best[0]:
+                break
+            best = min(best, tried)
+        return best
+
     measured: dict[int, float] = {}
     chosen: TrainConfig | None = None
     for hidden in (settings["hidden"],) if "hidden" in settings else SIZES:
         candidate = sized(hidden)
-        measured[hidden] = seconds_per_step(candidate, cores)
+        measured[hidden], threads = fastest(candidate)
         left = seconds - (time.perf_counter() - since)
         if chosen is not None and left / measured[hidden] < FEWEST_STEPS:
             break
-        chosen = candidate
+        chosen = dataclasses.replace(candidate, threads=threads)
     assert chosen is not None
-
-    tried = {cores: measured[chosen.hidden]}
-    threads = cores
-    if chosen.threads is not None:
-        threads = chosen.threads
-    else:
-        # Fewer threads are sometimes faster: small models, busy neighbours.
-        fewer = cores // 2
-        while fewer >= 1:
-            tried[fewer] = seconds_per_step(chosen, fewer)
-            if tried[fewer] > 1.2 * tried[threads]:
-                break
-            threads = min(tried, key=lambda n: tried[n])
-            fewer //= 2
-    torch.set_num_threads(threads)
+    torch.set_num_threads(chosen.threads or cores)
 
     # What the looks at held-out text and the last figure cost.
     lanes, reserve = training.settle(chosen, 1, prepared.heldout_tokens).eval_lanes or 1, 0.0
@@ -188,5 +187,8 @@ def plan(minutes: float, settings: Mapping[str, Any], prepared: Prepared, since:
         looks = 10 * min(len(prepared.heldout_text), training.LOOK_CHARACTERS) * rates[64]
         reserve = looks + len(prepared.heldout_text) * rates[1 if lanes == 1 else 64]
     left = seconds - (time.perf_counter() - since) - reserve
-    steps = max(int(left / tried.get(threads, measured[chosen.hidden])), 1)
-    return Plan(dataclasses.replace(chosen, steps=steps, threads=threads, eval_lanes=lanes), measured, tried)
+    steps = max(int(left / measured[chosen.hidden]), 1)
+    # A text that is read many times is learned by heart; docs/log.md has what dropout gained.
+    epochs = steps / prepared.sampler(chosen).steps_per_epoch
+    dropout = settings.get("dropout", 0.3 if epochs > MOST_EPOCHS_WITHOUT_DROPOUT else 0.0)
+    return Plan(dataclasses.replace(chosen, steps=steps, eval_lanes=lanes, dropout=dropout), measured)

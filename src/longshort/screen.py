@@ -5,7 +5,6 @@ Everything that a model or a file can put into a line goes through `visible` fir
 
 from __future__ import annotations
 
-import shlex
 import statistics
 import sys
 import time
@@ -59,17 +58,16 @@ def describe_plan(plan: Plan) -> str:
     config = plan.config
     sizes = ", ".join(f"{hidden}: {1000 * seconds:.0f} ms" for hidden, seconds in plan.seconds_per_step.items())
     flags = {
-        "--cell": config.cell,
         "--hidden": config.hidden,
         "--embedding": config.embedding,
+        "--dropout": config.dropout,
         "--steps": config.steps,
         "--threads": config.threads,
         "--eval-lanes": config.eval_lanes,
-        "--seed": config.seed,
     }
     return (
         f"A step by hidden units: {sizes}. Chosen: {config.hidden} units, {config.steps:,} steps.\n"
-        f"The same run without measuring: {shlex.join(str(part) for pair in flags.items() for part in pair)}"
+        f"To repeat this run, put in place of --minutes: {' '.join(f'{k} {v}' for k, v in flags.items())}"
     )
 
 
