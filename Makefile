@@ -24,14 +24,19 @@ types: .venv/installed
 	$(BIN)/mypy
 
 pytest: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 # uv, where it is installed, can choose PyTorch's CPU build by itself; plain pip takes what its index offers.
 .venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	    { echo "$(PYTHON) is not Python 3.11 to 3.13; name another: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 	@if command -v uv >/dev/null && uv pip install --python $(BIN)/python --torch-backend $(TORCH_BACKEND) \
 	    -c constraints.txt -e '.[dev]'; then :; \
-	else $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'; fi
+	else \
+	    echo "Installing with pip. (Without an index of CPU builds, PyTorch for Linux is gigabytes: see README.md.)"; \
+	    $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'; \
+	fi
 	@touch $@
 
 clean:

@@ -92,6 +92,7 @@ def test_nothing_of_others_is_shipped() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("not a git checkout")
+    # JSON files are results, PNG files plots of them.
     allowed = {".py", ".md", ".toml", ".json", ".png", ".svg", ".typed"}
     plain = {"LICENSE", "Makefile", ".gitignore", ".gitattributes", "constraints.txt", "run"}
     for line in listed.stdout.splitlines():

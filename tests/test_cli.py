@@ -120,8 +120,9 @@ def test_training_says_what_it_does_on_standard_error(workplace: Path, capsys: p
 
 
 def test_eval_of_the_held_out_part_repeats_the_trainings_figure(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir("/")  # a run finds its text from anywhere
     found = json.loads(out_of(capsys, "eval", str(workplace / "run"), "--split", "valid", "--json"))
     result = json.loads((workplace / "run" / "result.json").read_text(encoding="utf-8"))
     assert {key: found[key] for key in result["heldout"]} == result["heldout"]
@@ -320,6 +321,8 @@ def test_texts_that_cannot_be_used_are_told_in_three_lines_and_exit_status_1(
 ) -> None:
     Path("odd\x1b[31m.txt").write_bytes(content)
     arguments = [verb, *([str(workplace / "run")] if verb == "eval" else []), "odd\x1b[31m.txt"]
+    if verb == "train":
+        arguments += ["--out", "new/run"]
     if verb == "compare" and content == b"x":
         words = "10,000 characters"
     if verb == "eval" and content == b"x":

@@ -18,7 +18,10 @@ from longshort.text.corpus import SOURCES
 
 PAGE = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
-COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+SESSIONS = re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)
+COMMANDS = [line[2:] for block in SESSIONS for line in block.splitlines() if line.startswith("$ ")]
+COMMANDS += [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+THREE_MINUTES = ROOT / "benchmarks" / "results" / "2026-11-23-tinyshakespeare-3-minutes.json"
 LECTURE = ROOT / "benchmarks" / "results" / "2026-11-23-lecture-timemachine.json"
 
 
@@ -26,7 +29,8 @@ LECTURE = ROOT / "benchmarks" / "results" / "2026-11-23-lecture-timemachine.json
 def place(tmp_path_factory: pytest.TempPathFactory, english: str) -> Path:
     """A new user's directory, with a text of their own and the corpora where --data-dir says."""
     folder = tmp_path_factory.mktemp("new-user")
-    (folder / "my-text.txt").write_text(english, encoding="utf-8")
+    for name in ("my-text.txt", "tinyshakespeare.txt"):
+        (folder / name).write_text(english + "ROMEO:" * 9, encoding="utf-8")
     return folder
 
 
@@ -35,6 +39,8 @@ def shortened(arguments: list[str]) -> list[str]:
     if "--minutes" in arguments:
         where = arguments.index("--minutes")
         arguments = [*arguments[:where], "--steps", "2", "--hidden", "8", *arguments[where + 2 :]]
+    if "--steps" in arguments:
+        arguments[arguments.index("--steps") + 1] = "2"
     if "--seeds" in arguments:
         arguments[arguments.index("--seeds") + 1] = "1"
     if arguments[0] == "compare":
@@ -96,6 +102,13 @@ def test_the_lectures_table_is_the_result_file() -> None:
     for baseline in result["baselines"]:
         counted = f"{baseline['train_perplexity']:.2f} | {baseline['heldout_perplexity']:.1f}"
         assert re.search(rf"\| {baseline['order']}-gram[^|]*\|[^\n]*{re.escape(counted)}", PAGE)
+
+
+def test_the_three_minutes_are_the_result_file() -> None:
+    result = json.loads(THREE_MINUTES.read_text(encoding="utf-8"))
+    assert f"held-out: {result['heldout']['nats_per_token']:.4f} nats a token" in PAGE
+    assert f"{result['heldout_block_256']['nats_per_token']:.3f}" in PAGE
+    assert f"{result['train']['hidden']} units, {result['train']['steps']:,} steps" in PAGE
 
 
 def test_the_page_opens_with_the_sentence_and_ends_with_the_tree() -> None:

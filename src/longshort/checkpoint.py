@@ -122,19 +122,25 @@ class Run:
 
 
 def require_new_run(path: str | Path) -> None:
-    """Prove that a run can be started at `path`, before anything takes time; makes the directories of a run.
+    """Prove that a run can be started at `path`, before anything takes time. Leaves nothing behind.
 
     Raises:
         UsageError: something is there already.
         OutputError: it cannot be written.
     """
+    _refuse_existing(path)
+    checkpoints = Path(path) / _CHECKPOINTS
+    made = [directory for directory in (checkpoints, *checkpoints.parents) if not directory.exists()]
+    require_writable_directory(checkpoints)
+    for directory in made:
+        directory.rmdir()
+
+
+def _refuse_existing(path: str | Path) -> None:
     with suppress(OSError):  # nothing there; or it may not be looked at, and then not be written either
-        if Path(path).is_file() or any(
-            entry.name != _CHECKPOINTS or any(entry.iterdir()) for entry in Path(path).iterdir()
-        ):
+        if Path(path).is_file() or any(Path(path).iterdir()):
             found = "is a run already" if is_run(path) else "exists and is not an empty directory"
             raise UsageError(f"{path} {found}.", "Choose another --out: nothing is overwritten.")
-    require_writable_directory(Path(path) / _CHECKPOINTS)
 
 
 def create_run(path: str | Path, config: Json, tokenizer_json: str) -> Run:
@@ -145,7 +151,8 @@ def create_run(path: str | Path, config: Json, tokenizer_json: str) -> Run:
         OutputError: it cannot be written.
     """
     run, config_bytes = Run(Path(path)), _json_bytes(config)
-    require_new_run(path)
+    _refuse_existing(path)
+    require_writable_directory(run.path / _CHECKPOINTS)
     write_file(run.path / _TOKENIZER, tokenizer_json.encode())
     write_file(run.path / _CONFIG, config_bytes)  # last, as it makes the directory a run
     return run

@@ -85,7 +85,7 @@ def demo(
 
     _say("A character model learns English from Python's own documentation, which is on this machine already.")
     path = Path(out) if out else training.free_directory("longshort-demo")
-    run = _train({"corpus": "builtin", "out": str(path)}, None, minutes)
+    run = _train({"corpus": "builtin", "out": str(path)}, minutes)
     _say("\nWhat it writes, given the first words:\n")
     for number, prompt in enumerate(("The ", "If the argument ", "class ")):
         _generate_to_screen(run, prompt, 200, {"temperature": 0.7}, stream=number)
@@ -118,7 +118,7 @@ def train(
     if text:
         given["texts"] = text
     settings = recipes.combine(given, recipes.load_toml(config) if config else None, recipe)
-    run = _train(settings, recipe, minutes)
+    run = _train(settings, minutes)
     place = shlex.quote(str(run))
     _say(f"Next: longshort generate {place}    longshort eval {place} --split valid")
 
@@ -264,7 +264,7 @@ def doctor(*, json: Json = False) -> None:
 # --------------------------------------------------------------------------------------------- what they share
 
 
-def _train(settings: Mapping[str, Any], recipe: str | None, minutes: float | None) -> Path:
+def _train(settings: Mapping[str, Any], minutes: float | None) -> Path:
     """Train with everything that is set, show it, and return the run directory."""
     _need_torch("train")
     from longshort import checkpoint, recipes, screen, training

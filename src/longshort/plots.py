@@ -62,7 +62,9 @@ def comparison(result: Mapping[str, Any], path: str | Path) -> None:
     left.set_title("The text that is trained on: memory", loc="left", size=11)
     left.legend(frameon=False, fontsize=9, loc="lower left")
 
-    names, values, colours = [], [], []
+    names: list[str] = []
+    values: list[float] = []
+    colours: list[tuple[str, float]] = []
     for cell, colour in zip(cells, _cycle(_COLOURS, len(cells)), strict=True):
         curves = [row["heldout_curve"] for row in rows if row["cell"] == cell and row["heldout_curve"]]
         if curves:
@@ -70,12 +72,12 @@ def comparison(result: Mapping[str, Any], path: str | Path) -> None:
             best = min(middles, key=lambda epoch: middles[epoch])
             names += [cell.upper(), f"{cell.upper()} at epoch {best}"]
             values += [list(middles.values())[-1], middles[best]]
-            colours += [colour, colour]
+            colours += [(colour, 1.0), (colour, 0.5)]
     for baseline in result["baselines"]:
         if baseline["heldout_perplexity"] is not None:
             names.append(f"{baseline['order']}-gram")
             values.append(baseline["heldout_perplexity"])
-            colours.append("#aaaaaa")
+            colours.append(("#aaaaaa", 1.0))
     bars = right.barh(names, values, color=colours)
     right.bar_label(bars, labels=[f"{value:.1f}" for value in values], padding=4, fontsize=9)
     right.invert_yaxis()

@@ -226,7 +226,9 @@ def train(config: TrainConfig, prepared: Prepared | None = None) -> Iterator[Eve
     tokenizer = prepared.tokenizer
     model = make_model(config, tokenizer)
     path = Path(config.out) if config.out else free_directory(f"{Path(prepared.text.name).stem}-run")
-    config = dataclasses.replace(config, out=str(path))
+    # Absolute, so that the run finds its text again from wherever it is looked at.
+    texts = tuple(str(Path(text).absolute()) for text in config.texts)
+    config = dataclasses.replace(config, out=str(path), texts=texts)
     saved_config: dict[str, Any] = {"longshort_version": longshort.__version__, "text_name": prepared.text.name}
     saved_config |= {"text_sha256": prepared.text.sha256, "train": config.to_dict()}
     run = checkpoint.create_run(path, saved_config, tokenizer.to_json())
