@@ -43,6 +43,8 @@ def shortened(arguments: list[str]) -> list[str]:
         arguments[arguments.index("--steps") + 1] = "2"
     if "--seeds" in arguments:
         arguments[arguments.index("--seeds") + 1] = "1"
+    if arguments[0] == "demo":
+        arguments = [*arguments, "--minutes", "0.01"]
     if arguments[0] == "compare":
         arguments = [*arguments, "--epochs", "1"]
     return arguments
