@@ -64,7 +64,7 @@ def test_a_symbol_is_chosen_by_the_inverse_cumulative_distribution(
 ) -> None:
     """Against the definition, written the slow way."""
     weights = [math.exp((float(x) - float(max(logits_V))) / temperature) for x in logits_V]
-    ranked = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
+    ranked = sorted(range(len(weights)), key=lambda i: (-logits_V[i], i))
     kept = ranked[: k or len(ranked)]
     if p is not None:
         total, reached = math.fsum(weights[i] for i in kept), 0.0
