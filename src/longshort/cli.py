@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 import warnings
@@ -90,15 +91,15 @@ def demo(
     for number, prompt in enumerate(("The ", "If the argument ", "class ")):
         _generate_to_screen(run, prompt, 200, {"temperature": 0.7}, stream=number)
         print()
-    place = shlex.quote(str(run))
+    place, me = shlex.quote(str(run)), _program()
     _say("Next:")
     for command, meaning in (
-        (f"longshort generate {place} --prompt 'The ' --temperature 0.5", "more, and bolder"),
-        (f"longshort eval {place} --split valid", "the held-out figure once more"),
-        ("longshort train MY-TEXT.txt --minutes 5", "a model of your own text"),
-        ("longshort compare --recipe lecture", "RNN, GRU and LSTM, from scratch and from the library"),
+        (f"{me} generate {place} --prompt 'The ' --temperature 0.5", "more, and bolder"),
+        (f"{me} eval {place} --split valid", "the held-out figure once more"),
+        (f"{me} train MY-TEXT.txt --minutes 5", "a model of your own text"),
+        (f"{me} compare --recipe lecture", "RNN, GRU and LSTM, from scratch and from the library"),
     ):
-        _say(f"  {command:<58} {meaning}")
+        _say(f"  {command:<{len(me) + 58}} {meaning}")
 
 
 @app.command
@@ -120,7 +121,7 @@ def train(
     settings = recipes.combine(given, recipes.load_toml(config) if config else None, recipe)
     run = _train(settings, minutes)
     place = shlex.quote(str(run))
-    _say(f"Next: longshort generate {place}    longshort eval {place} --split valid")
+    _say(f"Next: {_program()} generate {place}    {_program()} eval {place} --split valid")
 
 
 @app.command(name="eval")
@@ -366,6 +367,13 @@ def _set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def _program() -> str:
+    """Return what a user types to run this program, which may not be on their PATH, as in a fresh clone's .venv."""
+    if shutil.which("longshort") or Path(sys.argv[0]).name != "longshort":
+        return "longshort"
+    return shlex.quote(os.path.relpath(sys.argv[0]))
 
 
 def _path(given: str | None) -> Path | None:
