@@ -262,6 +262,8 @@ def test_minutes_print_the_choice_and_the_flags_that_repeat_it(
         (["train", "TEXT", "--minutes", "1", "--steps", "3"], "not both"),
         (["train", "TEXT", "--steps", "1", "--epochs", "1"], "not both"),
         (["train", "TEXT", "--cell", "lsmt"], "Did you mean 'lstm'"),
+        (["train", "TEXT", "--cell", "LSTM"], "Did you mean 'lstm'"),
+        (["train", "TEXT", "--out", ""], "--out is empty"),
         (["train", "TEXT", "--tokenizer", "wrod"], "tokenizer must be one of char, byte"),
         (["train", "TEXT", "--bidirectional"], "cannot be bidirectional"),
         (["train", "TEXT", "--recipe", "lectre"], "Did you mean 'lecture'"),

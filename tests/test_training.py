@@ -190,6 +190,13 @@ def test_flags_win_over_toml_over_recipe() -> None:
         recipes.combine({}, {}, "lectur")
 
 
+@pytest.mark.parametrize("texts", ["a.txt", [3], 3, [["a.txt"]]])
+def test_texts_are_a_list(texts: Any) -> None:
+    with pytest.raises(ConfigError, match="texts must be a list of texts"):
+        TrainConfig.from_dict({"texts": texts})
+    assert TrainConfig.from_dict({"texts": ["a.txt"]}).texts == ("a.txt",)
+
+
 def test_the_lecture_recipe_is_the_lectures() -> None:
     config = TrainConfig(**recipes.RECIPES["lecture"])
     assert (config.hidden, config.seq_len, config.batch_size, config.epochs) == (256, 35, 32, 160)

@@ -97,7 +97,7 @@ def get_cell(name: str) -> Cell:
         UsageError: there is none; the message names the nearest.
     """
     if name not in CELLS:
-        close = difflib.get_close_matches(name, CELLS, n=1)
+        close = difflib.get_close_matches(name.lower(), CELLS, n=1)
         raise UsageError(
             f"There is no cell called {name!r}; there are {', '.join(CELLS)}.",
             f"Did you mean {close[0]!r}?" if close else "CONTRIBUTING.md shows how to add one.",

@@ -234,6 +234,8 @@ def _train(settings: Mapping[str, Any], minutes: float | None) -> Path:
     from longshort import checkpoint, recipes, screen, training
 
     config = TrainConfig.from_dict(settings)
+    if config.out == "":
+        raise UsageError("--out is empty.", "An unset shell variable looks like this.")
     if config.out is not None:
         checkpoint.require_new_run(config.out)
     prepared = None
@@ -336,7 +338,7 @@ def _program() -> str:
     """Return what a user types to run this program, which may not be on their PATH, as in a fresh clone's .venv."""
     if shutil.which("longshort") or Path(sys.argv[0]).name != "longshort":
         return "longshort"
-    return shlex.quote(os.path.relpath(sys.argv[0]))
+    return shlex.quote(min(sys.argv[0], os.path.relpath(sys.argv[0]), key=len))
 
 
 def _path(given: str | None) -> Path | None:

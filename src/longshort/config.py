@@ -167,6 +167,10 @@ def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> None:
     allowed = get_args(hint) if get_origin(hint) is UnionType else (hint,)
     if value is None and type(None) in allowed:
         return
+    if get_origin(hint) is tuple:
+        if not isinstance(value, tuple) or not all(isinstance(part, str) for part in value):
+            raise ConfigError(f"{field.name} must be a list of texts, not {value!r}.")
+        return
     wanted = next((t for t in (bool, int, float, str) if t in allowed), None)
     if wanted is not None:
         fits = isinstance(value, (int, float) if wanted is float else wanted)
