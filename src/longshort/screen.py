@@ -207,7 +207,9 @@ def print_comparison(result: Mapping[str, Any]) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("cell", "implementation"):
         table.add_column(name)
-    for name in ("parameters", *(f"epoch {e}" for e in epochs), "held-out", "best (epoch)", "s/epoch", "tokens/s"):
+    columns = [str(epoch) for epoch in epochs]
+    columns[:1] = [f"epoch {name}" for name in columns[:1]]
+    for name in ("parameters", *columns, "held-out", "best (epoch)", "s/epoch", "tokens/s"):
         table.add_column(name, justify="right")
     for group in summary(result["rows"]):
         figures = [f"{group['train_perplexity'][e]:.2f}" for e in epochs]
