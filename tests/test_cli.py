@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +19,7 @@ import pytest
 
 from longshort import checkpoint
 from longshort.cli import main
+from longshort.text.corpus import SOURCES
 
 VERBS = ("demo", "train", "eval", "generate", "compare", "doctor")
 TINY = ["--hidden", "12", "--embedding", "8", "--seq-len", "12", "--batch-size", "4", "--threads", "1"]
@@ -161,7 +165,7 @@ def test_generate_repeats_by_seed_and_continues_the_prompt(workplace: Path, caps
     assert greedy == out_of(
         capsys, "generate", run, "--prompt", "the ", "--length", "60", "--top-k", "1", "--seed", "9"
     )
-    assert out_of(capsys, "generate", run, "--prompt", "the ", "--length", "0") == "\n"
+    assert out_of(capsys, "generate", run, "--prompt", "the ", "--length", "0") == "the \n"
 
 
 def test_unseen_prompt_characters_are_named(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,15 +231,48 @@ def test_a_toml_file_sets_options_and_flags_win(workplace: Path, capsys: pytest.
     assert "cannot be read" in complaint(capsys, 2, "train", text, "--config", "none.toml")
 
 
+def test_a_run_finds_a_named_corpus_again(
+    english: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = english.encode("utf-8")
+    monkeypatch.setitem(SOURCES, "timemachine", ("http://127.0.0.1:9/", hashlib.sha256(content).hexdigest()))
+    Path("data").mkdir()
+    Path("data", "timemachine.txt").write_bytes(content)
+    assert main(["train", "--corpus", "timemachine", "--data-dir", "data", "--steps", "2", *TINY]) == 0
+    place = Path.cwd()
+    monkeypatch.chdir("/")
+    evaluation = ["eval", str(place / "timemachine-run"), "--split", "valid"]
+    assert "1,999 tokens" in out_of(capsys, *evaluation)
+    (place / "data").rename(place / "moved")
+    assert "There is no" in complaint(capsys, 1, *evaluation)
+    assert "1,999 tokens" in out_of(capsys, *evaluation, "--data-dir", str(place / "moved"))
+
+
+def test_a_configuration_that_is_not_a_runs_is_refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(workplace / "run", "run")
+    Path("run", "config.json").write_text('{"format_version": 1}', encoding="utf-8")
+    assert "not the configuration of a training run" in complaint(capsys, 1, "eval", "run", "--split", "valid")
+
+
+def test_too_little_memory_is_told(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("longshort.training.make_model", fail)
+    arguments = ["train", str(workplace / "english.txt"), "--steps", "2", *TINY]
+    assert "not enough memory" in complaint(capsys, 1, *arguments)
+
+
 def test_minutes_print_the_choice_and_the_flags_that_repeat_it(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = str(workplace / "english.txt")
     assert main(["train", text, "--minutes", "0.02", "--hidden", "16", "--threads", "1", "--out", "a"]) == 0
     said = capsys.readouterr().err
-    (line,) = (line for line in said.split("\n") if line.startswith("To repeat this run, put in place of --minutes: "))
-    flags = line.split(": ", 1)[1].split()
-    assert main(["train", text, *flags, "--out", "b"]) == 0
+    (line,) = (line for line in said.split("\n") if line.startswith("The same run again: longshort "))
+    assert main([*shlex.split(line)[5:], "--out", "b"]) == 0
     first, second = (Path(name, "metrics.jsonl").read_text(encoding="utf-8") for name in "ab")
     assert first == second
 
@@ -291,6 +328,12 @@ def test_minutes_print_the_choice_and_the_flags_that_repeat_it(
         (["generate", "RUN", "--greedy", "--top-k", "3"], "do not go with"),
         (["compare", "TEXT", "--cells", "rnn,lsmt"], "no cell called 'lsmt'"),
         (["compare", "TEXT", "--cells", ","], "list of names"),
+        (["compare", ""], "One of the paths is empty"),
+        (["compare", "TEXT", "--threads", "99999999999"], "--threads must be at most 1024"),
+        (["train", "TEXT", "--threads", "99999999999"], "threads must be at most 1024"),
+        (["train", "TEXT", "--epochs", "1e308"], "epochs must be at most"),
+        (["train", "TEXT", "--data-dir", "."], "goes with --corpus"),
+        (["train", "TEXT", "--heldout", "0", "--patience", "3"], "need held-out text"),
         (["compare", "TEXT", "--implementations", "native"], "no implementation called 'native'"),
         (["compare", "TEXT", "--seeds", "0"], "--seeds must be at least 1"),
         (["compare", "TEXT", "--epochs", "-1"], "--epochs must be at least 1"),
@@ -358,8 +401,6 @@ def test_an_output_that_cannot_be_written_is_told_before_training(
 
 
 def test_a_damaged_model_is_refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import shutil
-
     source = next((workplace / "run" / "checkpoints").iterdir())
     shutil.copytree(source, "model")
     weights = Path("model", "model.safetensors")

@@ -56,6 +56,13 @@ def test_the_lectures_text_and_counts() -> None:
     assert found == pytest.approx([19.55, 10.29, 4.91, 2.54], abs=0.005)
 
 
+def test_what_follows_may_be_nothing_that_can_be_predicted() -> None:
+    for tail in ("", "y", "Ж" * 500):
+        assert comparison.lecture_text("xy" * 5_000 + tail)[1] == ""
+    result = comparison.result(Text.of("xy" * 5_000 + "x", "t"), threads=1, cells=["rnn"], epochs=1)
+    assert [row["heldout_perplexity"] for row in result["rows"]] == [None, None]
+
+
 def test_a_short_text_is_refused() -> None:
     with pytest.raises(TextError, match="10,000 characters; this text has 9,999"):
         comparison.lecture_text("x" * 9_999)

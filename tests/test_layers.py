@@ -149,8 +149,27 @@ def test_cells_are_drop_in(ours: Any, theirs: Any, bias: bool, batched: bool, wi
 def test_a_state_of_other_dimensions_is_an_exception_and_not_a_crash() -> None:
     with pytest.raises(ValueError, match="1D like the input, got 3D"):
         longshort.LSTMCell(3, 3)(torch.randn(3), (torch.zeros(2, 3, 3), torch.zeros(2, 3, 3)))
-    with pytest.raises(ValueError, match="got 3D"):
+    with pytest.raises(ValueError, match="state of 2 tensors, got 1"):
         longshort.LSTMCell(3, 3)(torch.randn(3), torch.zeros(2, 3, 3))
+
+
+@pytest.mark.parametrize("kernel", kernels.available())
+def test_cells_check_shapes_before_any_kernel_sees_them(kernel: str) -> None:
+    cell = longshort.GRUCell(3, 4)
+    wrong: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = [
+        ((5, 3), (1, 4)),
+        ((5, 3), (5, 5)),
+        ((5, 2), None),
+        ((2, 5, 3), None),
+        ((3,), (1, 4)),
+    ]
+    for shape, state in wrong:
+        with kernels.use(kernel), pytest.raises((RuntimeError, ValueError), match="GRUCell"):
+            cell(torch.zeros(shape), None if state is None else torch.zeros(state))
+    with kernels.use(kernel), pytest.raises((RuntimeError, IndexError)):  # PyTorch's own is an IndexError
+        longshort.LSTM(3, 4)(torch.zeros(5, 2, 3), torch.zeros(1, 2, 4))
+    with pytest.raises(ValueError, match="nonlinearity"):
+        longshort.RNNCell(3, 4, nonlinearity="sigmoid")
 
 
 def test_relu_cells() -> None:

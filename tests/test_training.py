@@ -115,6 +115,9 @@ def test_nothing_held_out_is_possible(text_file: Path, tmp_path: Path) -> None:
     assert isinstance(finished, training.Finished)
     assert finished.heldout is None
     assert finished.best_step == 12
+    for changes in ({"patience": 2}, {"eval_lanes": 2}):
+        with pytest.raises(UsageError, match="need held-out text"):
+            run(text_file, tmp_path / "other", heldout=0.0, **changes)
     with pytest.raises(UsageError, match="held nothing out"):
         training.heldout_text(tmp_path / "run")
 
@@ -141,6 +144,19 @@ def test_a_loss_that_is_not_finite_stops_and_is_never_saved(text_file: Path, tmp
     with pytest.raises(TrainingError, match="diverged at step") as caught:
         run(text_file, tmp_path / "run", lr=1e38, optimizer="sgd", clip=None, steps=50)
     assert "lower --lr" in str(caught.value)
+    assert not (tmp_path / "run").exists()  # nothing was saved, so nothing stays
+    with pytest.raises(TrainingError, match="diverged by step 1: the held-out text has"):
+        run(text_file, tmp_path / "run", lr=1e300, steps=1)  # the last update is the one that breaks it
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_saved_before_a_run_diverges_stays(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "learning_rate", lambda config, step, steps: 1e-3 if step < 6 else 1e300)
+    with pytest.raises(TrainingError, match="diverged"):
+        run(text_file, tmp_path / "run", steps=20)
+    assert all(np.isfinite(weight).all() for weight in checkpoint.load_model(tmp_path / "run").weights.values())
     content = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
     assert "NaN" not in content
     assert "Infinity" not in content
@@ -186,8 +202,19 @@ def test_flags_win_over_toml_over_recipe() -> None:
     assert (settings["hidden"], settings["lr"], settings["clip"], settings["epochs"]) == (3, 2.0, 0.01, 160)
     assert "epochs" not in recipes.combine({"steps": 5}, {}, "lecture")
     assert recipes.combine({}, {"epochs": 2}, "lecture")["epochs"] == 2
+    assert recipes.combine({"texts": ("a",)}, {"corpus": "builtin", "lr": 1.0}) == {"texts": ("a",), "lr": 1.0}
+    assert recipes.combine({"corpus": "builtin"}, {"texts": ["a"]}) == {"corpus": "builtin"}
     with pytest.raises(UsageError, match="Did you mean 'lecture'"):
         recipes.combine({}, {}, "lectur")
+
+
+def test_one_width_is_enough_for_tied_weights() -> None:
+    for given, size in (({}, 256), ({"hidden": 64}, 64), ({"embedding": 32}, 32)):
+        settings = recipes.combine({"tied": True, **given})
+        config = TrainConfig.from_dict(settings)
+        assert (config.hidden, config.embedding) == (size, size)
+    with pytest.raises(ConfigError, match="tied needs embedding = hidden"):
+        TrainConfig.from_dict(recipes.combine({"tied": True, "hidden": 64, "embedding": 32}))
 
 
 @pytest.mark.parametrize("texts", ["a.txt", [3], 3, [["a.txt"]]])
@@ -228,16 +255,16 @@ def test_the_dial_refuses_what_makes_no_sense(text_file: Path) -> None:
 
 
 def test_the_length_of_a_run_is_settled_once() -> None:
-    assert training.settle(TrainConfig(epochs=2.5), 10).steps == 25
-    assert training.settle(TrainConfig(), 10).steps == 100
-    settled = training.settle(TrainConfig(steps=7), 10)
+    assert training.settle(TrainConfig(epochs=2.5), 10, 9).steps == 25
+    assert training.settle(TrainConfig(), 10, 9).steps == 100
+    settled = training.settle(TrainConfig(steps=7), 10, 9)
     assert (settled.steps, settled.epochs, settled.validate_every, settled.eval_lanes) == (7, None, 1, 1)
     assert training.settle(TrainConfig(), 1, heldout_tokens=131_071).eval_lanes == 1
     assert training.settle(TrainConfig(), 1, heldout_tokens=131_072).eval_lanes == 2
     assert training.settle(TrainConfig(), 1, heldout_tokens=10**9).eval_lanes == 64
     assert settled.threads == torch.get_num_threads()
     with pytest.raises(UsageError, match="not both"):
-        training.settle(TrainConfig(steps=1, epochs=1.0), 10)
+        training.settle(TrainConfig(steps=1, epochs=1.0), 10, 9)
 
 
 def test_texts_that_cannot_be_used_leave_nothing_behind(tmp_path: Path) -> None:
@@ -260,4 +287,6 @@ def test_run_directories_get_free_names(tmp_path: Path, monkeypatch: pytest.Monk
     assert training.free_directory("my text") == Path("my-text")
     Path("my-text").mkdir()
     assert training.free_directory("my text") == Path("my-text-2")
-    assert training.free_directory("../x") == Path("---x")
+    assert training.free_directory("../x") == Path("x")
+    assert training.free_directory("..") == Path("run")
+    assert len(str(training.free_directory("chapter " * 50))) <= 60

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -57,7 +58,7 @@ def demo(
     place, me = shlex.quote(str(run)), _program()
     _say("Next:")
     for command, meaning in (
-        (f"{me} generate {place} --prompt 'The ' --temperature 0.5", "more, and bolder"),
+        (f"{me} generate {place} --prompt 'The ' --temperature 0.5", "more, and more conservative"),
         (f"{me} eval {place} --split valid", "the held-out figure once more"),
         (f"{me} train MY-TEXT.txt --minutes 5", "a model of your own text"),
         (f"{me} compare --recipe lecture", "RNN, GRU and LSTM, from scratch and from the library"),
@@ -117,7 +118,7 @@ def evaluate(
         from longshort import training
 
         config = training.run_config(Path(model))
-        content, name = training.heldout_text(Path(model)), "held-out part"
+        content, name = training.heldout_text(Path(model), _path(data_dir)), "held-out part"
         lanes = lanes or (config.eval_lanes or 1 if block is None else 1)
         _set_threads(config.threads)
     else:
@@ -141,7 +142,9 @@ def generate(
     *,
     prompt: Annotated[str, Parameter(help="What the model reads before it writes.")] = "",
     length: Annotated[Int, Parameter(help="Symbols to write.")] = 500,
-    temperature: Annotated[float | None, Parameter(help="Below 1 bolder, above 1 wilder (default: 0.8).")] = None,
+    temperature: Annotated[
+        float | None, Parameter(help="Below 1 more conservative, above 1 more random (default: 0.8).")
+    ] = None,
     top_k: Annotated[Int | None, Parameter(help="Sample from the K most probable symbols only.")] = None,
     top_p: Annotated[float | None, Parameter(help="Sample from the fewest symbols that hold this probability.")] = None,
     greedy: Annotated[
@@ -192,23 +195,26 @@ def compare(
     for name, value in (("seeds", seeds), ("epochs", epochs), ("threads", threads)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, not {value}.")
+    if threads is not None and threads > 1024:
+        raise UsageError(f"--threads must be at most 1024, not {threads}.")
     if plot is not None:
         _check_plot(plot)
     _set_threads(threads)
-    loaded = corpora.load([text] if text else (), corpus if text or corpus else "builtin", _path(data_dir))
+    loaded = corpora.load(
+        [text] if text is not None else (), corpus or (None if text is not None else "builtin"), _path(data_dir)
+    )
     chosen = {"cells": _names(cells), "implementations": _names(implementations), "seeds": seeds, "epochs": epochs}
     with screen.Ticker() as ticker:
         result = comparison.result(loaded, threads=torch.get_num_threads(), report=ticker.report, **chosen)
-    if plot is not None:
-        from longshort import plots
-
-        plots.comparison(result, plot)
     if json:
         _print_json(result)
     else:
         screen.print_comparison(result)
-        if plot is not None:
-            _say(f"Curves: {plot}")
+    if plot is not None:
+        from longshort import plots
+
+        plots.comparison(result, plot)
+        _say(f"Curves: {plot}")
 
 
 @app.command
@@ -296,6 +302,8 @@ def _generate_to_screen(
         sys.stdout.flush()
 
     _generate(model, prompt, length, settings, put, stream)
+    if not started:
+        put("")
     print()
 
 
@@ -360,8 +368,10 @@ def _check_plot(path: str) -> None:
         raise MissingExtraError("matplotlib", "plot", "A picture")
     if Path(path).suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"The picture {path!r} has an unknown format.", "End its name in .png, .svg or .pdf.")
-    if not Path(path).absolute().parent.is_dir() or not os.access(Path(path).absolute().parent, os.W_OK):
-        raise OutputError(f"The picture {path!r} cannot be written: its directory is missing or read-only.")
+    folder = Path(path).absolute().parent
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = "it is a directory" if Path(path).is_dir() else "its directory is missing or read-only"
+        raise OutputError(f"The picture {path!r} cannot be written: {reason}.", "Choose another --plot.")
 
 
 def _print_json(content: Mapping[str, Any]) -> None:
@@ -405,8 +415,11 @@ def main(arguments: list[str] | None = None) -> int:
         # The reader, such as `head`, has had enough. Nothing more can be written, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except MemoryError:
-        _complain("There is not enough memory.\nUse a smaller text, --batch-size or --hidden.")
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch has no exception of its own for this on a CPU.
+        if isinstance(error, RuntimeError) and not re.search("can't allocate memory|out of memory", str(error)):
+            raise
+        _complain("There is not enough memory.\nUse a smaller text, --batch-size, --seq-len or --hidden.")
         return 1
     except OSError as error:
         _complain(f"{error.strerror or error}: {error.filename or ''}")

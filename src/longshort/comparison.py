@@ -134,7 +134,7 @@ def baselines(train_text: str, heldout: str) -> list[dict[str, Any]]:
 def lecture_text(content: str) -> tuple[str, str]:
     """Prepare a text as the lecture does, and return its first 10,000 characters and the 5,000 that follow.
 
-    Line ends become spaces and capitals small letters.
+    Line ends become spaces and capitals small letters. The second part is empty where nothing in it can be predicted.
 
     Raises:
         TextError: the text is shorter than 10,000 characters.
@@ -145,7 +145,8 @@ def lecture_text(content: str) -> tuple[str, str]:
             f"The lecture's recipe trains on {TRAIN_CHARACTERS:,} characters; this text has {len(prepared):,}.",
             "Give a longer text, or none to use the built-in one.",
         )
-    return prepared[:TRAIN_CHARACTERS], prepared[TRAIN_CHARACTERS : TRAIN_CHARACTERS + HELDOUT_CHARACTERS]
+    train, heldout = prepared[:TRAIN_CHARACTERS], prepared[TRAIN_CHARACTERS : TRAIN_CHARACTERS + HELDOUT_CHARACTERS]
+    return train, heldout if set(heldout[1:]) & set(train) else ""
 
 
 def run(

@@ -73,7 +73,7 @@ class Options:
 class Architecture(Options):
     """The part of a model that its user chooses."""
 
-    cell: str = option("lstm", "Recurrent cell: lstm, gru or rnn.")
+    cell: str = option("lstm", "Recurrent cell: lstm, gru, rnn or rnn_relu.")
     layers: int = option(1, "Recurrent layers, one above the other.", least=1, most=64)
     hidden: int = option(256, "Hidden units of each layer.", least=1, most=65536)
     embedding: int = option(
@@ -129,7 +129,7 @@ class TrainConfig(Architecture):
     )
     drop_incomplete: bool = option(False, "Leave out the incomplete last window of an epoch, as the lecture does.")
     steps: int | None = option(None, "Training steps (updates).", least=1)
-    epochs: float | None = option(None, "Passes over the training text, instead of steps.", above=0)
+    epochs: float | None = option(None, "Passes over the training text, instead of steps.", above=0, most=1e9)
     batch_size: int = option(32, "Rows that are trained on side by side.", least=1, most=1_000_000)
     seq_len: int = option(64, "Steps of a window: how far gradients reach back.", least=1, most=1_000_000)
     optimizer: str = option("adamw", "adamw, or sgd (plain gradient descent).", choices=("adamw", "sgd"))
@@ -147,7 +147,9 @@ class TrainConfig(Architecture):
         False, "Train one bias a gate, as the equations have; the second one of PyTorch's layers stays zero."
     )
     seed: int = option(0, "Decides initial weights, dropout and the order of reading.", least=0, most=2**63 - 1)
-    threads: int | None = option(None, "Processor threads; measured or PyTorch's own choice if not given.", least=1)
+    threads: int | None = option(
+        None, "Processor threads; measured or PyTorch's own choice if not given.", least=1, most=1024
+    )
     device: str = option("cpu", "cpu, or cuda.", choices=("cpu", "cuda"))
     validate_every: int | None = option(None, "Steps between looks at held-out text; a tenth of all if unset.", least=1)
     eval_lanes: int | None = option(

@@ -90,11 +90,12 @@ def evaluate(model: Model, tokenizer: Tokenizer, text: str, *, lanes: int = 1, b
             part = slice(start, start + block * 64)
             total += _rows(model, tokenizer.size, inputs[part], targets[part], counted[part], block)
     else:
-        lanes = min(lanes, len(inputs))
+        length = -(-len(inputs) // lanes)
+        lanes = -(-len(inputs) // length)
         protocol = (
             "state carried through the text, one lane" if lanes == 1 else f"state carried in each of {lanes} lanes"
         )
-        total = _rows(model, tokenizer.size, inputs, targets, counted, -(-len(inputs) // lanes))
+        total = _rows(model, tokenizer.size, inputs, targets, counted, length)
     predicted = targets[counted]
     characters = tokenizer.characters(predicted.astype(np.int32))
     num_bytes = len(tokenizer.decode(predicted.tolist()).encode("utf-8", "surrogatepass"))

@@ -26,7 +26,7 @@ _MASK = 0xFFFFFFFF
 class Sampling(Options):
     """How the next symbol is chosen from the model's probabilities."""
 
-    temperature: float = option(0.8, "Below 1 bolder on the likely, above 1 wilder; 0 is greedy.", least=0, most=100)
+    temperature: float = option(0.8, "Below 1 more conservative, above 1 more random; 0 is greedy.", least=0, most=100)
     top_k: int | None = option(None, "Sample from the K most probable symbols only.", least=1)
     top_p: float | None = option(None, "Sample from the fewest symbols that hold this probability.", above=0, most=1)
     seed: int = option(0, "Decides what is sampled.", least=0, most=2**64 - 1)

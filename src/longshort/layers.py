@@ -63,6 +63,10 @@ class _Layer(nn.RNNBase):
             state = tuple(x_TBI.new_zeros(num_layers_directions, x_TBI.shape[1], width) for width in widths)
         else:
             state = tuple(hx) if isinstance(hx, tuple | list) else (hx,)
+            if len(state) != len(widths):
+                raise RuntimeError(
+                    f"{type(self).__name__}: Expected a state of {len(widths)} tensors, got {len(state)}"
+                )
             if not batched:
                 state = tuple(tensor.unsqueeze(1) for tensor in state)
             for tensor, width in zip(state, widths, strict=True):
@@ -226,15 +230,22 @@ class _CellLayer(nn.RNNCellBase):
             ValueError: the state has another number of dimensions than the input. (PyTorch's LSTMCell ends the
                 process on some of these.)
         """
+        name, cell = type(self).__name__, cells.get_cell(self.cell)
+        if input.dim() not in (1, 2):
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        if input.shape[-1] != self.input_size:
+            raise RuntimeError(f"{name}: input has {input.shape[-1]} features, expected {self.input_size}")
         states = () if hx is None else tuple(hx) if isinstance(hx, tuple | list) else (hx,)
+        if states and len(states) != len(cell.states):
+            raise ValueError(f"{name}: Expected a state of {len(cell.states)} tensors, got {len(states)}")
+        expected = (*input.shape[:-1], self.hidden_size)
         for tensor in states:
             if tensor.dim() != input.dim():
-                raise ValueError(
-                    f"{type(self).__name__}: Expected hx to be {input.dim()}D like the input, got {tensor.dim()}D"
-                )
+                raise ValueError(f"{name}: Expected hx to be {input.dim()}D like the input, got {tensor.dim()}D")
+            if tensor.shape != expected:
+                raise RuntimeError(f"{name}: hx has the shape {tuple(tensor.shape)}, expected {expected}")
         if kernels.choose(self.cell).name == "torch":
             return self._torch_cell.forward(self, input, hx)
-        cell = cells.get_cell(self.cell)
         x_BI = input if input.dim() == 2 else input.unsqueeze(0)
         if not states:
             states = tuple(x_BI.new_zeros(x_BI.shape[0], self.hidden_size) for _ in cell.states)
@@ -262,6 +273,8 @@ class RNNCell(_CellLayer):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
 

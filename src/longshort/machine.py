@@ -10,7 +10,7 @@ from pathlib import Path
 
 import longshort
 
-TESTED_TORCH = ((2, 10), (2, 11), (2, 12), (2, 13))
+TESTED_TORCH = (2, 13)
 
 
 def processor() -> str:
@@ -76,7 +76,7 @@ def advice() -> list[str]:
         lines.append(
             "On Linux take PyTorch's CPU build first; the README says how. The default one holds gigabytes of CUDA."
         )
-    elif tuple(int(part) for part in torch.split(".")[:2] if part.isdigit()) not in TESTED_TORCH:
+    elif tuple(int(part) for part in torch.split(".")[:2] if part.isdigit()) != TESTED_TORCH:
         lines.append(f"torch {torch} is untested; 2.10 to 2.13 are meant to work, 2.13 is tested.")
     for package, extra, purpose in (("pooch", "train", "download named corpora"), ("matplotlib", "plot", "draw plots")):
         if version_of(package) is None:

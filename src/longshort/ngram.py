@@ -1,7 +1,7 @@
 """Models that only count: what a recurrent network has to beat.
 
 `counted_perplexity` scores a text by the frequencies of that same text: how much of a training perplexity is mere
-memory of short contexts. `ngram_perplexity` scores text that was not counted, smoothed after Witten and Bell (1991): a
+memory of short contexts. `NGram.perplexity` scores text that was not counted, smoothed after Witten and Bell (1991): a
 context c of n - 1 symbols that was seen N(c) times, followed by D(c) different symbols, gives
 
     p(s | c) = (count(c s) + D(c) p(s | c shortened by one)) / (N(c) + D(c))

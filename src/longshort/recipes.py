@@ -45,6 +45,10 @@ SIZES = (64, 128, 256, 384, 512, 768, 1024)
 
 MOST_EPOCHS_WITHOUT_DROPOUT = 10
 
+FEWEST_TOKENS_A_LANE = 16_384
+"""Where reading the held-out text in one lane would take more than a tenth of the budget, the dial takes lanes of at
+least this length: the last figure is then off by less than 0.001 nats (docs/log.md)."""
+
 FEWEST_STEPS = 1500
 """The dial takes the largest model that makes this many steps in the time given; docs/log.md has the measurement."""
 
@@ -80,7 +84,14 @@ def combine(
         if "steps" in stronger or "epochs" in stronger:
             settings.pop("steps", None)
             settings.pop("epochs", None)
+        if "texts" in stronger or "corpus" in stronger:
+            settings.pop("texts", None)
+            settings.pop("corpus", None)
         settings |= stronger
+    if settings.get("tied"):
+        # One matrix serves both sides, so one width is enough to say.
+        size = settings.get("hidden", settings.get("embedding", TrainConfig().hidden))
+        settings = {"hidden": size, "embedding": size, **settings}
     return settings
 
 
@@ -144,7 +155,7 @@ def plan(minutes: float, settings: Mapping[str, Any], prepared: Prepared, since:
 
     def sized(hidden: int) -> TrainConfig:
         # A learned embedding learns much faster than one-hot input; the projected table makes it cost the same.
-        embedding = settings.get("embedding", hidden if settings.get("tied") else min(hidden, 256))
+        embedding = settings.get("embedding", min(hidden, 256))
         return dataclasses.replace(base, hidden=hidden, embedding=embedding)
 
     def fastest(config: TrainConfig) -> tuple[float, int]:
@@ -173,8 +184,8 @@ def plan(minutes: float, settings: Mapping[str, Any], prepared: Prepared, since:
     torch.set_num_threads(chosen.threads or cores)
 
     # What the looks at held-out text and the last figure cost.
-    lanes, reserve = training.settle(chosen, 1, prepared.heldout_tokens).eval_lanes or 1, 0.0
-    if prepared.heldout_text:
+    lanes, reserve = training.settle(chosen, 1, prepared.heldout_tokens).eval_lanes, 0.0
+    if lanes is not None:
         model = training.make_model(chosen, prepared.tokenizer)
         rates: dict[int, float] = {}
         for rows in (1, 64):
@@ -183,7 +194,7 @@ def plan(minutes: float, settings: Mapping[str, Any], prepared: Prepared, since:
             evaluate(model, prepared.tokenizer, sample, lanes=rows)
             rates[rows] = (time.perf_counter() - begin) / len(sample)
         if "eval_lanes" not in settings and rates[1] * len(prepared.heldout_text) > 0.1 * seconds:
-            lanes = 64
+            lanes = max(lanes, min(prepared.heldout_tokens // FEWEST_TOKENS_A_LANE, 64))
         looks = 10 * min(len(prepared.heldout_text), training.LOOK_CHARACTERS) * rates[64]
         reserve = looks + len(prepared.heldout_text) * rates[1 if lanes == 1 else 64]
     left = seconds - (time.perf_counter() - since) - reserve

@@ -5,6 +5,8 @@ Everything that a model or a file can put into a line goes through `visible` fir
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 import statistics
 import sys
 import time
@@ -20,6 +22,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from longshort.comparison import Row
+    from longshort.config import TrainConfig
     from longshort.recipes import Plan
     from longshort.training import Event, Finished, Looked, Progress, Started
 
@@ -54,21 +57,24 @@ def describe_model(event: Started) -> str:
 
 
 def describe_plan(plan: Plan) -> str:
-    """Return what the dial measured, what it chose, and the flags that repeat it without measuring."""
+    """Return what the dial measured, what it chose, and the command that repeats it without measuring."""
     config = plan.config
     sizes = ", ".join(f"{hidden}: {1000 * seconds:.0f} ms" for hidden, seconds in plan.seconds_per_step.items())
-    flags = {
-        "--hidden": config.hidden,
-        "--embedding": config.embedding,
-        "--dropout": config.dropout,
-        "--steps": config.steps,
-        "--threads": config.threads,
-        "--eval-lanes": config.eval_lanes,
-    }
     return (
         f"A step by hidden units: {sizes}. Chosen: {config.hidden} units, {config.steps:,} steps.\n"
-        f"To repeat this run, put in place of --minutes: {' '.join(f'{k} {v}' for k, v in flags.items())}"
+        f"The same run again: {command_of(config)}"
     )
+
+
+def command_of(config: TrainConfig) -> str:
+    """Return the command that trains as `config` says: its texts, and every option that is not the default."""
+    words = ["longshort", "train", *config.texts]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default and field.name not in ("texts", "out"):
+            flag = f"--{field.name.replace('_', '-')}"
+            words += [flag] if value is True else [flag, str(value)]
+    return visible(shlex.join(words))
 
 
 class TrainView:
@@ -81,7 +87,7 @@ class TrainView:
         self._progress: Progress | None = None
         self._looked: Looked | None = None
         self._sample = ""
-        self._sampled_at = 0.0
+        self._next_sample = 0.0
         self._last_line = 0.0
 
     def __enter__(self) -> TrainView:
@@ -118,15 +124,17 @@ class TrainView:
             self._write_line(event)
 
     def _write_sample(self) -> None:
-        """Sample anew from the model in training, at most every two seconds; this does not disturb the training."""
+        """Sample anew from the model in training, now and then; no random number of the training is used."""
         from longshort.generation import Sampling, generate
 
         started = self._started
-        if started is None or self._progress is None or time.monotonic() - self._sampled_at < _SECONDS_BETWEEN_SAMPLES:
+        begin = time.monotonic()
+        if started is None or self._progress is None or begin < self._next_sample:
             return
         sampling = Sampling(temperature=0.7, seed=self._progress.step)
         self._sample = "".join(generate(started.model, started.tokenizer, "", _SAMPLE_CHARACTERS, sampling))
-        self._sampled_at = time.monotonic()
+        # Sampling takes time from the training: at most a thirtieth of it.
+        self._next_sample = time.monotonic() + max(_SECONDS_BETWEEN_SAMPLES, 30 * (time.monotonic() - begin))
 
     def _display(self) -> Group:
         progress, looked, started = self._progress, self._looked, self._started
@@ -156,9 +164,8 @@ class TrainView:
 
     def _last_words(self, event: Finished) -> str:
         early = " (stopped early)" if event.stopped_early else ""
-        words = (
-            f"{event.step:,} steps{early} in {_clock(event.seconds)}; the best weights are of step {event.best_step:,}."
-        )
+        words = f"{event.step:,} steps{early} in {_clock(event.seconds)}"
+        words += "." if event.heldout is None else f"; the best weights are of step {event.best_step:,}."
         if event.heldout is not None:
             h = event.heldout
             words += (

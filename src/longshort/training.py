@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 import longshort
 from longshort import checkpoint
 from longshort.config import TrainConfig
-from longshort.errors import TextError, TrainingError, UsageError
+from longshort.errors import CheckpointError, TextError, TrainingError, UsageError
 from longshort.evaluation import Evaluation, evaluate
 from longshort.model import LanguageModel
 from longshort.text import corpus
@@ -77,7 +78,7 @@ class Looked:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Training has ended; the best weights were measured once more, in one lane."""
+    """Training has ended; the best weights were measured once more, on all held-out text."""
 
     step: int
     best_step: int
@@ -117,10 +118,12 @@ class Prepared:
         return SAMPLERS[config.sampler](self.train_ids, config.batch_size, config.seq_len, config.seed)
 
 
-def settle(config: TrainConfig, steps_per_epoch: int, heldout_tokens: int = 0) -> TrainConfig:
+def settle(config: TrainConfig, steps_per_epoch: int, heldout_tokens: int) -> TrainConfig:
     """Return `config` with the number of steps, looks, threads and lanes that it leaves open."""
     if config.steps is not None and config.epochs is not None:
         raise UsageError("Give steps or epochs, not both.")
+    if not heldout_tokens and (config.patience or config.eval_lanes):
+        raise UsageError("patience and eval_lanes need held-out text, but heldout is 0.", "Leave them out.")
     steps = config.steps or max(1, round((config.epochs or 10.0) * steps_per_epoch))
     return dataclasses.replace(
         config,
@@ -128,7 +131,7 @@ def settle(config: TrainConfig, steps_per_epoch: int, heldout_tokens: int = 0) -
         epochs=None,
         validate_every=config.validate_every or max(1, -(-steps // 10)),
         threads=config.threads or torch.get_num_threads(),
-        eval_lanes=config.eval_lanes or max(1, min(heldout_tokens // TOKENS_A_LANE, 64)),
+        eval_lanes=config.eval_lanes or max(1, min(heldout_tokens // TOKENS_A_LANE, 64)) if heldout_tokens else None,
     )
 
 
@@ -186,7 +189,7 @@ class Stepper:
         if not math.isfinite(nats) or not math.isfinite(norm):
             raise TrainingError(
                 f"Training diverged at step {number + 1}: the loss is {nats} and the gradients' norm {norm}.",
-                f"Try a lower --lr (it is {config.lr:g}) or a lower --clip; what was saved before is intact.",
+                f"Try a lower --lr (it is {config.lr:g}); what was saved before, if anything, is intact.",
             )
         rate = learning_rate(config, number, self.steps)
         for group in self.optimizer.param_groups:
@@ -221,20 +224,31 @@ def train(config: TrainConfig, prepared: Prepared | None = None) -> Iterator[Eve
     prepared = prepared or Prepared(config)
     sampler = prepared.sampler(config)
     config = settle(config, sampler.steps_per_epoch, prepared.heldout_tokens)
-    steps, look_every = config.steps or 1, config.validate_every or 1
     torch.set_num_threads(config.threads or 1)
     tokenizer = prepared.tokenizer
     model = make_model(config, tokenizer)
     path = Path(config.out) if config.out else free_directory(f"{Path(prepared.text.name).stem}-run")
     # Absolute, so that the run finds its text again from wherever it is looked at.
     texts = tuple(str(Path(text).absolute()) for text in config.texts)
-    config = dataclasses.replace(config, out=str(path), texts=texts)
+    data_dir = str(Path(config.data_dir).absolute()) if config.data_dir else None
+    config = dataclasses.replace(config, out=str(path), texts=texts, data_dir=data_dir)
     saved_config: dict[str, Any] = {"longshort_version": longshort.__version__, "text_name": prepared.text.name}
     saved_config |= {"text_sha256": prepared.text.sha256, "train": config.to_dict()}
     run = checkpoint.create_run(path, saved_config, tokenizer.to_json())
-    start = time.perf_counter()
-    yield Started(config, path, model, tokenizer, prepared.text, len(prepared.train_ids), sampler.steps_per_epoch)
+    try:
+        yield Started(config, path, model, tokenizer, prepared.text, len(prepared.train_ids), sampler.steps_per_epoch)
+        yield from _train(config, prepared, sampler, model, run)
+    finally:
+        if run.latest() is None:  # whatever ended it, there is nothing in it that anyone could use
+            shutil.rmtree(path, ignore_errors=True)
 
+
+def _train(
+    config: TrainConfig, prepared: Prepared, sampler: Sampler, model: LanguageModel, run: checkpoint.Run
+) -> Iterator[Event]:
+    """Make all steps of a run that has been settled and started."""
+    start, tokenizer = time.perf_counter(), prepared.tokenizer
+    steps, look_every = config.steps or 1, config.validate_every or 1
     stepper = Stepper(model, config, steps)
     extra = {"text_name": prepared.text.name, "text_sha256": prepared.text.sha256}
     look_text = prepared.heldout_text[:LOOK_CHARACTERS]
@@ -255,7 +269,7 @@ def train(config: TrainConfig, prepared: Prepared | None = None) -> Iterator[Eve
             window = _Window()
         if done % look_every == 0 or done == steps:
             paused = time.perf_counter()
-            heldout = evaluate(model, tokenizer, look_text, lanes=_LOOK_LANES) if look_text else None
+            heldout = _look(model, tokenizer, look_text, _LOOK_LANES, done) if look_text else None
             is_best = heldout is None or heldout.nats_per_token < best
             if heldout is not None:
                 look = {"heldout_nats_per_token": heldout.nats_per_token, "protocol": heldout.protocol}
@@ -269,11 +283,22 @@ def train(config: TrainConfig, prepared: Prepared | None = None) -> Iterator[Eve
             window.start += time.perf_counter() - paused
     final = None
     if prepared.heldout_text:
-        model.load_weights(checkpoint.load_model(path).weights)
-        final = evaluate(model, tokenizer, prepared.heldout_text, lanes=config.eval_lanes or 1)
+        model.load_weights(checkpoint.load_model(run.path).weights)
+        final = _look(model, tokenizer, prepared.heldout_text, config.eval_lanes or 1, best_step)
     result = {"steps": done, "best_step": best_step, "heldout": final.to_dict() if final else None}
     run.write_json("result.json", result)
     yield Finished(done, best_step, final, time.perf_counter() - start, stopped_early=done < steps)
+
+
+def _look(model: LanguageModel, tokenizer: Tokenizer, text: str, lanes: int, step: int) -> Evaluation:
+    """Evaluate, and refuse a figure that is not finite before anything is saved with it."""
+    found = evaluate(model, tokenizer, text, lanes=lanes)
+    if not math.isfinite(found.nats_per_token):
+        raise TrainingError(
+            f"Training diverged by step {step}: the held-out text has {found.nats_per_token} nats a token.",
+            "Try a lower --lr; what was saved before, if anything, is intact.",
+        )
+    return found
 
 
 class _Window:
@@ -294,21 +319,33 @@ class _Window:
 
 
 def run_config(run: Path) -> TrainConfig:
-    """Return the configuration that `run` was trained with."""
-    return TrainConfig.from_dict(checkpoint.open_run(run).config()["train"], f"{run}/config.json")
+    """Return the configuration that `run` was trained with.
+
+    Raises:
+        UsageError, CheckpointError: there is no run, or its configuration is not one of ours.
+    """
+    saved = checkpoint.open_run(run).config()
+    if not isinstance(saved.get("train"), dict) or not isinstance(saved.get("text_sha256"), str):
+        raise CheckpointError(f"{run}/config.json is not the configuration of a training run.", "Restore the run.")
+    return TrainConfig.from_dict(saved["train"], f"{run}/config.json")
 
 
-def heldout_text(run: Path) -> str:
+def heldout_text(run: Path, data_dir: Path | None = None) -> str:
     """Return the held-out part of the text that `run` was trained on.
+
+    Args:
+        run: the run directory.
+        data_dir: where a named corpus is now, if no longer where it was.
 
     Raises:
         UsageError: the run held nothing out, or its text is no longer what it was.
     """
-    saved, config = checkpoint.open_run(run).config(), run_config(run)
-    text = corpus.load(config.texts, config.corpus, Path(config.data_dir) if config.data_dir else None)
-    if text.sha256 != saved["text_sha256"]:
+    config, sha256 = run_config(run), checkpoint.open_run(run).config()["text_sha256"]
+    data_dir = data_dir or (Path(config.data_dir) if config.data_dir else None)
+    text = corpus.load(config.texts, config.corpus, data_dir)
+    if text.sha256 != sha256:
         raise UsageError(
-            f"The text of {run} has changed: it was {saved['text_sha256'][:12]}, it is {text.sha256[:12]} (SHA-256).",
+            f"The text of {run} has changed: it was {sha256[:12]}, it is {text.sha256[:12]} (SHA-256).",
             "Restore the text, or evaluate the model on a file: longshort eval MODEL TEXT",
         )
     _, heldout = split(text.content, config.heldout)
@@ -319,7 +356,7 @@ def heldout_text(run: Path) -> str:
 
 def free_directory(name: str) -> Path:
     """Return `name`, or the first of name-2, name-3, ... that does not exist; odd characters become hyphens."""
-    stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+    stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in name[-60:]).strip("-") or "run"
     path, number = Path(stem), 2
     while path.exists():
         path, number = Path(f"{stem}-{number}"), number + 1

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from longshort.errors import ConfigError, TextError, UsageError
+from longshort.errors import ConfigError, TextError
 from longshort.text.tokenizers import Ids
 
 IGNORED = -1
@@ -119,7 +119,7 @@ class ConsecutiveLanes(Sampler):
             return -(-self._lane_length() // self.seq_len)
         steps = (self._lane_length() - 1) // self.seq_len
         if steps < 1:
-            needed = self.batch_size * (self.seq_len + 1) + self.seq_len
+            needed = self.batch_size * (self.seq_len + 1) + self.seq_len - 1
             raise TextError(
                 f"{self.batch_size} lanes of whole windows of {self.seq_len} need a text of at least {needed} "
                 f"tokens; this one has {len(self.ids)}.",
@@ -197,10 +197,3 @@ def split(text: str, heldout: float = 0.1) -> tuple[str, str]:
             "Give a longer text; a few thousand characters are the least that teaches a model anything.",
         )
     return text[:cut], text[cut:]
-
-
-def make_sampler(name: str, ids: Ids, batch_size: int, seq_len: int, seed: int) -> Sampler:
-    """Return the sampler called `name`: `consecutive` or `random`."""
-    if name not in SAMPLERS:
-        raise UsageError(f"There is no sampler called {name!r}.", f"Choose one of: {', '.join(SAMPLERS)}.")
-    return SAMPLERS[name](ids, batch_size, seq_len, seed)

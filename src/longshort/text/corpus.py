@@ -86,6 +86,8 @@ def load(paths: Sequence[str | Path] = (), corpus: str | None = None, data_dir: 
         CorpusError: a corpus that cannot be had.
         MissingExtraError: a download is needed and pooch is not installed.
     """
+    if data_dir is not None and corpus not in SOURCES:
+        raise UsageError("A data directory holds named corpora.", f"It goes with --corpus {' or '.join(SOURCES)}.")
     if corpus is None:
         return read_files(paths)
     if paths:
@@ -119,7 +121,8 @@ def read_files(paths: Sequence[str | Path]) -> Text:
     if not content:
         more = f" and {len(given) - 1} more" if len(given) > 1 else ""
         raise TextError(f"The text is empty: {_quoted(given[0])}{more}.", "Give a file with text in it.")
-    name = "+".join(Path(path).name or str(path) for path in given)
+    names = [Path(path).name or Path(path).resolve().name or "text" for path in given]
+    name = "+".join(names) if len(names) <= 3 else f"{names[0]}+{len(names) - 1}-more"
     return Text.of(content, name if name.isprintable() else repr(name))
 
 
