@@ -54,11 +54,11 @@ def demo(
     _say("\nWhat it writes, given the first words:\n")
     for number, prompt in enumerate(("The ", "If the argument ", "class ")):
         _generate_to_screen(run, prompt, 200, {"temperature": 0.7}, stream=number)
-        print()
+        print(flush=True)
     place, me = shlex.quote(str(run)), _program()
     _say("Next:")
     for command, meaning in (
-        (f"{me} generate {place} --prompt 'The ' --temperature 0.5", "more, and more conservative"),
+        (f"{me} generate {place} --prompt 'The ' --temperature 0.5", "more, at a lower temperature"),
         (f"{me} eval {place} --split valid", "the held-out figure once more"),
         (f"{me} train MY-TEXT.txt --minutes 5", "a model of your own text"),
         (f"{me} compare --recipe lecture", "RNN, GRU and LSTM, from scratch and from the library"),
@@ -304,7 +304,7 @@ def _generate_to_screen(
     _generate(model, prompt, length, settings, put, stream)
     if not started:
         put("")
-    print()
+    print(flush=True)
 
 
 def _decoder(model: str | Path) -> Any:
