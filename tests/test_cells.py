@@ -44,7 +44,7 @@ def test_textbook_reference_and_torch_agree(cell: str, T: int, B: int, V: int, H
         param.requires_grad_()
 
     # The textbook.
-    step, *_ = (scratch.CELLS[cell].step,)
+    step = scratch.CELLS[cell].step
     state: tuple[Tensor, ...] = tuple(torch.zeros(B, H, dtype=torch.float64) for _ in cells.CELLS[cell].states)
     x_TBV = scratch.one_hot(ids_TB, V).double()
     outputs = []

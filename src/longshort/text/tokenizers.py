@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids and back. `char` and `byte` are NumPy look-ups that encode about 100 MB a second.
+"""Tokenizers: text to ids and back. `char` and `byte` are look-ups in NumPy.
 
 A tokenizer has `size` output symbols, ids 0 .. size-1. A character that training never saw gets the id
 `size`: it may be an input of a model (where it is embedded as the zero vector), never an output, and it is
