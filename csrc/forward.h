@@ -1,0 +1,340 @@
+/* The forward pass of one layer in one direction.
+
+   For a chunk of steps the input's share of the gates is computed at once, then the steps one after the other, each
+   tile of rows and units from product to new state while its sums are at hand:
+
+     chunk:  x -> blocked copy   | all wait |   xg = bias + x W_ih   (own panels)
+     step:   gates = xg + h W_hh -> activations -> c, h, y, saved    (own panels)   | all wait |
+
+   A team divides the panels; several teams divide the batch's rows and never wait for each other. */
+
+#ifndef LONGSHORT_FORWARD_H
+#define LONGSHORT_FORWARD_H
+
+#include "layout.h"
+
+namespace ls {
+namespace LS_TARGET {
+
+template <class Cell>
+struct Forward {
+  static constexpr int N = panel_vectors<Cell>();
+  static constexpr int NW = N * W;
+  static constexpr bool kLstm = Cell::kCell == LS_LSTM, kGru = Cell::kCell == LS_GRU;
+
+  const ls_forward_args& a;
+  const Steps steps;
+  const Sizes<Cell> sizes;
+  int64_t T, B, H;
+  int64_t Bp;         /* rows that a blocked array of states has room for */
+  int threads, teams, team_size;
+  int64_t chunk_rows; /* rows of a chunk, over all its steps */
+  bool options, raw_differs;
+  const float* packed;
+  int64_t* row_offset;
+
+  /* Shared scratch. */
+  float* own_packed;
+  float* h[2];   /* what W_hh reads, blocked [U][Bp][W]: of this step and of the next */
+  float* raw[2]; /* h before mask and reset; h itself where there are none */
+  float* c;      /* blocked [U][Bp][W] */
+  float* x;      /* a team's chunk, blocked [input block][row][W] */
+  float* xg;     /* a team's chunk [panel][row][N W] */
+  Team::Shared* shared;
+
+  Forward(const ls_forward_args& args)
+      : a(args), steps(args.shape), sizes(args.shape.I, args.shape.H), T(args.shape.T), B(args.shape.B), H(args.shape.H), Bp(odd(B)) {
+    const ls_options& o = a.options;
+    raw_differs = o.h_mask || o.resets;
+    options = raw_differs || o.zoneout_mask || o.zoneout != 0.0f;
+    double flops = 2.0 * double(steps.total_rows()) * Cell::kGates * double(H) * double(sizes.I + H);
+    threads = useful_threads(int(smaller(a.shape.num_threads, sizes.panels * larger(B, 1))), flops, double(T));
+    plan_teams();
+    int64_t group = ceil_div(B, teams);
+    /* xg and x of a chunk should stay in the second-level cache. */
+    int64_t row_floats = sizes.panels * NW / team_size + sizes.input_blocks * W;
+    chunk_rows = larger(larger(group, 1), smaller(steps.total_rows(), smaller(larger((512 << 10) / row_floats, 24), 384)));
+  }
+
+  void plan_teams() {
+    /* Rows are divided where all weights fit into every core's cache and each team has full tiles; else panels. */
+    int64_t weight_bytes = sizes.panels * sizes.panel_floats() * 4;
+    bool by_rows = !a.shape.counts && weight_bytes <= (3 << 18) && B >= threads * max_rows<N>();
+    teams = by_rows ? threads : 1;
+    team_size = by_rows ? 1 : int(smaller(threads, sizes.panels));
+    threads = teams * team_size;
+  }
+
+  int64_t carve(float* memory) {
+    Arena arena(memory);
+    own_packed = a.packed ? nullptr : arena.array(sizes.panels * sizes.panel_floats());
+    packed = a.packed ? a.packed : own_packed;
+    int64_t state = sizes.U * Bp * W;
+    for (int i = 0; i < 2; ++i) h[i] = arena.array(state);
+    for (int i = 0; i < 2; ++i) raw[i] = raw_differs ? arena.array(state) : h[i];
+    c = kLstm ? arena.array(state) : nullptr;
+    x = arena.array(teams * sizes.input_blocks * odd(chunk_rows) * W);
+    xg = arena.array(teams * sizes.panels * chunk_rows * NW);
+    row_offset = reinterpret_cast<int64_t*>(arena.array(2 * T));
+    shared = reinterpret_cast<Team::Shared*>(arena.array(int64_t(sizeof(Team::Shared) / 4) * (teams + 1)));
+    return arena.floats();
+  }
+
+  int32_t run() {
+    if (T == 0 || B == 0) {
+      copy_state();
+      return LS_OK;
+    }
+    int64_t floats = carve(nullptr);
+    float* memory = static_cast<float*>(take(size_t(floats) * sizeof(float)));
+    if (!memory) return LS_OUT_OF_MEMORY;
+    carve(memory);
+    steps.count_rows(row_offset);
+    clear(reinterpret_cast<float*>(shared), int64_t(sizeof(Team::Shared) / 4) * (teams + 1));
+    parallel(
+        threads, [](void* context, int thread, int count) { static_cast<Forward*>(context)->work(thread, count); }, this);
+    give(memory);
+    return LS_OK;
+  }
+
+  void copy_state() {
+    size_t bytes = size_t(B * H) * sizeof(float);
+    for (int i = 0; i < (kLstm ? 2 : 1); ++i) {
+      const float* from = i ? a.c0 : a.h0;
+      float* to = i ? a.c_n : a.h_n;
+      if (!to || to == from) continue;
+      if (from)
+        __builtin_memcpy(to, from, bytes);
+      else
+        __builtin_memset(to, 0, bytes);
+    }
+  }
+
+  void work(int thread, int count) {
+    FlushSubnormals flush;
+    if (teams == 1) {
+      Team team(shared, thread, count);
+      if (own_packed) pack(team);
+      run_rows(team, 0, B, 0);
+      return;
+    }
+    Team all(shared + teams, thread, count);
+    if (own_packed) pack(all);
+    if (!all.wait()) return;
+    /* One team a thread; more where fewer threads came than were asked for, or the others have left. */
+    for (int64_t team = all.begin(teams); team < all.end(teams); ++team)
+      run_rows(Team(shared + team, 0, 1), B * team / teams, B * (team + 1) / teams, team);
+  }
+
+  void pack(const Team& team) {
+    for (int64_t panel = team.begin(sizes.panels); panel < team.end(sizes.panels); ++panel)
+      pack_panel<Cell>(sizes, panel, a.weight_ih, a.weight_hh, a.bias_ih, a.bias_hh, own_packed);
+  }
+
+  void run_rows(Team team, int64_t row0, int64_t row1, int64_t index) {
+    float* x_chunk = x + index * sizes.input_blocks * odd(chunk_rows) * W;
+    float* xg_chunk = xg + index * sizes.panels * chunk_rows * NW;
+    start_state(team, row0, row1);
+    for (int64_t first = 0, last; first < T; first = last) {
+      int64_t rows = 0;
+      for (last = first; last < T; ++last) {
+        int64_t more = rows_of(last, row0, row1);
+        if (rows && rows + more > chunk_rows) break;
+        rows += more;
+      }
+      copy_inputs(team, first, last, row0, row1, rows, x_chunk);
+      if (!team.wait()) return;
+      multiply_inputs(team, first, rows, x_chunk, xg_chunk);
+      int64_t row_in_chunk = 0;
+      for (int64_t step = first; step < last; ++step) {
+        int64_t n = rows_of(step, row0, row1);
+        run_step(team, step, row0, n, rows, xg_chunk + row_in_chunk * NW);
+        row_in_chunk += n;
+        if (!team.wait()) return;
+      }
+    }
+    finish(team, row0, row1);
+  }
+
+  /* Rows of the group that a step has. */
+  int64_t rows_of(int64_t step, int64_t row0, int64_t row1) const {
+    return larger(smaller(steps.rows(step), row1) - row0, 0);
+  }
+
+  void start_state(const Team& team, int64_t row0, int64_t row1) {
+    for (int64_t block = team.begin(sizes.panels) * Cell::kUnits; block < team.end(sizes.panels) * Cell::kUnits; ++block) {
+      int units = sizes.units(block);
+      for (int64_t row = row0; row < row1; ++row) {
+        int64_t from = steps.batch_row(row) * H + block * W, to = (block * Bp + row) * W;
+        V start = a.h0 && units ? load_part(a.h0 + from, units) : V{};
+        V read = options ? seen(start, steps.first_step(row), row, block, units) : start;
+        for (int i = 0; i < 2; ++i) {
+          store(h[i] + to, read);
+          if (raw_differs) store(raw[i] + to, start);
+        }
+        if (kLstm) store(c + to, a.c0 && units ? load_part(a.c0 + from, units) : V{});
+      }
+    }
+  }
+
+  bool is_reset(int64_t step, int64_t row) const {
+    return a.options.resets && step < T && a.options.resets[steps.time(step) * B + steps.batch_row(row)];
+  }
+
+  /* h as W_hh reads it at `step`. */
+  V seen(V value, int64_t step, int64_t row, int64_t block, int units) const {
+    if (is_reset(step, row)) return V{};
+    if (a.options.h_mask && units)
+      value *= load_part(a.options.h_mask + steps.batch_row(row) * H + block * W, units);
+    return value;
+  }
+
+  void copy_inputs(const Team& team, int64_t first, int64_t last, int64_t row0, int64_t row1, int64_t rows, float* chunk) {
+    int64_t at = 0;
+    for (int64_t step = first; step < last; ++step) {
+      int64_t t = steps.time(step), n = rows_of(step, row0, row1);
+      for (int64_t row = row0; row < row0 + n; ++row, ++at) {
+        const float* from = a.x + steps.offset(t, row, a.x_step, a.x_row);
+        for (int64_t block = team.begin(sizes.input_blocks); block < team.end(sizes.input_blocks); ++block)
+          copy_row_block(from, sizes.I, block, chunk + (block * odd(rows) + at) * W);
+      }
+    }
+  }
+
+  void multiply_inputs(const Team& team, int64_t step, int64_t rows, const float* x_chunk, float* xg_chunk) {
+    int64_t first = team.begin(sizes.panels), blocks = sizes.input_blocks;
+    Panels panels(packed + first * sizes.panel_floats() + sizes.bias_floats(), sizes.input_floats(), sizes.panel_floats(),
+                  team.end(sizes.panels) - first, step);
+    Tiles tiles(rows, max_rows<N>());
+    for (int64_t i = 0; i < panels.count(); ++i) {
+      int64_t panel = first + panels.index(i);
+      float* biases = const_cast<float*>(panels.at(i)) - sizes.bias_floats();
+      for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        int64_t row = tiles.begin(tile);
+        multiply_rows<N>(tiles.size(tile), blocks, x_chunk + row * W, odd(rows) * W, panels.at(i), Place{biases, 0, W},
+                         Place{xg_chunk + (panel * rows + row) * NW, NW, W}, panels.ahead(i, tile, tiles.count, blocks));
+      }
+    }
+  }
+
+  /* `xg_rows`: the step's first row in the chunk's first panel. */
+  void run_step(const Team& team, int64_t step, int64_t row0, int64_t n, int64_t chunk, const float* xg_rows) {
+    int64_t first = team.begin(sizes.panels), blocks = sizes.hidden_blocks();
+    int64_t before_hidden = sizes.bias_floats() + sizes.input_floats();
+    Panels panels(packed + first * sizes.panel_floats() + before_hidden, blocks * W * NW, sizes.panel_floats(),
+                  team.end(sizes.panels) - first, step);
+    Tiles tiles(n, max_rows<N>());
+    alignas(64) float sums[kAccumulators * W];
+    for (int64_t i = 0; i < panels.count(); ++i) {
+      int64_t panel = first + panels.index(i);
+      const float* hidden_bias = panels.at(i) - before_hidden + 3 * W; /* the GRU's */
+      for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        int64_t row = tiles.begin(tile);
+        int rows = tiles.size(tile);
+        const float* xg_tile = xg_rows + (panel * chunk + row) * NW;
+        Place start = {const_cast<float*>(xg_tile), NW, W};
+        if (kGru) { /* n starts from its own hidden bias: r multiplies the sum before the input's share is added */
+          for (int r = 0; r < rows; ++r) {
+            store(sums + r * NW, load(xg_tile + r * NW));
+            store(sums + r * NW + W, load(xg_tile + r * NW + W));
+            store(sums + r * NW + 2 * W, load(hidden_bias));
+          }
+          start.p = sums;
+        }
+        multiply_rows<N>(rows, blocks, h[step & 1] + (row0 + row) * W, Bp * W, panels.at(i), start, Place{sums, NW, W},
+                         panels.ahead(i, tile, tiles.count, blocks));
+        if (options)
+          finish_tile<true>(step, panel, row0 + row, rows, sums, xg_tile);
+        else
+          finish_tile<false>(step, panel, row0 + row, rows, sums, xg_tile);
+      }
+    }
+  }
+
+  /* From the sums of a tile to the state after the step. */
+  template <bool kOptions>
+  void finish_tile(int64_t step, int64_t panel, int64_t row, int rows, const float* sums, const float* xg_tile) {
+    int64_t t = steps.time(step);
+    for (int unit = 0; unit < Cell::kUnits; ++unit) {
+      int64_t block = panel * Cell::kUnits + unit;
+      int units = sizes.units(block);
+      if (!units) continue;
+      float* saved = a.saved ? a.saved + saved_offset<Cell>(sizes, row_offset[step], steps.rows(step), block, row) : nullptr;
+      for (int r = 0; r < rows; ++r) {
+        const float* g = sums + r * NW + unit * W;
+        int64_t at = (block * Bp + row + r) * W;
+        V before = load(raw[step & 1] + at);
+        bool reset = kOptions && is_reset(step, row + r);
+        if (reset) before = V{};
+        V after;
+        if constexpr (kLstm) {
+          V i = sigmoid(load(g)), f = sigmoid(load(g + W)), candidate = tanh(load(g + 2 * W)), o = sigmoid(load(g + 3 * W));
+          V c_before = reset ? V{} : load(c + at);
+          V c_after = f * c_before + i * candidate;
+          after = o * tanh(c_after);
+          store(c + at, c_after);
+          if (saved) {
+            store(saved, i);
+            store(saved + W, f);
+            store(saved + 2 * W, candidate);
+            store(saved + 3 * W, o);
+            store(saved + 4 * W, c_after);
+          }
+        } else if constexpr (kGru) {
+          V hidden = load(g + 2 * W);
+          V r_gate = sigmoid(load(g)), z = sigmoid(load(g + W));
+          V n = tanh(load(xg_tile + r * NW + 2 * W) + r_gate * hidden);
+          after = n + z * (before - n);
+          if (saved) {
+            store(saved, r_gate);
+            store(saved + W, z);
+            store(saved + 2 * W, n);
+            store(saved + 3 * W, hidden);
+          }
+        } else {
+          after = Cell::kCell == LS_RNN_TANH ? tanh(load(g)) : relu(load(g));
+          if (saved) store(saved, after);
+        }
+        if (saved) saved += Cell::kSaved * W;
+        if constexpr (kOptions) {
+          const ls_options& o = a.options;
+          V zoneout = splat(o.zoneout);
+          if (o.zoneout_mask)
+            zoneout = load_part(o.zoneout_mask + (t * B + steps.batch_row(row + r)) * H + block * W, units);
+          after = after + zoneout * (before - after);
+          if (raw_differs) store(raw[(step + 1) & 1] + at, after);
+          store(h[(step + 1) & 1] + at, seen(after, step + 1, row + r, block, units));
+        } else {
+          store(h[(step + 1) & 1] + at, after);
+        }
+        store_part(a.y + steps.offset(t, row + r, a.y_step, a.y_row) + block * W, after, units);
+      }
+    }
+  }
+
+  /* States after the last steps, and zeros past the ends. */
+  void finish(const Team& team, int64_t row0, int64_t row1) {
+    const ls_shape& s = a.shape;
+    for (int64_t block = team.begin(sizes.panels) * Cell::kUnits; block < team.end(sizes.panels) * Cell::kUnits; ++block) {
+      int units = sizes.units(block);
+      if (!units) continue;
+      int64_t run = T; /* steps that a row has run */
+      for (int64_t row = row0; row < row1; ++row) {
+        if (s.counts && !s.reverse)
+          while (run && s.counts[run - 1] <= row) --run;
+        int64_t from = (block * Bp + row) * W, to = steps.batch_row(row) * H + block * W;
+        if (a.h_n) store_part(a.h_n + to, load(raw[run & 1] + from), units);
+        if (kLstm && a.c_n) store_part(a.c_n + to, load(c + from), units);
+      }
+      if (!s.counts || s.starts) continue;
+      for (int64_t t = 0; t < T; ++t)
+        for (int64_t row = larger(s.counts[t], row0); row < row1; ++row)
+          store_part(a.y + steps.offset(t, row, a.y_step, a.y_row) + block * W, V{}, units);
+    }
+  }
+};
+
+}  // namespace LS_TARGET
+}  // namespace ls
+
+#endif

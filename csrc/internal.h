@@ -1,0 +1,72 @@
+/* What the files of the library share: targets, threads, scratch memory. No instruction set is assumed here. */
+
+#ifndef LONGSHORT_INTERNAL_H
+#define LONGSHORT_INTERNAL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "longshort.h"
+
+namespace ls {
+
+/* One build of kernels.cpp. Arguments have been checked when these are called. */
+struct Target {
+  const char* name;
+  int32_t (*forward)(const ls_forward_args*);
+  int32_t (*backward)(const ls_backward_args*);
+  int64_t (*saved_floats)(const ls_shape*);
+  int64_t (*packed_floats)(int32_t cell, int64_t I, int64_t H);
+  void (*pack)(int32_t cell, int64_t I, int64_t H, const float* weight_ih, const float* weight_hh, const float* bias_ih,
+               const float* bias_hh, float* packed);
+  void (*apply)(int32_t function, int64_t n, const float* x, float* y);
+};
+
+/* threads.cpp */
+
+/* Runs body(context, thread, count) in `num_threads` threads, or in fewer where so many cannot be had: `count` says. */
+void parallel(int num_threads, void (*body)(void* context, int thread, int count), void* context);
+
+/* How many threads a call of `flops` operations in `steps` steps that wait for each other should use, at most `wanted`. */
+int useful_threads(int wanted, double flops, double steps);
+
+bool set_threading(bool openmp);
+bool uses_openmp();
+
+/* A team of threads that divides work and waits for each other between steps. Where one waits for long, since another is
+   not being run (a neighbour has its core), the first thread goes on alone and the others leave. */
+class Team {
+ public:
+  /* Of the whole team. */
+  struct Shared {
+    alignas(64) int arrived;
+    alignas(64) int phase;
+    alignas(64) int slow; /* somebody has waited too long */
+    int alone;            /* the last to arrive decides that the first goes on alone */
+  };
+
+  Team(Shared* shared, int index, int count);
+
+  /* Waits until all have come here. False: this thread has nothing more to do. */
+  bool wait();
+
+  /* This thread's share of n pieces. */
+  int64_t begin(int64_t n) const { return n * index_ / count_; }
+  int64_t end(int64_t n) const { return n * (index_ + 1) / count_; }
+
+ private:
+  Shared* shared_;
+  int index_, count_, phase_;
+  int64_t last_;
+};
+
+/* memory.cpp */
+
+/* Scratch memory for one call, 64-byte aligned; NULL where there is none. Blocks are kept and reused. */
+void* take(size_t bytes);
+void give(void* block);
+void trim();
+
+}  // namespace ls
+
+#endif

@@ -1,0 +1,88 @@
+/* All kernels of one target. Compiled once for each, with LS_TARGET its name. */
+
+#include "backward.h"
+#include "forward.h"
+
+namespace ls {
+namespace LS_TARGET {
+
+template <template <class> class Pass, class Args>
+static int32_t run(const Args* args) {
+  switch (args->shape.cell) {
+    case LS_RNN_TANH: return Pass<RnnTanh>(*args).run();
+    case LS_RNN_RELU: return Pass<RnnRelu>(*args).run();
+    case LS_GRU: return Pass<Gru>(*args).run();
+    default: return Pass<Lstm>(*args).run();
+  }
+}
+
+static int32_t forward(const ls_forward_args* args) { return run<Forward>(args); }
+static int32_t backward(const ls_backward_args* args) { return run<Backward>(args); }
+
+template <class Cell>
+static int64_t saved_floats_of(const ls_shape& shape) {
+  return Steps(shape).total_rows() * Sizes<Cell>(shape.I, shape.H).U * Cell::kSaved * W;
+}
+
+static int64_t saved_floats(const ls_shape* shape) {
+  switch (shape->cell) {
+    case LS_GRU: return saved_floats_of<Gru>(*shape);
+    case LS_LSTM: return saved_floats_of<Lstm>(*shape);
+    default: return saved_floats_of<RnnTanh>(*shape);
+  }
+}
+
+template <class Cell>
+static int64_t packed_floats_of(int64_t I, int64_t H) {
+  Sizes<Cell> sizes(I, H);
+  return sizes.panels * sizes.panel_floats();
+}
+
+static int64_t packed_floats(int32_t cell, int64_t I, int64_t H) {
+  switch (cell) {
+    case LS_GRU: return packed_floats_of<Gru>(I, H);
+    case LS_LSTM: return packed_floats_of<Lstm>(I, H);
+    default: return packed_floats_of<RnnTanh>(I, H);
+  }
+}
+
+template <class Cell>
+static void pack_all(int64_t I, int64_t H, const float* weight_ih, const float* weight_hh, const float* bias_ih,
+                     const float* bias_hh, float* packed) {
+  FlushSubnormals flush;
+  Sizes<Cell> sizes(I, H);
+  for (int64_t panel = 0; panel < sizes.panels; ++panel)
+    pack_panel<Cell>(sizes, panel, weight_ih, weight_hh, bias_ih, bias_hh, packed);
+}
+
+static void pack(int32_t cell, int64_t I, int64_t H, const float* weight_ih, const float* weight_hh, const float* bias_ih,
+                 const float* bias_hh, float* packed) {
+  switch (cell) {
+    case LS_GRU: return pack_all<Gru>(I, H, weight_ih, weight_hh, bias_ih, bias_hh, packed);
+    case LS_LSTM: return pack_all<Lstm>(I, H, weight_ih, weight_hh, bias_ih, bias_hh, packed);
+    default: return pack_all<RnnTanh>(I, H, weight_ih, weight_hh, bias_ih, bias_hh, packed);
+  }
+}
+
+static void apply(int32_t function, int64_t n, const float* x, float* y) {
+  FlushSubnormals flush;
+  for (int64_t i = 0; i < n; i += W) {
+    int count = int(smaller(n - i, W));
+    V v = load_part(x + i, count);
+    store_part(y + i, function == 0 ? exponential(v) : function == 1 ? tanh(v) : sigmoid(v), count);
+  }
+}
+
+}  // namespace LS_TARGET
+
+#define LS_JOIN(a, b) LS_PASTE(a, b)
+#define LS_PASTE(a, b) a##b
+#define LS_QUOTE(a) LS_TEXT(a)
+#define LS_TEXT(a) #a
+extern const Target LS_JOIN(target_, LS_TARGET);
+const Target LS_JOIN(target_, LS_TARGET) = {
+    LS_QUOTE(LS_TARGET),      LS_TARGET::forward, LS_TARGET::backward, LS_TARGET::saved_floats,
+    LS_TARGET::packed_floats, LS_TARGET::pack,    LS_TARGET::apply,
+};
+
+}  // namespace ls

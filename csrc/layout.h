@@ -1,0 +1,171 @@
+/* What forward and backward pass share: cells, sizes, steps, packing.
+
+     unit block   W hidden units          U   unit blocks of a layer (H / W, rounded up)
+     panel        of the forward pass: all gates of kUnits unit blocks, N = gates * kUnits vectors wide
+     group rows   rows of the batch that one team runs */
+
+#ifndef LONGSHORT_LAYOUT_H
+#define LONGSHORT_LAYOUT_H
+
+#include "activations.h"
+#include "internal.h"
+#include "tiles.h"
+
+namespace ls {
+namespace LS_TARGET {
+
+/* Cells. kSaved: vectors a unit block that the forward pass saves: the gates after their activation, for the GRU also
+   W_hn h + b_hn, for the LSTM also c. */
+struct RnnTanh {
+  static constexpr int kCell = LS_RNN_TANH, kGates = 1, kUnits = 2, kSaved = 1, kBiases = 1;
+};
+struct RnnRelu {
+  static constexpr int kCell = LS_RNN_RELU, kGates = 1, kUnits = 2, kSaved = 1, kBiases = 1;
+};
+struct Gru {
+  static constexpr int kCell = LS_GRU, kGates = 3, kUnits = 1, kSaved = 4, kBiases = 4;
+};
+struct Lstm {
+  static constexpr int kCell = LS_LSTM, kGates = 4, kUnits = 1, kSaved = 5, kBiases = 4;
+};
+
+template <class Cell>
+constexpr int panel_vectors() {
+  return Cell::kGates * Cell::kUnits;
+}
+
+/* Sizes that follow from I and H. */
+template <class Cell>
+struct Sizes {
+  static constexpr int N = panel_vectors<Cell>();
+  int64_t I, H;
+  int64_t input_blocks; /* of W columns of x */
+  int64_t panels;
+  int64_t U; /* unit blocks, those that only fill the last panel included */
+  Sizes(int64_t I, int64_t H)
+      : I(I), H(H), input_blocks(ceil_div(I, W)), panels(ceil_div(H, W * Cell::kUnits)), U(panels * Cell::kUnits) {}
+
+  /* A packed panel: biases, W_ih, W_hh. The recurrent product skips unit blocks that are all padding. */
+  int64_t bias_floats() const { return Cell::kBiases * Cell::kUnits * W; }
+  int64_t hidden_blocks() const { return ceil_div(H, W); }
+  int64_t input_floats() const { return input_blocks * W * N * W; }
+  int64_t panel_floats() const { return bias_floats() + input_floats() + hidden_blocks() * W * N * W; }
+  int units(int64_t unit_block) const { /* of it that are not padding */
+    int64_t left = H - unit_block * W;
+    return left > W ? W : left > 0 ? int(left) : 0;
+  }
+};
+
+/* Steps in the order in which they are run, and where their rows lie. */
+struct Steps {
+  const ls_shape& s;
+  explicit Steps(const ls_shape& shape) : s(shape) {}
+  int64_t time(int64_t step) const { return s.reverse ? s.T - 1 - step : step; }
+  int64_t rows(int64_t step) const { return s.counts ? s.counts[time(step)] : s.B; }
+  int64_t batch_row(int64_t row) const { return s.order ? s.order[row] : row; }
+  int64_t offset(int64_t t, int64_t row, int64_t step_stride, int64_t row_stride) const {
+    return (s.starts ? s.starts[t] * row_stride : t * step_stride) + batch_row(row) * row_stride;
+  }
+  /* The first step that a row has. */
+  int64_t first_step(int64_t row) const {
+    int64_t step = 0;
+    if (s.counts && s.reverse)
+      while (step < s.T && rows(step) <= row) ++step;
+    return step;
+  }
+  /* offsets[step]: rows of all steps before it. */
+  void count_rows(int64_t* offsets) const {
+    int64_t total = 0;
+    for (int64_t step = 0; step < s.T; ++step) {
+      offsets[step] = total;
+      total += rows(step);
+    }
+  }
+  int64_t total_rows() const {
+    if (!s.counts) return s.T * s.B;
+    int64_t total = 0;
+    for (int64_t t = 0; t < s.T; ++t) total += s.counts[t];
+    return total;
+  }
+};
+
+/* What the forward pass saves: [step][unit block][row][kSaved][W], steps in the order in which they are run. */
+template <class Cell>
+static inline int64_t saved_offset(const Sizes<Cell>& sizes, int64_t rows_before, int64_t rows, int64_t block, int64_t row) {
+  return (rows_before * sizes.U + block * rows + row) * Cell::kSaved * W;
+}
+
+/* Cuts a call's scratch memory into arrays, each on a cache line of its own. Once without memory, to learn how much. */
+class Arena {
+ public:
+  explicit Arena(float* memory) : next_(memory), floats_(0) {}
+  float* array(int64_t floats) {
+    float* p = next_ ? next_ + floats_ : nullptr;
+    floats_ += (floats + 15) / 16 * 16 + 16;
+    return p;
+  }
+  int64_t floats() const { return floats_; }
+
+ private:
+  float* next_;
+  int64_t floats_;
+};
+
+/* Rows that a blocked array has room for: an odd number, so that its blocks do not all fall on the same lines of a cache. */
+static inline int64_t odd(int64_t rows) { return rows | 1; }
+
+static inline void clear(float* p, int64_t floats) { __builtin_memset(p, 0, size_t(floats) * sizeof(float)); }
+
+/* panel[k][n W + u] = weight[row(n, u)][k]: W rows of the weights side by side. `rows` of the W are not padding. */
+static void transpose_block(const float* weight, int64_t stride, int rows, int64_t K, float* panel, int64_t panel_width) {
+  int64_t k = 0;
+  for (; k + W <= K; k += W) {
+    /* A square of W by W through the first-level cache: reads and writes of whole vectors, scalars only between them. */
+    float square[W][W];
+    for (int u = 0; u < W; ++u) {
+      V v = u < rows ? load(weight + u * stride + k) : V{};
+      for (int i = 0; i < W; ++i) square[i][u] = v[i];
+    }
+    for (int i = 0; i < W; ++i) store(panel + (k + i) * panel_width, load(square[i]));
+  }
+  for (; k < K; ++k)
+    for (int u = 0; u < W; ++u) panel[k * panel_width + u] = u < rows ? weight[u * stride + k] : 0.0f;
+  for (; k % W; ++k) store(panel + k * panel_width, V{});
+}
+
+template <class Cell>
+static void pack_panel(const Sizes<Cell>& sizes, int64_t panel, const float* weight_ih, const float* weight_hh,
+                       const float* bias_ih, const float* bias_hh, float* packed) {
+  constexpr int N = Sizes<Cell>::N;
+  const int64_t I = sizes.I, H = sizes.H;
+  float* out = packed + panel * sizes.panel_floats();
+  float* inputs = out + sizes.bias_floats();
+  float* hidden = inputs + sizes.input_floats();
+  for (int unit = 0; unit < Cell::kUnits; ++unit) {
+    int64_t block = panel * Cell::kUnits + unit;
+    int units = sizes.units(block);
+    for (int gate = 0; gate < Cell::kGates; ++gate) {
+      int n = gate * Cell::kUnits + unit;
+      int64_t row = gate * H + block * W;
+      bool candidate = Cell::kCell == LS_GRU && gate == 2; /* its two biases stay apart: r multiplies one of them */
+      V bias = V{}, hidden_bias = V{};
+      if (units && bias_ih) bias = load_part(bias_ih + row, units);
+      if (units && bias_hh) hidden_bias = load_part(bias_hh + row, units);
+      store(out + n * W, candidate ? bias : bias + hidden_bias);
+      if (candidate) store(out + 3 * W, hidden_bias);
+      transpose_block(weight_ih + (units ? row : 0) * I, I, units, I, inputs + n * W, N * W);
+      transpose_block(weight_hh + (units ? row : 0) * H, H, units, H, hidden + n * W, N * W);
+    }
+  }
+}
+
+/* Rows of a strided array into blocked layout: block `b` of W columns of row `r` to out[b][r][W]. */
+static inline void copy_row_block(const float* row, int64_t columns, int64_t block, float* out) {
+  int64_t left = columns - block * W;
+  store(out, left >= W ? load(row + block * W) : load_part(row + block * W, int(left)));
+}
+
+}  // namespace LS_TARGET
+}  // namespace ls
+
+#endif

@@ -1,0 +1,184 @@
+/* The C interface: checks what can be checked without reading the arrays, and calls the target. */
+
+#include <stdlib.h>
+
+#include "internal.h"
+
+namespace ls {
+
+#if defined(LS_HAVE_AVX512)
+extern const Target target_avx512;
+#endif
+#if defined(LS_HAVE_AVX2)
+extern const Target target_avx2;
+#endif
+extern const Target target_baseline;
+
+namespace {
+
+const Target* const kTargets[] = {
+#if defined(LS_HAVE_AVX512)
+    &target_avx512,
+#endif
+#if defined(LS_HAVE_AVX2)
+    &target_avx2,
+#endif
+    &target_baseline,
+};
+constexpr int32_t kNumTargets = sizeof kTargets / sizeof kTargets[0];
+
+/* Whether processor and system have what the target's build assumes; GCC and Clang also ask the system (XGETBV). */
+bool supported(int32_t target) {
+  const char* name = kTargets[target]->name;
+  (void)name;
+#if defined(__x86_64__)
+  if (name[0] == 'a') {
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (name[3] == '2') return avx2;
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
+  }
+#endif
+  return true;
+}
+
+int32_t active = -1;
+
+int32_t active_target() {
+  int32_t target = __atomic_load_n(&active, __ATOMIC_RELAXED);
+  if (target >= 0) return target;
+  for (target = 0; !supported(target);) ++target;
+  __atomic_store_n(&active, target, __ATOMIC_RELAXED);
+  return target;
+}
+
+/* NULL where the target does not exist or cannot run here. */
+const Target* find(int32_t target) {
+  if (target < -1 || target >= kNumTargets) return nullptr;
+  if (target == -1) return kTargets[active_target()];
+  return supported(target) ? kTargets[target] : nullptr;
+}
+
+bool is_size(int64_t n) { return n >= 0 && n <= INT32_MAX; }
+
+/* a * b stays far from overflow, also times the bytes and gates of a unit. */
+bool fits(int64_t a, int64_t b) { return b == 0 || a <= (int64_t(1) << 52) / b; }
+
+bool is_cell(int32_t cell) { return cell >= LS_RNN_TANH && cell <= LS_LSTM; }
+bool are_widths(int64_t I, int64_t H) { return is_size(I) && is_size(H) && H > 0 && fits(I + 64, H) && fits(H + 64, H); }
+
+/* Whether `order` holds each of 0..B-1 once. */
+bool is_permutation(const int64_t* order, int64_t B) {
+  if (!B) return true;
+  unsigned char* seen = static_cast<unsigned char*>(calloc(size_t(B), 1));
+  bool good = seen != nullptr;
+  for (int64_t row = 0; good && row < B; ++row) good = order[row] >= 0 && order[row] < B && !seen[order[row]]++;
+  free(seen);
+  return good;
+}
+
+bool is_shape(const ls_shape& s) {
+  if (!is_cell(s.cell) || !are_widths(s.I, s.H) || !is_size(s.T) || !is_size(s.B)) return false;
+  if (!fits(s.T, s.B) || !fits(s.T * s.B, s.I + 8 * s.H + 64)) return false;
+  if (s.counts)
+    for (int64_t t = 0; t < s.T; ++t)
+      if (s.counts[t] < 0 || s.counts[t] > (t ? s.counts[t - 1] : s.B)) return false;
+  if (s.starts)
+    for (int64_t t = 0; t < s.T; ++t)
+      if (s.starts[t] < 0) return false;
+  return s.num_threads >= 1 && (!s.order || is_permutation(s.order, s.B));
+}
+
+bool are_options(const ls_options& o) { return o.zoneout >= 0.0f && o.zoneout <= 1.0f; }
+
+/* `sum` with `count` values mixed in, spread over all n. */
+uint64_t sample(const float* values, int64_t n, int64_t count, uint64_t sum) {
+  for (int64_t i = 0; i < count && n; ++i) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, values + (n - 1) * i / (count - 1), sizeof bits);
+    sum = (sum ^ bits) * 0x9E3779B97F4A7C15u;
+    sum ^= sum >> 29;
+  }
+  return sum;
+}
+
+}  // namespace
+}  // namespace ls
+
+using namespace ls;
+
+extern "C" {
+
+int32_t ls_abi_version(void) { return LS_ABI_VERSION; }
+int32_t ls_num_targets(void) { return kNumTargets; }
+const char* ls_target_name(int32_t target) { return target >= 0 && target < kNumTargets ? kTargets[target]->name : nullptr; }
+int32_t ls_target_supported(int32_t target) { return target >= 0 && target < kNumTargets && supported(target); }
+int32_t ls_active_target(void) { return active_target(); }
+
+int32_t ls_set_target(int32_t target) {
+  if (!ls_target_supported(target)) return LS_BAD_ARGUMENT;
+  __atomic_store_n(&active, target, __ATOMIC_RELAXED);
+  return LS_OK;
+}
+
+int32_t ls_set_threading(int32_t openmp) { return set_threading(openmp != 0) ? LS_OK : LS_BAD_ARGUMENT; }
+int32_t ls_threading(void) { return uses_openmp(); }
+
+int64_t ls_saved_floats(const ls_shape* shape) {
+  const Target* target = shape && is_shape(*shape) ? find(shape->target) : nullptr;
+  return target ? target->saved_floats(shape) : -1;
+}
+
+int64_t ls_packed_floats(int32_t cell, int64_t I, int64_t H, int32_t target) {
+  const Target* found = is_cell(cell) && are_widths(I, H) ? find(target) : nullptr;
+  return found ? found->packed_floats(cell, I, H) : -1;
+}
+
+int32_t ls_pack(int32_t cell, int64_t I, int64_t H, int32_t target, const float* weight_ih, const float* weight_hh,
+                const float* bias_ih, const float* bias_hh, float* packed) {
+  const Target* found = is_cell(cell) && are_widths(I, H) ? find(target) : nullptr;
+  if (!found || (!weight_ih && I) || !weight_hh || !packed) return LS_BAD_ARGUMENT;
+  found->pack(cell, I, H, weight_ih, weight_hh, bias_ih, bias_hh, packed);
+  return LS_OK;
+}
+
+uint64_t ls_sample(int32_t cell, int64_t I, int64_t H, const float* weight_ih, const float* weight_hh, const float* bias_ih,
+                   const float* bias_hh) {
+  if (!is_cell(cell) || !are_widths(I, H) || (!weight_ih && I) || !weight_hh) return 0;
+  int64_t rows = (cell == LS_LSTM ? 4 : cell == LS_GRU ? 3 : 1) * H;
+  uint64_t sum = sample(weight_ih, rows * I, 64, 1);
+  sum = sample(weight_hh, rows * H, 64, sum);
+  sum = sample(bias_ih, bias_ih ? rows : 0, 8, sum);
+  return sample(bias_hh, bias_hh ? rows : 0, 8, sum);
+}
+
+int32_t ls_forward(const ls_forward_args* args) {
+  if (!args || !is_shape(args->shape) || !are_options(args->options)) return LS_BAD_ARGUMENT;
+  const Target* target = find(args->shape.target);
+  bool empty = args->shape.T == 0 || args->shape.B == 0;
+  bool weights = args->packed || ((args->weight_ih || !args->shape.I) && args->weight_hh);
+  if (!target || (!empty && (!weights || (!args->x && args->shape.I) || !args->y))) return LS_BAD_ARGUMENT;
+  return target->forward(args);
+}
+
+int32_t ls_backward(const ls_backward_args* args) {
+  if (!args || !is_shape(args->shape) || !are_options(args->options)) return LS_BAD_ARGUMENT;
+  const Target* target = find(args->shape.target);
+  bool empty = args->shape.T == 0 || args->shape.B == 0;
+  bool inputs = args->saved && args->y && (args->x || !args->shape.I) && (args->weight_ih || !args->shape.I || !args->dx) &&
+                args->weight_hh;
+  if (!target || (!empty && !inputs)) return LS_BAD_ARGUMENT;
+  return target->backward(args);
+}
+
+int32_t ls_apply(int32_t function, int32_t target, int64_t n, const float* x, float* y) {
+  const Target* found = find(target);
+  if (!found || function < 0 || function > 2 || n < 0 || (n && (!x || !y))) return LS_BAD_ARGUMENT;
+  found->apply(function, n, x, y);
+  return LS_OK;
+}
+
+void ls_trim(void) { trim(); }
+
+}  // extern "C"

@@ -1,0 +1,164 @@
+/* The kernel library of longshort: recurrent layers on a CPU, without torch and without Python.
+
+   This header is the contract. One call runs one layer in one direction over a batch of sequences, or one step of it
+   (T = 1). All numbers are float32; all matrices are row-major, as torch.nn lays them out.
+
+     T  steps   B  sequences (rows)   I  input width   H  hidden units   G  gates: RNN 1, GRU 3 (r, z, n), LSTM 4 (i, f, g, o)
+
+     RNN   h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or max(0, ...)
+     GRU   r, z = sigmoid(...)    n = tanh(W_in x + b_in + r * (W_hn h + b_hn))    h' = (1 - z) n + z h
+     LSTM  i, f, o = sigmoid(...)   g = tanh(...)   c' = f c + i g   h' = o tanh(c')
+
+   Errors. exp, tanh and sigmoid are within 4 ULP where the exact result is a normal number, else within 2^-126.
+   Inside a call subnormal numbers count as zero; the caller's floating-point mode is restored. A product sums over k in
+   ascending order in one float32 accumulator, whatever the number of threads and of rows: the forward pass gives the same
+   bits for a sequence alone and in any batch, with any number of threads, as long as the target stays the same.
+
+   Arguments. Pointers need the alignment of float only, need not be distinct where both are inputs, and no output may
+   overlap another argument, except where it is said. NULL stands for what each comment says. Sizes may be 0 except H.
+   Every function is safe to call from several threads at once. Scratch memory belongs to the library, which keeps some of
+   it between calls. */
+
+#ifndef LONGSHORT_H
+#define LONGSHORT_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define LS_API __declspec(dllexport)
+#else
+#define LS_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define LS_ABI_VERSION 1
+
+enum ls_cell { LS_RNN_TANH = 0, LS_RNN_RELU = 1, LS_GRU = 2, LS_LSTM = 3 };
+
+enum ls_status {
+  LS_OK = 0,
+  LS_OUT_OF_MEMORY = 1,
+  LS_BAD_ARGUMENT = 2, /* a size below 0 or beyond 2^31, an unknown cell or target, counts that rise, ... */
+};
+
+/* Which steps of which sequences there are, and where they lie in x, y and their gradients.
+
+   Step t of row r lies at base + (starts ? starts[t] * row : t * step) + r' * row, where r' = order ? order[r] : r, and is
+   contiguous. (T, B, I): step = B I, row = I. (B, T, I): step = I, row = T I. torch's PackedSequence: starts.
+   `counts` are for sequences of several lengths: the rows, put in descending length by `order`, so that the rows that
+   step t has are the first counts[t]. The reversed direction starts each row at its own last step. */
+typedef struct {
+  int64_t T, B, I, H;
+  const int64_t* counts; /* T, descending, each 0..B; NULL: B at every step */
+  const int64_t* starts; /* T; NULL: by step */
+  const int64_t* order;  /* B, a permutation of 0..B-1; NULL: as they are */
+  int32_t cell;          /* enum ls_cell */
+  int32_t reverse;       /* 0, or 1: from each row's last step to its first */
+  int32_t num_threads;   /* at most so many, the caller's included; fewer where the work is small or a core is busy */
+  int32_t target;        /* index into ls_target_name's list; -1: the active one */
+} ls_shape;
+
+/* What a direction may have beside its weights. All NULL or 0: a plain layer. */
+typedef struct {
+  const float* h_mask;       /* B x H: what h is multiplied by where W_hh reads it (recurrent dropout); NULL: 1 */
+  const float* zoneout_mask; /* T x B x H, in the order of (T, B): h' = h' + mask (h - h'); NULL: the number below */
+  float zoneout;             /* the same for every unit and step, from 0 to 1 */
+  int32_t reserved;
+  const uint8_t* resets;     /* T x B: where not 0, the row's state is zero before step t; NULL: nowhere */
+} ls_options;
+
+typedef struct {
+  ls_shape shape;
+  ls_options options;
+  const float* x;
+  int64_t x_step, x_row;
+  const float* weight_ih; /* G H x I */
+  const float* weight_hh; /* G H x H */
+  const float* bias_ih;   /* G H; NULL: none */
+  const float* bias_hh;   /* G H; NULL: none */
+  const float* packed;    /* what ls_pack made of the four above, which are not read then; NULL: packed in the call */
+  const float* h0;        /* B x H, rows as in the batch; NULL: zeros */
+  const float* c0;        /* B x H, LSTM; NULL: zeros */
+  float* y;               /* rows past the end of a sequence are set to 0 unless there are `starts` */
+  int64_t y_step, y_row;
+  float* h_n;             /* B x H, after each row's last step; may be h0 itself; NULL: not wanted */
+  float* c_n;             /* B x H, LSTM; may be c0 itself; NULL: not wanted */
+  float* saved;           /* ls_saved_floats of them, for ls_backward; NULL: nothing is saved */
+} ls_forward_args;
+
+typedef struct {
+  ls_shape shape;      /* as in the forward call; the target too */
+  ls_options options;  /* as in the forward call */
+  const float* x;
+  int64_t x_step, x_row;
+  const float* weight_ih;
+  const float* weight_hh;
+  const float* h0;
+  const float* c0;
+  const float* y; /* what the forward call gave */
+  int64_t y_step, y_row;
+  const float* saved;
+  const float* dy; /* NULL: zeros */
+  int64_t dy_step, dy_row;
+  const float* dh_n; /* B x H; NULL: zeros */
+  const float* dc_n; /* B x H; NULL: zeros */
+  float* dx;         /* NULL: not wanted; past the end of a sequence set to 0 as y is */
+  int64_t dx_step, dx_row;
+  float* dweight_ih; /* G H x I; NULL: not wanted, as all below */
+  float* dweight_hh; /* G H x H */
+  float* dbias_ih;   /* G H */
+  float* dbias_hh;   /* G H */
+  float* dh0;        /* B x H */
+  float* dc0;        /* B x H */
+  int32_t accumulate_dx; /* not 0: added to what is in dx */
+  int32_t reserved;
+} ls_backward_args;
+
+/* LS_ABI_VERSION of the library. */
+LS_API int32_t ls_abi_version(void);
+
+/* Targets: builds of the same kernels for different processors. Number of them; name of each ("avx512", "avx2", ...), best
+   first; whether this processor has it; the one that runs where a shape says -1; and its choice (LS_BAD_ARGUMENT where the
+   processor lacks it). Choosing is for the whole process. */
+LS_API int32_t ls_num_targets(void);
+LS_API const char* ls_target_name(int32_t target);
+LS_API int32_t ls_target_supported(int32_t target);
+LS_API int32_t ls_active_target(void);
+LS_API int32_t ls_set_target(int32_t target);
+
+/* Threads: 0, the library's own pool; 1, the OpenMP pool that is in the process already (LS_BAD_ARGUMENT: there is none).
+   ls_threading says which is in use. */
+LS_API int32_t ls_set_threading(int32_t openmp);
+LS_API int32_t ls_threading(void);
+
+/* Floats that the forward pass saves for the backward pass; that ls_pack writes. -1: a bad argument. */
+LS_API int64_t ls_saved_floats(const ls_shape* shape);
+LS_API int64_t ls_packed_floats(int32_t cell, int64_t I, int64_t H, int32_t target);
+
+/* Lay out weights as the forward pass reads them: of use where the same weights serve many calls. `packed` is valid for the
+   target it was made for; 64-byte alignment is faster. */
+LS_API int32_t ls_pack(int32_t cell, int64_t I, int64_t H, int32_t target, const float* weight_ih, const float* weight_hh,
+                       const float* bias_ih, const float* bias_hh, float* packed);
+
+/* A number that changes when the weights do, if more than a few of them: from 64 values of each matrix and 8 of each bias.
+   For who keeps packed weights and cannot be told of changes. 0: a bad argument. */
+LS_API uint64_t ls_sample(int32_t cell, int64_t I, int64_t H, const float* weight_ih, const float* weight_hh,
+                          const float* bias_ih, const float* bias_hh);
+
+LS_API int32_t ls_forward(const ls_forward_args* args);
+LS_API int32_t ls_backward(const ls_backward_args* args);
+
+/* y[i] = f(x[i]) as the kernels compute it, for tests: 0 exp, 1 tanh, 2 sigmoid. y may be x. */
+LS_API int32_t ls_apply(int32_t function, int32_t target, int64_t n, const float* x, float* y);
+
+/* Free the scratch memory that no call is using. */
+LS_API void ls_trim(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,229 @@
+/* Threads: the OpenMP pool that is in the process (PyTorch's), or a small pool of our own; never both at work in a call. */
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <sched.h>
+#include <time.h>
+
+#include "internal.h"
+
+namespace ls {
+namespace {
+
+constexpr int kMostThreads = 256;
+constexpr int64_t kSpin = 30 * 1000;          /* ns of spinning before a waiting thread yields its core at every turn */
+constexpr int64_t kLongWait = 300 * 1000;     /* ns beyond twice one's own share of a step: the other is not being run */
+constexpr int64_t kFirstPause = 50 * 1000000; /* ns of single-threaded calls after such a wait; doubled while it repeats */
+constexpr int64_t kLongestPause = int64_t(2000) * 1000000;
+
+int64_t now() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
+}
+
+void relax() {
+#if defined(__SSE2__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+template <typename T>
+T get(const T* p) {
+  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+template <typename T>
+void set(T* p, T value) {
+  __atomic_store_n(p, value, __ATOMIC_RELEASE);
+}
+
+int64_t single_until = 0; /* calls run in one thread until then */
+int64_t pause_length = kFirstPause;
+
+/* OpenMP: GNU's entry points, which LLVM's library has too. Found in the process, not linked against. */
+
+typedef void (*GompParallel)(void (*)(void*), void*, unsigned, unsigned);
+typedef int (*OmpQuery)();
+GompParallel gomp_parallel = nullptr;
+OmpQuery omp_thread = nullptr, omp_threads = nullptr;
+int openmp = 0;
+int forked = 0; /* GNU's library cannot start threads in the child of a process that had some */
+
+struct Region {
+  void (*body)(void*, int, int);
+  void* context;
+};
+
+void in_region(void* region) {
+  Region* r = static_cast<Region*>(region);
+  r->body(r->context, omp_thread(), omp_threads());
+}
+
+/* Our own pool: one call at a time; a second one at the same time runs in its own thread alone. */
+
+struct Pool {
+  pthread_mutex_t in_use = PTHREAD_MUTEX_INITIALIZER; /* held by the call that has the pool */
+  pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+  pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
+  int size = 0;    /* workers that were started */
+  int round = 0;   /* goes up with every call */
+  int count = 0;   /* threads of the present call, the caller's included */
+  int running = 0; /* workers that have not finished it */
+  Region region = {nullptr, nullptr};
+};
+Pool* pool = nullptr;
+
+struct Start {
+  Pool* pool;
+  int index, round;
+};
+
+void* work(void* argument) {
+  Start start = *static_cast<Start*>(argument);
+  delete static_cast<Start*>(argument);
+  Pool* p = start.pool;
+  int seen = start.round;
+  for (;;) {
+    int64_t began = now();
+    while (get(&p->round) == seen && now() - began < kSpin)
+      for (int i = 0; i < 32; ++i) relax();
+    pthread_mutex_lock(&p->lock);
+    while (get(&p->round) == seen) pthread_cond_wait(&p->wake, &p->lock);
+    seen = get(&p->round);
+    int count = p->count;
+    Region region = p->region;
+    pthread_mutex_unlock(&p->lock);
+    if (start.index < count) {
+      region.body(region.context, start.index, count);
+      __atomic_sub_fetch(&p->running, 1, __ATOMIC_ACQ_REL);
+    }
+  }
+  return nullptr;
+}
+
+/* Starts workers up to `wanted` and returns how many there are. */
+int grow(Pool* p, int wanted) {
+  while (p->size < wanted) {
+    Start* start = new Start{p, p->size + 1, p->round};
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_t thread;
+    int failed = pthread_create(&thread, &attributes, work, start);
+    pthread_attr_destroy(&attributes);
+    if (failed) {
+      delete start;
+      break;
+    }
+    ++p->size;
+  }
+  return p->size < wanted ? p->size : wanted;
+}
+
+void in_pool(int num_threads, Region region) {
+  Pool* p = get(&pool);
+  if (!p) {
+    Pool* made = new Pool;
+    if (__atomic_compare_exchange_n(&pool, &p, made, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+      p = made;
+    else
+      delete made;
+  }
+  if (pthread_mutex_trylock(&p->in_use)) {
+    region.body(region.context, 0, 1);
+    return;
+  }
+  int count = 1 + grow(p, num_threads - 1);
+  pthread_mutex_lock(&p->lock);
+  p->region = region;
+  p->count = count;
+  set(&p->running, count - 1);
+  set(&p->round, p->round + 1);
+  pthread_cond_broadcast(&p->wake);
+  pthread_mutex_unlock(&p->lock);
+  region.body(region.context, 0, count);
+  int64_t began = now();
+  while (get(&p->running)) {
+    for (int i = 0; i < 32; ++i) relax();
+    if (now() - began > kSpin) sched_yield();
+  }
+  pthread_mutex_unlock(&p->in_use);
+}
+
+void in_child() {
+  pool = nullptr; /* its threads stayed with the parent */
+  forked = 1;
+}
+__attribute__((constructor)) void register_fork() { pthread_atfork(nullptr, nullptr, in_child); }
+
+}  // namespace
+
+bool set_threading(bool use_openmp) {
+  if (use_openmp) {
+    gomp_parallel = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    omp_thread = reinterpret_cast<OmpQuery>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+    omp_threads = reinterpret_cast<OmpQuery>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
+    if (!gomp_parallel || !omp_thread || !omp_threads) return false;
+  }
+  set(&openmp, int(use_openmp));
+  return true;
+}
+
+bool uses_openmp() { return get(&openmp) != 0; }
+
+void parallel(int num_threads, void (*body)(void*, int, int), void* context) {
+  Region region = {body, context};
+  if (num_threads > kMostThreads) num_threads = kMostThreads;
+  if (num_threads <= 1 || (uses_openmp() && get(&forked)))
+    body(context, 0, 1);
+  else if (uses_openmp())
+    gomp_parallel(in_region, &region, unsigned(num_threads), 0);
+  else
+    in_pool(num_threads, region);
+}
+
+int useful_threads(int wanted, double flops, double steps) {
+  /* A thread more must save more than the waits cost that it brings: about 1 us a step and 5 a call. */
+  constexpr double kFlopsPerStep = 1.5e5, kFlopsPerCall = 5e5;
+  double most = flops / (kFlopsPerStep * steps + kFlopsPerCall);
+  if (most < wanted) wanted = int(most);
+  if (wanted <= 1) return 1;
+  return now() < get(&single_until) ? 1 : wanted;
+}
+
+Team::Team(Shared* shared, int index, int count)
+    : shared_(shared), index_(index), count_(count), phase_(0), last_(count > 1 ? now() : 0) {}
+
+bool Team::wait() {
+  if (count_ == 1) return true;
+  Shared* s = shared_;
+  int64_t arrived = now(), own = arrived - last_;
+  if (__atomic_add_fetch(&s->arrived, 1, __ATOMIC_ACQ_REL) == count_) {
+    set(&s->arrived, 0);
+    s->alone = get(&s->slow);
+    set(&s->phase, phase_ + 1);
+  } else {
+    int64_t waited = 0;
+    while (get(&s->phase) == phase_) {
+      for (int i = 0; i < 8; ++i) relax();
+      waited = now() - arrived;
+      if (waited > kSpin) sched_yield();
+      if (waited > kLongWait + 2 * own) set(&s->slow, 1);
+    }
+  }
+  ++phase_;
+  last_ = now();
+  if (!s->alone) return true;
+  if (index_ != 0) return false;
+  count_ = 1;
+  int64_t length = get(&pause_length);
+  int64_t since = last_ - get(&single_until); /* a long time without trouble: start small again */
+  length = since > 4 * length ? kFirstPause : length < kLongestPause ? 2 * length : length;
+  set(&pause_length, length);
+  set(&single_until, last_ + length);
+  return true;
+}
+
+}  // namespace ls

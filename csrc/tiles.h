@@ -1,0 +1,153 @@
+/* Matrix products: tiles of sums that stay in registers.
+
+   Blocked layout of a matrix with rows and K columns: [k / W][row][W], K padded with zeros to a multiple of W. The rows
+   of a tile are then W floats apart, whatever K is: one pointer, one stream, no distance that is a multiple of 4096.
+   A panel holds N vectors of columns of the other factor: [k][N][W]. */
+
+#ifndef LONGSHORT_TILES_H
+#define LONGSHORT_TILES_H
+
+#include "vector.h"
+
+namespace ls {
+namespace LS_TARGET {
+
+/* Where a tile's sums start from and go to: row r, vector n is at p + r * row + n * vector. */
+struct Place {
+  float* p;
+  int64_t row, vector;
+};
+
+/* What to bring from the shared cache into the core's own while a tile is multiplied: the panel that comes next, a few
+   lines at every block of k, so that its transfer hides behind the arithmetic on this one. */
+struct Ahead {
+  const float* p;
+  int64_t lines; /* at every block; 0: nothing */
+};
+
+/* out[R][N W] = start + A[R][K] panel[K][N W], k ascending.
+   a: the tile's first row in blocked layout, `a_block` floats from one block of W columns to the next.
+   start.p NULL: from zero. */
+template <int R, int N>
+static void multiply(int64_t k_blocks, const float* a, int64_t a_block, const float* panel, Place start, Place out,
+                     Ahead ahead) {
+  V sum[R][N];
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n) sum[r][n] = start.p ? load(start.p + r * start.row + n * start.vector) : V{};
+  for (int64_t block = 0; block < k_blocks; ++block) {
+    for (int64_t line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.p + line * 16, 0, 2);
+    ahead.p += ahead.lines * 16;
+#pragma GCC unroll 4
+    for (int k = 0; k < W; ++k) {
+      V w[N];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) w[n] = load(panel + (k * N + n) * W);
+#pragma GCC unroll 32
+      for (int r = 0; r < R; ++r) {
+        V s = splat(a[r * W + k]);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) sum[r][n] += s * w[n];
+      }
+    }
+    a += a_block;
+    panel += W * N * W;
+  }
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n) store(out.p + r * out.row + n * out.vector, sum[r][n]);
+}
+
+template <int N>
+constexpr int max_rows() {
+  return kAccumulators / N;
+}
+
+/* The same for `rows` <= max_rows<N>(). */
+template <int N, int R = max_rows<N>()>
+static inline void multiply_rows(int rows, int64_t k_blocks, const float* a, int64_t a_block, const float* panel,
+                                 Place start, Place out, Ahead ahead) {
+  if constexpr (R == 1) {
+    multiply<1, N>(k_blocks, a, a_block, panel, start, out, ahead);
+  } else {
+    if (rows == R)
+      multiply<R, N>(k_blocks, a, a_block, panel, start, out, ahead);
+    else
+      multiply_rows<N, R - 1>(rows, k_blocks, a, a_block, panel, start, out, ahead);
+  }
+}
+
+/* Rows cut into tiles of at most `most` rows, as even as they go. */
+struct Tiles {
+  int64_t rows, count;
+  Tiles(int64_t rows, int64_t most) : rows(rows), count(ceil_div(rows, most)) {}
+  int64_t begin(int64_t tile) const { return rows * tile / count; }
+  int size(int64_t tile) const { return int(begin(tile + 1) - begin(tile)); }
+};
+
+/* Panels that one thread reads again at every step. They are taken in alternating order, so that those it read last,
+   which its cache still holds, are the next it reads; and where they do not all fit, the next is brought ahead. */
+class Panels {
+ public:
+  Panels(const float* first, int64_t floats, int64_t stride, int64_t count, int64_t turn, bool large)
+      : p_(first), floats_(floats), stride_(stride), count_(count), backward_(turn & 1), large_(large) {}
+  Panels(const float* first, int64_t floats, int64_t stride, int64_t count, int64_t turn)
+      : Panels(first, floats, stride, count, turn, floats * count > (1 << 18)) {}
+  int64_t count() const { return count_; }
+  int64_t index(int64_t i) const { return backward_ ? count_ - 1 - i : i; }
+  const float* at(int64_t i) const { return p_ + index(i) * stride_; }
+  /* The share of the panel after the i-th that one tile of `tiles` brings. */
+  Ahead ahead(int64_t i, int64_t tile, int64_t tiles, int64_t k_blocks) const {
+    if (!large_ || i + 1 >= count_ || k_blocks == 0) return {nullptr, 0};
+    int64_t lines = ceil_div(floats_, 16 * tiles * k_blocks);
+    return {at(i + 1) + tile * k_blocks * lines * 16, lines};
+  }
+
+ private:
+  const float* p_;
+  int64_t floats_, stride_, count_;
+  bool backward_, large_;
+};
+
+/* Columns that a tile of `multiply_outer` has, and its rows: they divide W. */
+constexpr int kOuterVectors = 3;
+constexpr int kOuterRows = kAccumulators / kOuterVectors < W ? kAccumulators / kOuterVectors : W;
+
+/* c[r][column] (+)= sum over k of a[k][r] panel[k][column]: a is W floats from one k to the next, c has `stride`. */
+template <int N>
+static void multiply_outer(int64_t K, const float* a, const float* panel, float* c, int64_t stride, int rows, int columns,
+                           bool add) {
+  for (int r = 0; r < rows; ++r) /* where the sums will go: the caches' slowest part, so it is asked for first */
+    for (int n = 0; n < N; ++n) __builtin_prefetch(c + r * stride + n * W, 1, 3);
+  V sum[kOuterRows][N];
+  for (int r = 0; r < kOuterRows; ++r)
+    for (int n = 0; n < N; ++n) sum[r][n] = V{};
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < K; ++k) {
+    V w[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) w[n] = load(panel + (k * N + n) * W);
+#pragma GCC unroll 32
+    for (int r = 0; r < kOuterRows; ++r) {
+      V s = splat(a[k * W + r]);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sum[r][n] += s * w[n];
+    }
+  }
+  if (columns == N * W && rows == kOuterRows) {
+    for (int r = 0; r < kOuterRows; ++r)
+      for (int n = 0; n < N; ++n) {
+        float* p = c + r * stride + n * W;
+        store(p, add ? load(p) + sum[r][n] : sum[r][n]);
+      }
+    return;
+  }
+  float part[kOuterRows][N * W];
+  for (int r = 0; r < kOuterRows; ++r)
+    for (int n = 0; n < N; ++n) store(part[r] + n * W, sum[r][n]);
+  for (int r = 0; r < rows; ++r)
+    for (int i = 0; i < columns; ++i) c[r * stride + i] = part[r][i] + (add ? c[r * stride + i] : 0.0f);
+}
+
+}  // namespace LS_TARGET
+}  // namespace ls
+
+#endif

@@ -1,0 +1,90 @@
+/* A vector of the target's width, by the vector extensions of GCC and Clang: the same source for SSE2, AVX2, AVX-512, NEON.
+
+   Everything here and in the headers below it stands in a namespace of the target's name, because the same source is
+   compiled with several instruction sets into one library. No standard header with inline functions may be included by
+   them: the linker would keep one copy, perhaps the one that the processor cannot run. */
+
+#ifndef LONGSHORT_VECTOR_H
+#define LONGSHORT_VECTOR_H
+
+#include <stdint.h>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace ls {
+namespace LS_TARGET {
+
+#if defined(__AVX512F__)
+constexpr int W = 16; /* floats in a vector */
+constexpr int kAccumulators = 24; /* vectors of sums that a tile keeps in registers, of 32 */
+#elif defined(__AVX2__)
+constexpr int W = 8;
+constexpr int kAccumulators = 12; /* of 16 */
+#elif defined(__aarch64__)
+constexpr int W = 4;
+constexpr int kAccumulators = 24; /* of 32 */
+#else
+constexpr int W = 4;
+constexpr int kAccumulators = 12; /* of 16 */
+#endif
+
+typedef float V __attribute__((vector_size(W * 4)));
+typedef int32_t VI __attribute__((vector_size(W * 4)));
+
+static inline V load(const float* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static inline void store(float* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
+
+static inline V splat(float x) { return x - V{}; }
+
+/* The first `n` of a vector's floats, the others 0. */
+static inline V load_part(const float* p, int n) {
+  if (n >= W) return load(p);
+  float part[W] = {};
+  for (int i = 0; i < n; ++i) part[i] = p[i];
+  return load(part);
+}
+
+static inline void store_part(float* p, V v, int n) {
+  if (n >= W) {
+    store(p, v);
+    return;
+  }
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+}
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Flushes subnormal numbers to zero while it lives. */
+class FlushSubnormals {
+ public:
+#if defined(__SSE2__)
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#elif defined(__aarch64__)
+  FlushSubnormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    asm volatile("msr fpcr, %0" : : "r"(before_ | (uint64_t(1) << 24)));
+  }
+  ~FlushSubnormals() { asm volatile("msr fpcr, %0" : : "r"(before_)); }
+
+ private:
+  uint64_t before_;
+#endif
+};
+
+}  // namespace LS_TARGET
+}  // namespace ls
+
+#endif
