@@ -36,6 +36,8 @@ struct Backward {
   int64_t U;              /* unit blocks, without those that are all padding */
   int64_t hidden_panels, input_panels;
   bool options, has_direct;
+  bool direct_weights;    /* they are read as they lie; `recurrent` has its rows one after the other then */
+  int64_t r_row, r_block;
 
   int64_t* row_offset;
   float* packed_hidden;   /* [panel][(unit block, gate, unit)][kColumns W] */
@@ -56,6 +58,9 @@ struct Backward {
     const ls_options& o = a.options;
     options = o.h_mask || o.resets || o.zoneout_mask || o.zoneout != 0.0f;
     has_direct = kGru || o.zoneout_mask || o.zoneout != 0.0f;
+    direct_weights = reads_direct(a.shape, steps.total_rows(), true);
+    r_row = direct_weights ? U * W + W : W;
+    r_block = direct_weights ? W : Bp * W;
     hidden_panels = ceil_div(U, kColumns);
     input_panels = ceil_div(sizes.input_blocks, kColumns);
     double flops = 4.0 * double(steps.total_rows()) * G * double(H) * double(I + H);
@@ -67,15 +72,15 @@ struct Backward {
   int64_t carve(float* memory) {
     Arena arena(memory);
     int64_t K = U * G * W;
-    packed_hidden = arena.array(hidden_panels * K * kColumns * W);
-    packed_inputs = a.dx ? arena.array(input_panels * K * kColumns * W) : nullptr;
+    packed_hidden = direct_weights ? nullptr : arena.array(hidden_panels * K * kColumns * W);
+    packed_inputs = a.dx && !direct_weights ? arena.array(input_panels * K * kColumns * W) : nullptr;
     dg = arena.array(U * G * odd(chunk_rows) * W);
     dg_input = kGru ? arena.array(U * G * odd(chunk_rows) * W) : dg;
     int64_t state = hidden_panels * kColumns * Bp * W;
-    recurrent = arena.array(state);
+    recurrent = arena.array(direct_weights ? B * r_row : state);
     direct = has_direct ? arena.array(state) : nullptr;
     dc = kLstm ? arena.array(state) : nullptr;
-    dx = a.dx ? arena.array(input_panels * chunk_rows * kPanel) : nullptr;
+    dx = a.dx && !direct_weights ? arena.array(input_panels * chunk_rows * kPanel) : nullptr;
     x_columns = a.dweight_ih ? arena.array(ceil_div(I, kOuter) * chunk_rows * kOuter) : nullptr;
     h_columns = a.dweight_hh ? arena.array(ceil_div(H, kOuter) * chunk_rows * kOuter) : nullptr;
     row_offset = reinterpret_cast<int64_t*>(arena.array(2 * T));
@@ -121,9 +126,9 @@ struct Backward {
   void work(int thread, int count) {
     FlushSubnormals flush;
     Team team(shared, thread, count);
-    for (int64_t panel = team.begin(hidden_panels); panel < team.end(hidden_panels); ++panel)
+    for (int64_t panel = team.begin(hidden_panels); panel < team.end(hidden_panels) && packed_hidden; ++panel)
       pack_columns(a.weight_hh, H, panel, packed_hidden);
-    if (a.dx)
+    if (packed_inputs)
       for (int64_t panel = team.begin(input_panels); panel < team.end(input_panels); ++panel)
         pack_columns(a.weight_ih, I, panel, packed_inputs);
     start_state(team);
@@ -144,7 +149,10 @@ struct Backward {
         if (!team.wait()) return;
         if (step > 0 || a.dh0) multiply_step(team, step, n, rows, at);
       }
-      if (a.dx) input_gradients(team, first, last, rows);
+      if (a.dx && direct_weights)
+        input_gradients_direct(team, first, last, rows);
+      else if (a.dx)
+        input_gradients(team, first, last, rows);
       weight_gradients(team, rows, add);
       add = true;
       if (!team.wait()) return;
@@ -181,7 +189,7 @@ struct Backward {
       for (int64_t row = 0; row < B; ++row) {
         int64_t at = (block * Bp + row) * W, from = steps.batch_row(row) * H + block * W;
         V dh = a.dh_n ? load_part(a.dh_n + from, units) : V{};
-        store(recurrent + at, dh);
+        store(recurrent + r_at(block, row), dh);
         if (has_direct) store(direct + at, V{});
         if (a.dh0) store_part(a.dh0 + from, dh, units);
         if (kLstm) {
@@ -192,6 +200,8 @@ struct Backward {
       }
     }
   }
+
+  int64_t r_at(int64_t block, int64_t row) const { return block * r_block + row * r_row; }
 
   bool is_reset(int64_t step, int64_t row) const {
     return a.options.resets && a.options.resets[steps.time(step) * B + steps.batch_row(row)];
@@ -219,7 +229,7 @@ struct Backward {
         int64_t batch_row = steps.batch_row(row);
         const float* g = saved + row * S * W;
         bool reset = kOptions && is_reset(step, row);
-        V dh = load(recurrent + state);
+        V dh = load(recurrent + r_at(block, row));
         if (has_direct) dh += load(direct + state);
         if (a.dy) dh += load_part(a.dy + steps.offset(t, row, a.dy_step, a.dy_row) + block * W, units);
         V dh_before{};
@@ -286,14 +296,17 @@ struct Backward {
   /* recurrent = dgates W_hh for the step before, own units. */
   void multiply_step(const Team& team, int64_t step, int64_t n, int64_t rows, int64_t at) {
     int64_t n_before = step > 0 ? steps.rows(step - 1) : 0;
-    multiply_blocks(team.begin(hidden_panels), team.end(hidden_panels), packed_hidden, dg + at * W, rows, n, step,
+    if (direct_weights)
+      multiply_step_direct(team, n, rows, at);
+    else
+      multiply_blocks(team.begin(hidden_panels), team.end(hidden_panels), packed_hidden, dg + at * W, rows, n, step,
                     Place{recurrent, W, Bp * W}, kColumns * Bp * W);
     bool masked = a.options.h_mask || a.options.resets;
     if (!masked && !(a.dh0 && n > n_before)) return;
     for (int64_t block = first_block(team); block < last_block(team); ++block) {
       int units = sizes.units(block);
       for (int64_t row = 0; row < n; ++row) {
-        float* p = recurrent + (block * Bp + row) * W;
+        float* p = recurrent + r_at(block, row);
         int64_t to = steps.batch_row(row) * H + block * W;
         if (is_reset(step, row)) store(p, V{});
         if (a.options.h_mask) store(p, load(p) * load_part(a.options.h_mask + to, units));
@@ -323,6 +336,53 @@ struct Backward {
                                   panels.ahead(i, tile, tiles.count, blocks));
         }
     }
+  }
+
+  /* The same with the weights as they lie: rows of them times dgates, added up in place. */
+  void multiply_step_direct(const Team& team, int64_t n, int64_t rows, int64_t at) {
+    int64_t column = first_block(team) * W, columns = smaller(last_block(team) * W, H) - column;
+    if (columns <= 0) return;
+    for (int64_t row = 0; row < n; ++row) clear(recurrent + row * r_row + column, ceil_div(columns, W) * W);
+    for (int64_t row = 0; row < n; row += 2) {
+      float* out[2] = {recurrent + row * r_row + column, recurrent + (row + 1) * r_row + column};
+      add_rows(int(smaller(n - row, 2)), dg + (at + row) * W, rows, a.weight_hh + column, H, columns, out);
+    }
+  }
+
+  /* out[r] += the r-th row of dgates times the weights' columns. */
+  void add_rows(int count, const float* from, int64_t rows, const float* weight, int64_t stride, int64_t columns,
+                float* const* out) {
+    for (int64_t block = 0; block < U; ++block) {
+      int units = sizes.units(block);
+      for (int gate = 0; gate < G; ++gate)
+        for (int u = 0; u < units; u += kDepthAtOnce) {
+          int depth = units - u < kDepthAtOnce ? units - u : kDepthAtOnce;
+          const float* part = from + (block * G + gate) * odd(rows) * W + u;
+          const float* weights = weight + (gate * H + block * W + u) * stride;
+          if (count == 2)
+            add_scaled<2>(depth, part, W, weights, stride, columns, out);
+          else
+            add_scaled<1>(depth, part, W, weights, stride, columns, out);
+        }
+    }
+  }
+
+  void input_gradients_direct(const Team& team, int64_t first_step, int64_t last_step, int64_t rows) {
+    int64_t column = team.begin(sizes.input_blocks) * W;
+    int64_t columns = smaller(team.end(sizes.input_blocks) * W, I) - column;
+    if (columns <= 0) return;
+    float* out[2] = {nullptr, nullptr};
+    int64_t at = 0, waiting = 0;
+    for (int64_t step = first_step; step < last_step; ++step)
+      for (int64_t row = 0, n = steps.rows(step); row < n; ++row, ++at) {
+        float* to = a.dx + steps.offset(steps.time(step), row, a.dx_step, a.dx_row) + column;
+        if (!a.accumulate_dx) clear(to, columns);
+        out[waiting++] = to;
+        if (waiting == 2 || at + 1 == rows) {
+          add_rows(int(waiting), dg_input + (at + 1 - waiting) * W, rows, a.weight_ih + column, I, columns, out);
+          waiting = 0;
+        }
+      }
   }
 
   void input_gradients(const Team& team, int64_t first_step, int64_t last_step, int64_t rows) {

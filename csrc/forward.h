@@ -30,12 +30,14 @@ struct Forward {
   int threads, teams, team_size;
   int64_t chunk_rows; /* rows of a chunk, over all its steps */
   bool options, raw_differs;
+  bool direct;        /* the weights are read as they lie; h has its rows one after the other then */
+  int64_t h_row, h_block;
   const float* packed;
   int64_t* row_offset;
 
   /* Shared scratch. */
   float* own_packed;
-  float* h[2];   /* what W_hh reads, blocked [U][Bp][W]: of this step and of the next */
+  float* h[2];   /* what W_hh reads, blocked [U][Bp][W] or [B][h_row]: of this step and of the next */
   float* raw[2]; /* h before mask and reset; h itself where there are none */
   float* c;      /* blocked [U][Bp][W] */
   float* x;      /* a team's chunk, blocked [input block][row][W] */
@@ -47,6 +49,9 @@ struct Forward {
     const ls_options& o = a.options;
     raw_differs = o.h_mask || o.resets;
     options = raw_differs || o.zoneout_mask || o.zoneout != 0.0f;
+    direct = !a.packed && reads_direct(a.shape, steps.total_rows(), false);
+    h_row = direct ? sizes.U * W + W : W;
+    h_block = direct ? W : Bp * W;
     double flops = 2.0 * double(steps.total_rows()) * Cell::kGates * double(H) * double(sizes.I + H);
     threads = useful_threads(int(smaller(a.shape.num_threads, sizes.panels * larger(B, 1))), flops, double(T));
     plan_teams();
@@ -59,7 +64,7 @@ struct Forward {
   void plan_teams() {
     /* Rows are divided where all weights fit into every core's cache and each team has full tiles; else panels. */
     int64_t weight_bytes = sizes.panels * sizes.panel_floats() * 4;
-    bool by_rows = !a.shape.counts && weight_bytes <= (3 << 18) && B >= threads * max_rows<N>();
+    bool by_rows = !direct && !a.shape.counts && weight_bytes <= (3 << 18) && B >= threads * max_rows<N>();
     teams = by_rows ? threads : 1;
     team_size = by_rows ? 1 : int(smaller(threads, sizes.panels));
     threads = teams * team_size;
@@ -67,13 +72,13 @@ struct Forward {
 
   int64_t carve(float* memory) {
     Arena arena(memory);
-    own_packed = a.packed ? nullptr : arena.array(sizes.panels * sizes.panel_floats());
+    own_packed = a.packed ? nullptr : arena.array(sizes.panels * (direct ? sizes.bias_floats() : sizes.panel_floats()));
     packed = a.packed ? a.packed : own_packed;
     int64_t state = sizes.U * Bp * W;
-    for (int i = 0; i < 2; ++i) h[i] = arena.array(state);
-    for (int i = 0; i < 2; ++i) raw[i] = raw_differs ? arena.array(state) : h[i];
+    for (int i = 0; i < 2; ++i) h[i] = arena.array(direct ? B * h_row : state);
+    for (int i = 0; i < 2; ++i) raw[i] = raw_differs ? arena.array(direct ? B * h_row : state) : h[i];
     c = kLstm ? arena.array(state) : nullptr;
-    x = arena.array(teams * sizes.input_blocks * odd(chunk_rows) * W);
+    x = direct ? nullptr : arena.array(teams * sizes.input_blocks * odd(chunk_rows) * W);
     xg = arena.array(teams * sizes.panels * chunk_rows * NW);
     row_offset = reinterpret_cast<int64_t*>(arena.array(2 * T));
     shared = reinterpret_cast<Team::Shared*>(arena.array(int64_t(sizeof(Team::Shared) / 4) * (teams + 1)));
@@ -128,7 +133,10 @@ struct Forward {
 
   void pack(const Team& team) {
     for (int64_t panel = team.begin(sizes.panels); panel < team.end(sizes.panels); ++panel)
-      pack_panel<Cell>(sizes, panel, a.weight_ih, a.weight_hh, a.bias_ih, a.bias_hh, own_packed);
+      if (direct)
+        pack_biases<Cell>(sizes, panel, a.bias_ih, a.bias_hh, own_packed + panel * sizes.bias_floats());
+      else
+        pack_panel<Cell>(sizes, panel, a.weight_ih, a.weight_hh, a.bias_ih, a.bias_hh, own_packed);
   }
 
   void run_rows(Team team, int64_t row0, int64_t row1, int64_t index) {
@@ -142,13 +150,21 @@ struct Forward {
         if (rows && rows + more > chunk_rows) break;
         rows += more;
       }
-      copy_inputs(team, first, last, row0, row1, rows, x_chunk);
-      if (!team.wait()) return;
-      multiply_inputs(team, first, rows, x_chunk, xg_chunk);
+      if (direct) {
+        multiply_inputs_direct(team, first, last, row0, row1, rows, xg_chunk);
+        if (first == 0 && !team.wait()) return; /* all have made their part of the first state */
+      } else {
+        copy_inputs(team, first, last, row0, row1, rows, x_chunk);
+        if (!team.wait()) return;
+        multiply_inputs(team, first, rows, x_chunk, xg_chunk);
+      }
       int64_t row_in_chunk = 0;
       for (int64_t step = first; step < last; ++step) {
         int64_t n = rows_of(step, row0, row1);
-        run_step(team, step, row0, n, rows, xg_chunk + row_in_chunk * NW);
+        if (direct)
+          run_step_direct(team, step, row0, n, rows, xg_chunk + row_in_chunk * NW);
+        else
+          run_step(team, step, row0, n, rows, xg_chunk + row_in_chunk * NW);
         row_in_chunk += n;
         if (!team.wait()) return;
       }
@@ -169,13 +185,15 @@ struct Forward {
         V start = a.h0 && units ? load_part(a.h0 + from, units) : V{};
         V read = options ? seen(start, steps.first_step(row), row, block, units) : start;
         for (int i = 0; i < 2; ++i) {
-          store(h[i] + to, read);
-          if (raw_differs) store(raw[i] + to, start);
+          store(h[i] + h_at(block, row), read);
+          if (raw_differs) store(raw[i] + h_at(block, row), start);
         }
         if (kLstm) store(c + to, a.c0 && units ? load_part(a.c0 + from, units) : V{});
       }
     }
   }
+
+  int64_t h_at(int64_t block, int64_t row) const { return block * h_block + row * h_row; }
 
   bool is_reset(int64_t step, int64_t row) const {
     return a.options.resets && step < T && a.options.resets[steps.time(step) * B + steps.batch_row(row)];
@@ -213,6 +231,61 @@ struct Forward {
         int64_t row = tiles.begin(tile);
         multiply_rows<N>(tiles.size(tile), blocks, x_chunk + row * W, odd(rows) * W, panels.at(i), Place{biases, 0, W},
                          Place{xg_chunk + (panel * rows + row) * NW, NW, W}, panels.ahead(i, tile, tiles.count, blocks));
+      }
+    }
+  }
+
+  void multiply_inputs_direct(const Team& team, int64_t first, int64_t last, int64_t row0, int64_t row1, int64_t rows,
+                              float* xg_chunk) {
+    for (int64_t panel = team.begin(sizes.panels); panel < team.end(sizes.panels); ++panel) {
+      const float* biases = own_packed + panel * sizes.bias_floats();
+      float* xg_panel = xg_chunk + panel * rows * NW;
+      for (int64_t row = 0; row < rows; ++row)
+        for (int n = 0; n < N; ++n) store(xg_panel + row * NW + n * W, load(biases + n * W));
+      for (int n = 0; n < N; ++n) {
+        int64_t block = panel * Cell::kUnits + n % Cell::kUnits;
+        int units = sizes.units(block);
+        const float* weight = a.weight_ih + (n / Cell::kUnits * H + block * W) * sizes.I;
+        int64_t at = 0;
+        for (int64_t step = first; step < last && units; ++step) {
+          int64_t n_rows = rows_of(step, row0, row1), t = steps.time(step);
+          for (int64_t row = 0; row < n_rows;) {
+            const float* from = a.x + steps.offset(t, row0 + row, a.x_step, a.x_row);
+            /* Rows of a step lie evenly unless they are put in another order. */
+            int count = a.shape.order ? 1 : int(smaller(n_rows - row, kDotRows));
+            dot_rows(count, sizes.I, from, a.x_row, weight, sizes.I, units, xg_panel + at * NW + n * W, NW);
+            row += count;
+            at += count;
+          }
+        }
+      }
+    }
+  }
+
+  void run_step_direct(const Team& team, int64_t step, int64_t row0, int64_t n_rows, int64_t chunk, const float* xg_rows) {
+    Tiles tiles(n_rows, smaller(kDotRows, max_rows<N>()));
+    alignas(64) float sums[kAccumulators * W];
+    int64_t first = team.begin(sizes.panels), count = team.end(sizes.panels) - first;
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t panel = first + (step & 1 ? count - 1 - i : i); /* in turns: what was read last is still at hand */
+      const float* hidden_bias = own_packed + panel * sizes.bias_floats() + 3 * W;
+      for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        int64_t row = tiles.begin(tile);
+        int rows = tiles.size(tile);
+        const float* xg_tile = xg_rows + (panel * chunk + row) * NW;
+        for (int r = 0; r < rows; ++r)
+          for (int n = 0; n < N; ++n)
+            store(sums + r * NW + n * W, load(kGru && n == 2 ? hidden_bias : xg_tile + r * NW + n * W));
+        for (int n = 0; n < N; ++n) {
+          int64_t block = panel * Cell::kUnits + n % Cell::kUnits;
+          int units = sizes.units(block);
+          const float* weight = a.weight_hh + (n / Cell::kUnits * H + block * W) * H;
+          if (units) dot_rows(rows, H, h[step & 1] + (row0 + row) * h_row, h_row, weight, H, units, sums + n * W, NW);
+        }
+        if (options)
+          finish_tile<true>(step, panel, row0 + row, rows, sums, xg_tile);
+        else
+          finish_tile<false>(step, panel, row0 + row, rows, sums, xg_tile);
       }
     }
   }
@@ -263,7 +336,7 @@ struct Forward {
       for (int r = 0; r < rows; ++r) {
         const float* g = sums + r * NW + unit * W;
         int64_t at = (block * Bp + row + r) * W;
-        V before = load(raw[step & 1] + at);
+        V before = load(raw[step & 1] + h_at(block, row + r));
         bool reset = kOptions && is_reset(step, row + r);
         if (reset) before = V{};
         V after;
@@ -302,10 +375,10 @@ struct Forward {
           if (o.zoneout_mask)
             zoneout = load_part(o.zoneout_mask + (t * B + steps.batch_row(row + r)) * H + block * W, units);
           after = after + zoneout * (before - after);
-          if (raw_differs) store(raw[(step + 1) & 1] + at, after);
-          store(h[(step + 1) & 1] + at, seen(after, step + 1, row + r, block, units));
+          if (raw_differs) store(raw[(step + 1) & 1] + h_at(block, row + r), after);
+          store(h[(step + 1) & 1] + h_at(block, row + r), seen(after, step + 1, row + r, block, units));
         } else {
-          store(h[(step + 1) & 1] + at, after);
+          store(h[(step + 1) & 1] + h_at(block, row + r), after);
         }
         store_part(a.y + steps.offset(t, row + r, a.y_step, a.y_row) + block * W, after, units);
       }
@@ -323,7 +396,7 @@ struct Forward {
         if (s.counts && !s.reverse)
           while (run && s.counts[run - 1] <= row) --run;
         int64_t from = (block * Bp + row) * W, to = steps.batch_row(row) * H + block * W;
-        if (a.h_n) store_part(a.h_n + to, load(raw[run & 1] + from), units);
+        if (a.h_n) store_part(a.h_n + to, load(raw[run & 1] + h_at(block, row)), units);
         if (kLstm && a.c_n) store_part(a.c_n + to, load(c + from), units);
       }
       if (!s.counts || s.starts) continue;

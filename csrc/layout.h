@@ -8,6 +8,7 @@
 #define LONGSHORT_LAYOUT_H
 
 #include "activations.h"
+#include "direct.h"
 #include "internal.h"
 #include "tiles.h"
 
@@ -95,6 +96,13 @@ static inline int64_t saved_offset(const Sizes<Cell>& sizes, int64_t rows_before
   return (rows_before * sizes.U + block * rows + row) * Cell::kSaved * W;
 }
 
+/* Whether a call reads the weights as they lie, because packing them would cost more than it saves. The sizes at which that
+   turns were measured: docs/log.md. */
+static inline bool reads_direct(const ls_shape& s, int64_t rows, bool backward) {
+  bool few = rows <= 8 || (!backward && s.T == 1 && rows <= 64);
+  return few || (s.B <= 3 && s.H >= 512 && rows <= 128);
+}
+
 /* Cuts a call's scratch memory into arrays, each on a cache line of its own. Once without memory, to learn how much. */
 class Arena {
  public:
@@ -134,6 +142,24 @@ static void transpose_block(const float* weight, int64_t stride, int rows, int64
 }
 
 template <class Cell>
+static void pack_biases(const Sizes<Cell>& sizes, int64_t panel, const float* bias_ih, const float* bias_hh, float* out) {
+  for (int unit = 0; unit < Cell::kUnits; ++unit) {
+    int64_t block = panel * Cell::kUnits + unit;
+    int units = sizes.units(block);
+    for (int gate = 0; gate < Cell::kGates; ++gate) {
+      int n = gate * Cell::kUnits + unit;
+      int64_t row = gate * sizes.H + block * W;
+      bool candidate = Cell::kCell == LS_GRU && gate == 2; /* its two biases stay apart: r multiplies one of them */
+      V bias = V{}, hidden_bias = V{};
+      if (units && bias_ih) bias = load_part(bias_ih + row, units);
+      if (units && bias_hh) hidden_bias = load_part(bias_hh + row, units);
+      store(out + n * W, candidate ? bias : bias + hidden_bias);
+      if (candidate) store(out + 3 * W, hidden_bias);
+    }
+  }
+}
+
+template <class Cell>
 static void pack_panel(const Sizes<Cell>& sizes, int64_t panel, const float* weight_ih, const float* weight_hh,
                        const float* bias_ih, const float* bias_hh, float* packed) {
   constexpr int N = Sizes<Cell>::N;
@@ -141,18 +167,13 @@ static void pack_panel(const Sizes<Cell>& sizes, int64_t panel, const float* wei
   float* out = packed + panel * sizes.panel_floats();
   float* inputs = out + sizes.bias_floats();
   float* hidden = inputs + sizes.input_floats();
+  pack_biases<Cell>(sizes, panel, bias_ih, bias_hh, out);
   for (int unit = 0; unit < Cell::kUnits; ++unit) {
     int64_t block = panel * Cell::kUnits + unit;
     int units = sizes.units(block);
     for (int gate = 0; gate < Cell::kGates; ++gate) {
       int n = gate * Cell::kUnits + unit;
       int64_t row = gate * H + block * W;
-      bool candidate = Cell::kCell == LS_GRU && gate == 2; /* its two biases stay apart: r multiplies one of them */
-      V bias = V{}, hidden_bias = V{};
-      if (units && bias_ih) bias = load_part(bias_ih + row, units);
-      if (units && bias_hh) hidden_bias = load_part(bias_hh + row, units);
-      store(out + n * W, candidate ? bias : bias + hidden_bias);
-      if (candidate) store(out + 3 * W, hidden_bias);
       transpose_block(weight_ih + (units ? row : 0) * I, I, units, I, inputs + n * W, N * W);
       transpose_block(weight_hh + (units ? row : 0) * H, H, units, H, hidden + n * W, N * W);
     }

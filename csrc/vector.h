@@ -43,12 +43,16 @@ static inline void store(float* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
 
 static inline V splat(float x) { return x - V{}; }
 
-/* The first `n` of a vector's floats, the others 0. */
+/* The first `n` of a vector's floats, the others 0. Nothing beyond them is read or written. */
 static inline V load_part(const float* p, int n) {
   if (n >= W) return load(p);
+#if defined(__AVX512F__)
+  return (V)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+#else
   float part[W] = {};
   for (int i = 0; i < n; ++i) part[i] = p[i];
   return load(part);
+#endif
 }
 
 static inline void store_part(float* p, V v, int n) {
@@ -56,7 +60,11 @@ static inline void store_part(float* p, V v, int n) {
     store(p, v);
     return;
   }
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+#else
   for (int i = 0; i < n; ++i) p[i] = v[i];
+#endif
 }
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
