@@ -9,7 +9,11 @@ TORCH_BACKEND ?= cpu
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test style types pytest clean
+# The native kernels are required where there is a compiler: an error in them must not pass for a machine without one.
+export LONGSHORT_REQUIRE_NATIVE ?= $(shell command -v $(CXX) >/dev/null 2>&1 && echo 1 || echo 0)
+NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
+
+.PHONY: demo test style types pytest native sanitize clean
 
 demo: .venv/installed
 	$(BIN)/longshort demo
@@ -26,8 +30,18 @@ types: .venv/installed
 pytest: .venv/installed
 	$(BIN)/pytest -n auto
 
+# Compile the kernels anew after a change in csrc, showing every warning; needs CMake.
+native:
+	cmake -S . -B build/native -DLONGSHORT_WERROR=ON
+	cmake --build build/native -j 2
+	cmake --install build/native
+
+# All of the sanitizers' runs; `make test` has the short ones.
+sanitize: .venv/installed
+	LONGSHORT_SANITIZE=all $(BIN)/pytest -s tests/test_sanitizers.py
+
 # uv, where it is installed, can choose PyTorch's CPU build by itself; plain pip takes what its index offers.
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	    { echo "$(PYTHON) is not Python 3.11 to 3.13; name another: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv

@@ -89,7 +89,7 @@ struct Backward {
   }
 
   int32_t run() {
-    if (T == 0 || B == 0) {
+    if (steps.total_rows() == 0) {
       no_steps();
       return LS_OK;
     }
@@ -113,6 +113,7 @@ struct Backward {
     copy_or_clear(a.dweight_hh, nullptr, G * H * H);
     copy_or_clear(a.dbias_ih, nullptr, G * H);
     copy_or_clear(a.dbias_hh, nullptr, G * H);
+    if (a.dx && !a.accumulate_dx) clear_past_ends(steps, 0, T, a.dx, a.dx_step, a.dx_row, I);
   }
 
   static void copy_or_clear(float* to, const float* from, int64_t floats) {
@@ -157,7 +158,7 @@ struct Backward {
       add = true;
       if (!team.wait()) return;
     }
-    if (a.dx && a.shape.counts && !a.shape.starts && !a.accumulate_dx) clear_past_ends(team);
+    if (a.dx && !a.accumulate_dx) clear_past_ends(steps, team.begin(T), team.end(T), a.dx, a.dx_step, a.dx_row, I);
   }
 
   /* panel[(unit block, gate, u)][kColumns W] = weight[gate H + unit][columns]: the order of k in which dgates lie. */
@@ -493,12 +494,6 @@ struct Backward {
         store_part(to, add ? load_part(to, units) + total : total, units);
       }
     }
-  }
-
-  void clear_past_ends(const Team& team) {
-    for (int64_t t = team.begin(T); t < team.end(T); ++t)
-      for (int64_t row = a.shape.counts[t]; row < B; ++row)
-        clear(a.dx + steps.offset(t, row, a.dx_step, a.dx_row), I);
   }
 };
 

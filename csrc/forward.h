@@ -49,7 +49,8 @@ struct Forward {
     const ls_options& o = a.options;
     raw_differs = o.h_mask || o.resets;
     options = raw_differs || o.zoneout_mask || o.zoneout != 0.0f;
-    direct = !a.packed && reads_direct(a.shape, steps.total_rows(), false);
+    /* Sums have another order then, so only where no call without gradients must give the same bits. */
+    direct = a.saved && !a.packed && reads_direct(a.shape, steps.total_rows(), false);
     h_row = direct ? sizes.U * W + W : W;
     h_block = direct ? W : Bp * W;
     double flops = 2.0 * double(steps.total_rows()) * Cell::kGates * double(H) * double(sizes.I + H);
@@ -86,8 +87,9 @@ struct Forward {
   }
 
   int32_t run() {
-    if (T == 0 || B == 0) {
+    if (steps.total_rows() == 0) {
       copy_state();
+      clear_past_ends(steps, 0, T, a.y, a.y_step, a.y_row, H);
       return LS_OK;
     }
     int64_t floats = carve(nullptr);
@@ -331,8 +333,11 @@ struct Forward {
     for (int unit = 0; unit < Cell::kUnits; ++unit) {
       int64_t block = panel * Cell::kUnits + unit;
       int units = sizes.units(block);
-      if (!units) continue;
       float* saved = a.saved ? a.saved + saved_offset<Cell>(sizes, row_offset[step], steps.rows(step), block, row) : nullptr;
+      if (!units) { /* nothing reads it, but the same calls leave the same bytes */
+        if (saved) clear(saved, rows * Cell::kSaved * W);
+        continue;
+      }
       for (int r = 0; r < rows; ++r) {
         const float* g = sums + r * NW + unit * W;
         int64_t at = (block * Bp + row + r) * W;
@@ -399,11 +404,8 @@ struct Forward {
         if (a.h_n) store_part(a.h_n + to, load(raw[run & 1] + h_at(block, row)), units);
         if (kLstm && a.c_n) store_part(a.c_n + to, load(c + from), units);
       }
-      if (!s.counts || s.starts) continue;
-      for (int64_t t = 0; t < T; ++t)
-        for (int64_t row = larger(s.counts[t], row0); row < row1; ++row)
-          store_part(a.y + steps.offset(t, row, a.y_step, a.y_row) + block * W, V{}, units);
     }
+    if (row1 == B) clear_past_ends(steps, team.begin(T), team.end(T), a.y, a.y_step, a.y_row, H);
   }
 };
 

@@ -90,6 +90,16 @@ struct Steps {
   }
 };
 
+/* Zeros where padded rows have no step. */
+static inline void clear_past_ends(const Steps& steps, int64_t first, int64_t last, float* p, int64_t step_stride,
+                                   int64_t row_stride, int64_t floats) {
+  const ls_shape& s = steps.s;
+  if (!s.counts || s.starts) return;
+  for (int64_t t = first; t < last; ++t)
+    for (int64_t row = s.counts[t]; row < s.B; ++row)
+      __builtin_memset(p + steps.offset(t, row, step_stride, row_stride), 0, size_t(floats) * sizeof(float));
+}
+
 /* What the forward pass saves: [step][unit block][row][kSaved][W], steps in the order in which they are run. */
 template <class Cell>
 static inline int64_t saved_offset(const Sizes<Cell>& sizes, int64_t rows_before, int64_t rows, int64_t block, int64_t row) {

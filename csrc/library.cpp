@@ -90,6 +90,9 @@ bool is_shape(const ls_shape& s) {
   return s.num_threads >= 1 && (!s.order || is_permutation(s.order, s.B));
 }
 
+/* Whether there is no step at all: then nothing but states and padding is read or written. */
+bool is_empty(const ls_shape& s) { return s.T == 0 || s.B == 0 || (s.counts && s.counts[0] == 0); }
+
 bool are_options(const ls_options& o) { return o.zoneout >= 0.0f && o.zoneout <= 1.0f; }
 
 /* `sum` with `count` values mixed in, spread over all n. */
@@ -156,7 +159,7 @@ uint64_t ls_sample(int32_t cell, int64_t I, int64_t H, const float* weight_ih, c
 int32_t ls_forward(const ls_forward_args* args) {
   if (!args || !is_shape(args->shape) || !are_options(args->options)) return LS_BAD_ARGUMENT;
   const Target* target = find(args->shape.target);
-  bool empty = args->shape.T == 0 || args->shape.B == 0;
+  bool empty = is_empty(args->shape);
   bool weights = args->packed || ((args->weight_ih || !args->shape.I) && args->weight_hh);
   if (!target || (!empty && (!weights || (!args->x && args->shape.I) || !args->y))) return LS_BAD_ARGUMENT;
   return target->forward(args);
@@ -165,7 +168,7 @@ int32_t ls_forward(const ls_forward_args* args) {
 int32_t ls_backward(const ls_backward_args* args) {
   if (!args || !is_shape(args->shape) || !are_options(args->options)) return LS_BAD_ARGUMENT;
   const Target* target = find(args->shape.target);
-  bool empty = args->shape.T == 0 || args->shape.B == 0;
+  bool empty = is_empty(args->shape);
   bool inputs = args->saved && args->y && (args->x || !args->shape.I) && (args->weight_ih || !args->shape.I || !args->dx) &&
                 args->weight_hh;
   if (!target || (!empty && !inputs)) return LS_BAD_ARGUMENT;

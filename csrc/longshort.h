@@ -11,8 +11,9 @@
 
    Errors. exp, tanh and sigmoid are within 4 ULP where the exact result is a normal number, else within 2^-126.
    Inside a call subnormal numbers count as zero; the caller's floating-point mode is restored. A product sums over k in
-   ascending order in one float32 accumulator, whatever the number of threads and of rows: the forward pass gives the same
-   bits for a sequence alone and in any batch, with any number of threads, as long as the target stays the same.
+   ascending order in one float32 accumulator, whatever the number of threads and of rows: a forward pass that saves nothing
+   gives the same bits for a sequence alone and in any batch, with any number of threads, as long as the target stays the
+   same. One that saves may sum a call of few rows in another order.
 
    Arguments. Pointers need the alignment of float only, need not be distinct where both are inputs, and no output may
    overlap another argument, except where it is said. NULL stands for what each comment says. Sizes may be 0 except H.

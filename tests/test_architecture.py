@@ -87,14 +87,20 @@ def test_links_between_the_pages_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_workflows_run_pinned_actions() -> None:
+    for page in (ROOT / ".github" / "workflows").glob("*.yml"):
+        for action in re.findall(r"uses: *(\S+)", page.read_text(encoding="utf-8")):
+            assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action), f"{page.name}: {action}"
+
+
 def test_nothing_of_others_is_shipped() -> None:
     """No text, model or data file; only code, pages, pictures of ours and results."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("not a git checkout")
     # JSON files are results, PNG files plots of them.
-    allowed = {".py", ".md", ".toml", ".json", ".png", ".svg", ".typed"}
-    plain = {"LICENSE", "Makefile", ".gitignore", ".gitattributes", "constraints.txt", "run"}
+    allowed = {".py", ".md", ".toml", ".json", ".png", ".svg", ".typed", ".cpp", ".h", ".yml"}
+    plain = {"LICENSE", "Makefile", ".gitignore", ".gitattributes", "constraints.txt", "CMakeLists.txt", "run"}
     for line in listed.stdout.splitlines():
         path = Path(line)
         assert path.suffix in allowed or path.name in plain, line

@@ -21,7 +21,7 @@ from longshort import checkpoint
 from longshort.cli import main
 from longshort.text.corpus import SOURCES
 
-VERBS = ("demo", "train", "eval", "generate", "compare", "doctor")
+VERBS = ("demo", "train", "eval", "generate", "compare", "bench", "doctor")
 TINY = ["--hidden", "12", "--embedding", "8", "--seq-len", "12", "--batch-size", "4", "--threads", "1"]
 
 
@@ -427,7 +427,7 @@ def test_a_model_needs_no_torch_to_write_and_says_so_to_train(workplace: Path) -
     assert done.stdout == python("-m", "longshort", "generate", run, "--length", "30").stdout
     done = python("-c", program, "eval", run, text)
     assert done.returncode == 0, done.stderr
-    for arguments in (["train", text], ["compare", text], ["eval", run, "--split", "valid"]):
+    for arguments in (["train", text], ["compare", text], ["bench", "layers"], ["eval", run, "--split", "valid"]):
         done = python("-c", program, *arguments)
         assert done.returncode == 1, done.stderr
         assert "pip install 'longshort[train]'" in done.stderr

@@ -1,6 +1,7 @@
 """longshort: small LSTM, GRU and RNN models on ordinary CPUs.
 
     longshort.LSTM, GRU, RNN and their cells     in the place of torch.nn's
+    longshort.convert, longshort.to_torch        exchange them in a whole model, and back
     longshort.load(path)                         a trained model, without PyTorch; train=True gives a LanguageModel
     longshort.train(TrainConfig(...))            trains and yields events
     longshort.evaluate, longshort.generate       free functions on any model
@@ -21,8 +22,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from longshort import kernels as kernels
     from longshort import scratch as scratch
+    from longshort.cell_layers import GRUCell as GRUCell
+    from longshort.cell_layers import LSTMCell as LSTMCell
+    from longshort.cell_layers import RNNCell as RNNCell
     from longshort.config import ModelConfig as ModelConfig
     from longshort.config import TrainConfig as TrainConfig
+    from longshort.conversion import convert as convert
+    from longshort.conversion import to_torch as to_torch
     from longshort.decoder import Decoder as Decoder
     from longshort.errors import LongshortError as LongshortError
     from longshort.evaluation import Evaluation as Evaluation
@@ -32,19 +38,16 @@ if TYPE_CHECKING:
     from longshort.layers import GRU as GRU
     from longshort.layers import LSTM as LSTM
     from longshort.layers import RNN as RNN
-    from longshort.layers import GRUCell as GRUCell
-    from longshort.layers import LSTMCell as LSTMCell
-    from longshort.layers import RNNCell as RNNCell
     from longshort.model import LanguageModel as LanguageModel
     from longshort.training import train as train
 
 _HOME = {
     "GRU": "layers",
-    "GRUCell": "layers",
+    "GRUCell": "cell_layers",
     "LSTM": "layers",
-    "LSTMCell": "layers",
+    "LSTMCell": "cell_layers",
     "RNN": "layers",
-    "RNNCell": "layers",
+    "RNNCell": "cell_layers",
     "Decoder": "decoder",
     "Evaluation": "evaluation",
     "LanguageModel": "model",
@@ -52,8 +55,10 @@ _HOME = {
     "ModelConfig": "config",
     "Sampling": "generation",
     "TrainConfig": "config",
+    "convert": "conversion",
     "evaluate": "evaluation",
     "generate": "generation",
+    "to_torch": "conversion",
     "train": "training",
     "kernels": "",
     "scratch": "",

@@ -218,6 +218,63 @@ def compare(
 
 
 @app.command
+def bench(
+    what: Annotated[Literal["layers", "train", "generate", "score"], Parameter(help="What to measure.")],
+    /,
+    *,
+    grid: Annotated[
+        str, Parameter(help="quick (a minute), marks (the project's own), full (hours), or options (of our LSTM).")
+    ] = "quick",
+    cells: Annotated[str | None, Parameter(help="Cells, separated by commas (default: lstm,gru,rnn).")] = None,
+    modes: Annotated[str | None, Parameter(help="train, infer, or both (default: train,infer).")] = None,
+    threads: Annotated[
+        str | None, Parameter(help="Numbers of threads, separated by commas (default: 2; of full: 1,2).")
+    ] = None,
+    options: Annotated[
+        str | None, Parameter(help="With --grid options, some of: layer_norm,recurrent_dropout,zoneout,lengths.")
+    ] = None,
+    kernel: Annotated[str, Parameter(help="Force one of our kernels; doctor lists them.")] = "auto",
+    isa: Annotated[Literal["avx2"] | None, Parameter(help="Hold PyTorch and us to these vector instructions.")] = None,
+    neighbour: Annotated[
+        bool, Parameter(help="Measure beside a process that keeps a core busy.", negative="", show_default=False)
+    ] = False,
+    worst: Annotated[Int | None, Parameter(help="Show only this many cases, those where we do worst.")] = None,
+    out: Annotated[
+        str | None, Parameter(help="File for the result, after every case; the same command again continues it.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure our layers beside PyTorch's, in turns, with the same weights: ratios, spreads, share of the GEMM rate."""
+    from longshort import machine
+
+    if what != "layers":
+        raise UsageError(f"bench {what} is not there yet; bench layers is.")
+    if worst is not None and worst < 1:
+        raise UsageError(f"--worst must be at least 1, not {worst}.")
+    if out == "":
+        raise UsageError("--out is empty.", "An unset shell variable looks like this.")
+    named: dict[str, Any] = {
+        "cells": tuple(_names(cells)),
+        "modes": tuple(_names(modes)),
+        "options": tuple(_names(options)),
+    }
+    numbers = tuple(_whole(word, "--threads") for word in _names(threads))
+    _need_torch("bench")
+    if isa is not None:
+        machine.hold_to(isa)
+    from longshort import benchmarks, screen
+
+    how: dict[str, Any] = {"threads": numbers, "kernel": kernel, "isa": isa, "neighbour": neighbour}
+    settings = benchmarks.Settings(grid=grid, **named, **how)
+    with screen.Ticker() as ticker:
+        result = benchmarks.result(settings, _path(out), ticker.report_case)
+    if json:
+        _print_json(result)
+    else:
+        screen.print_benchmark(result, worst)
+
+
+@app.command
 def doctor(*, json: Json = False) -> None:
     """Say what this machine has, which kernels run, what is missing and how to get it."""
     from longshort import machine, screen
@@ -353,11 +410,20 @@ def _path(given: str | None) -> Path | None:
     return Path(given) if given is not None else None
 
 
-def _names(given: str) -> list[str]:
+def _names(given: str | None) -> list[str]:
+    """Return what a list of names holds; nothing if none was given."""
+    if given is None:
+        return []
     names = [name.strip() for name in given.split(",") if name.strip()]
     if not names:
         raise UsageError(f"A list of names separated by commas was wanted, not {given!r}.")
     return names
+
+
+def _whole(word: str, flag: str) -> int:
+    if not word.isdecimal():
+        raise UsageError(f"{flag} takes whole numbers separated by commas, not {word!r}.")
+    return int(word)
 
 
 def _check_plot(path: str) -> None:
@@ -394,7 +460,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command line and return its exit status."""
     # Before PyTorch is loaded: a waiting thread spins briefly, then sleeps. GNU OpenMP's own choice (300,000 turns) is
     # ruinous beside a busy process, not spinning at all costs half the speed on a quiet machine (docs/log.md).
-    if "OMP_WAIT_POLICY" not in os.environ:
+    # `bench` leaves it: PyTorch's layers are measured as their other users have them.
+    verb = (sys.argv[1:] if arguments is None else arguments)[:1]
+    if "OMP_WAIT_POLICY" not in os.environ and verb != ["bench"]:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -11,6 +11,8 @@
     ├── TrainingError           training that cannot go on, such as a loss that is not finite
     └── MissingExtraError       a part that was not installed; the message holds the command that installs it
 
+    NativeWarning               a RuntimeWarning: the native kernels are missing, something slower runs
+
 A message says what happened and, in `hint`, what to do. `str(error)` is both, at most three lines.
 """
 
@@ -78,3 +80,7 @@ class MissingExtraError(LongshortError):
             f"{needed_for} needs {package}, which is not installed.",
             f"Install it with: pip install 'longshort[{extra}]'",
         )
+
+
+class NativeWarning(RuntimeWarning):
+    """The native kernels are missing, so that something slower runs."""

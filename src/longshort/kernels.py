@@ -1,5 +1,7 @@
 """Which implementation runs a recurrent layer, and why.
 
+    avx512      the native kernels of `csrc/`, built for AVX-512; avx2 and baseline are the same for other processors:
+                rnn, rnn_relu, gru, lstm in float32 on a CPU
     torch       PyTorch's own kernels (oneDNN, MKL or ATen on a CPU, cuDNN on a GPU): rnn, rnn_relu, gru, lstm
     reference   the equations of `cells.py`, step by step: every cell, any precision, differentiable twice
 
@@ -11,18 +13,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from longshort import cells
-from longshort.cells import LayerWeights, State
+from longshort import backends, cells, graph, native, ops
+from longshort.cells import LayerWeights, Options, Readings, Sequences, Stack, State
 from longshort.errors import UsageError
 
-_TORCH_OPS: dict[str, Any] = {"rnn": torch.rnn_tanh, "rnn_relu": torch.rnn_relu, "gru": torch.gru, "lstm": torch.lstm}
-_NAMES = ("torch", "reference")
+_TORCH_CAN = frozenset({"packed", "lengths", "proj_size"})
+NATIVE = "native"
+"""What `use` takes for the best of the native targets."""
 _forced: str | None = None
 
 
@@ -31,6 +36,8 @@ class Choice(NamedTuple):
 
     name: str
     reason: str
+    grad: bool = False
+    """Whether gradients are wanted."""
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
@@ -38,12 +45,14 @@ class Choice(NamedTuple):
 
 def available() -> tuple[str, ...]:
     """Return the names that `use` takes, fastest first."""
-    return _NAMES
+    return (*native.targets(), "torch", "reference")
 
 
 def cells_of(name: str) -> tuple[str, ...]:
     """Return the names of the cells that the implementation `name` can run."""
-    return tuple(_TORCH_OPS) if name == "torch" else tuple(cells.CELLS)
+    if name == NATIVE or name in native.targets():
+        return tuple(native.CELLS)
+    return tuple(backends.TORCH_OPS) if name == "torch" else tuple(cells.CELLS)
 
 
 def active() -> str:
@@ -56,18 +65,25 @@ def use(name: str) -> Iterator[None]:
     """Force one implementation for every layer of this process while the context lasts.
 
     Args:
-        name: one of `available()`, or `auto`.
+        name: one of `available()`, `native` for the best of its targets, or `auto`.
 
     Raises:
         UsageError: there is no implementation of that name.
     """
     global _forced
-    if name not in (*_NAMES, "auto"):
-        close = difflib.get_close_matches(name, _NAMES, n=1)
+    names = (*available(), NATIVE, "auto")
+    if name in native.built_targets() and name not in names:
+        raise UsageError(f"This processor cannot run the kernels {name!r}; it can run {', '.join(available())}.")
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
         raise UsageError(
-            f"There is no kernel called {name!r}; there are {', '.join(_NAMES)} and auto.",
+            f"There is no kernel called {name!r}; there are {', '.join(names)}.",
             f"Did you mean {close[0]!r}?" if close else "",
         )
+    if name == NATIVE:
+        if not native.targets():
+            raise UsageError(f"There are no native kernels here: {native.reason()}")
+        name = native.active_target() or name
     before, _forced = _forced, None if name == "auto" else name
     try:
         yield
@@ -75,35 +91,164 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
-def choose(cell: str, packed: bool = False) -> Choice:
+def exporting() -> bool:
+    """Return whether PyTorch is tracing or exporting to ONNX: plain layers then run PyTorch's own forward."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
+
+
+def transforming() -> bool:
+    """Return whether torch.func transforms the call or forward-mode derivatives are taken."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def choose(
+    cell: str,
+    needs: frozenset[str] = frozenset(),
+    *,
+    stack: Stack | None = None,
+    x: Tensor | None = None,
+    steps: int | None = None,
+    rows: int | None = None,
+    grad: bool = False,
+) -> Choice:
     """Return the implementation that a call runs.
 
     Args:
         cell: name of the cell.
-        packed: whether the input is a `PackedSequence`.
+        needs: what the call has beyond a plain layer: the names of the layer's active options, and of `packed`,
+            `lengths`, `resets`, `return_gates` and `proj_size` those that it uses.
+        stack: the layers, where they are known.
+        x: input, for its type and device; None where it is not known.
+        steps: T, where it is known.
+        rows: B, where it is known.
+        grad: whether gradients are wanted.
 
     Raises:
         UsageError: the forced implementation cannot run the call.
     """
-    if _forced == "reference":
-        if packed:
-            raise UsageError("The reference kernels take padded tensors, not a PackedSequence.", "Use kernel torch.")
+    forced = _forced
+    if forced == "reference":
         return Choice("reference", "forced by kernels.use")
-    if cell in _TORCH_OPS:
-        return Choice("torch", "forced by kernels.use" if _forced else "PyTorch has a fused kernel for this cell")
-    if _forced == "torch":
-        raise UsageError(f"PyTorch has no kernel for the cell {cell!r}.", "Use kernel reference, or auto.")
-    return Choice("reference", f"PyTorch has no kernel for the cell {cell!r}")
+    if forced != "torch":
+        lacks = _native_lacks(cell, needs, x)
+        if not lacks:
+            if forced:
+                return Choice(forced, "forced by kernels.use", grad)
+            return Choice(_active_target(), "the native kernels run this call", grad)
+        if forced:
+            raise UsageError(f"The native kernels cannot run this call: {lacks}.", "Use kernel torch or auto.")
+    lacking = ", ".join(sorted(needs - _TORCH_CAN))
+    if cell in backends.TORCH_OPS and not lacking:
+        if forced == "torch":
+            return Choice("torch", "forced by kernels.use")
+        if transforming():
+            return Choice("reference", "torch.func and forward-mode derivatives go through the equations")
+        return Choice("torch", f"PyTorch has a fused kernel for this cell, and as for ours, {lacks}")
+    what = f"{lacking} in its kernels" if lacking else f"kernel for the cell {cell!r}"
+    if forced == "torch":
+        raise UsageError(f"PyTorch has no {what}.", "Use kernel reference, or auto.")
+    return Choice("reference", f"PyTorch has no {what}, and as for ours, {lacks}")
 
 
-def explain(layer: Any, x: Any = None) -> Choice:
+def _active_target() -> str:
+    if torch.compiler.is_compiling():  # which cannot look into the library
+        return next(iter(ops.SUPPORTED))
+    return native.active_target() or NATIVE
+
+
+def _native_lacks(cell: str, needs: frozenset[str], x: Tensor | None) -> str:
+    """Return why the native kernels cannot run a call; empty if they can."""
+    if cell not in native.CELLS:
+        return f"they have no cell {cell!r}"
+    if not needs <= ops.CAN:
+        return f"they have no {', '.join(sorted(needs - ops.CAN))}"
+    if not (ops.TARGETS or native.ready()):
+        return native.reason()
+    if x is None:
+        return ""
+    if x.dtype is not torch.float32 or not x.is_cpu:
+        return f"they run float32 on a CPU, not {str(x.dtype).removeprefix('torch.')} on {x.device.type}"
+    if torch.compiler.is_compiling():
+        return ""
+    if torch._C._is_any_autocast_enabled():
+        return "autocast is on"
+    if transforming():
+        return "torch.func transforms the call or forward-mode derivatives are taken"
+    if type(x) not in (Tensor, torch.nn.Parameter) and not torch._C._len_torch_dispatch_stack():
+        return f"they run dense tensors, not {type(x).__name__}"
+    return "" if x.layout is torch.strided else f"they run dense tensors, not {x.layout}"
+
+
+def _run_native(choice: Choice) -> Any:
+    """Return what runs a stack of layers by the native kernels: as a node where a graph is made, else at once."""
+    graphed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    run = graph.run_graph if graphed else ops.run_native
+    return partial(run, target=ops.TARGETS[choice.name], grad=choice.grad)
+
+
+def explain(layer: Any, x: Any = None, **arguments: Any) -> Choice:
     """Return the implementation that `layer(x)` would run, and why.
 
     Args:
         layer: one of longshort's layers or cells.
         x: its input, where the choice may depend on it.
+        arguments: `lengths`, `return_gates` and `resets`, as in the layer's call.
     """
-    return choose(layer.cell, packed=isinstance(x, torch.nn.utils.rnn.PackedSequence))
+    choice: Choice = layer.choose(x, **arguments)
+    return choice
+
+
+def run_layers(
+    choice: Choice,
+    stack: Stack,
+    x: Tensor,
+    state: State | None,
+    weights: Sequence[Tensor],
+    *,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    sequences: Sequences | None = None,
+    options: Sequence[Options] = (),
+    readings: list[Readings] | None = None,
+) -> tuple[Tensor, State]:
+    """Run a stack of layers by the chosen implementation; arguments as in `backends`, and checked before.
+
+    Returns:
+        The outputs, laid as `x` is, and the state after, each tensor (layers * directions, B, H).
+    """
+    run: Any = backends.run_torch if choice.name == "torch" else backends.run_reference
+    if choice.name not in ("torch", "reference"):
+        run = _run_native(choice)
+    return run(  # type: ignore[no-any-return]
+        stack,
+        x,
+        state,
+        weights,
+        batch_first=batch_first,
+        dropout=dropout,
+        training=training,
+        sequences=sequences,
+        options=options,
+        readings=readings,
+    )
+
+
+def run_step(choice: Choice, cell: str, x_BI: Tensor, state: State, weights: Sequence[Tensor | None]) -> State:
+    """Run one step of a cell by the chosen implementation.
+
+    Args:
+        choice: the implementation.
+        cell: name of the cell.
+        x_BI: input.
+        state: before the step, each tensor (B, H).
+        weights: weight_ih, weight_hh, bias_ih and bias_hh; the biases may be None.
+    """
+    if choice.name not in ("torch", "reference"):
+        return ops.step_native(_run_native(choice), cell, x_BI, state, weights)
+    run = backends.step_torch if choice.name == "torch" else backends.step_reference
+    return run(cell, x_BI, state, weights)
 
 
 def run(
@@ -128,13 +273,11 @@ def run(
     Returns:
         Outputs (T, B, H) and the state after the last step.
     """
-    if choose(cell).name == "reference":
-        drop = dropout if training else 0.0
-        return cells.run_stack(cells.get_cell(cell), x_TBI, state, weights, bias=True, dropout=drop)
+    stack = Stack(cell, x_TBI.shape[-1], state[0].shape[-1], len(weights))
     flat = [tensor for layer_weights in weights for tensor in layer_weights]
-    hx = list(state) if cell == "lstm" else state[0]
-    output, *after = _TORCH_OPS[cell](x_TBI, hx, flat, True, len(weights), dropout, training, False, False)
-    return output, tuple(after)
+    grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_TBI, *state, *flat))
+    choice = choose(cell, stack=stack, x=x_TBI, steps=x_TBI.shape[0], rows=x_TBI.shape[1], grad=grad)
+    return run_layers(choice, stack, x_TBI, state, flat, dropout=dropout, training=training)
 
 
 def run_tokens(
@@ -153,6 +296,7 @@ def run_tokens(
     The first layer's product of embedding and input weights is taken once a symbol of the vocabulary, not once a
     token: a table of V rows from which the gates' input share is gathered. PyTorch's kernels cannot start from a
     gathered share; where V is below E they get one-hot rows and the table as input weights, the same product, V wide.
+    The native kernels get the same; without gradients they get the embedding's rows: packed weights are kept then.
 
     Args:
         cell: name of the cell.
@@ -175,7 +319,8 @@ def run_tokens(
         return cells.run_stack(
             cells.get_cell(cell), first, state, weights, bias=True, dropout=drop, first_is_gates=True
         )
-    if identity is not None:
+    keep = embedding_VE is not None and not torch.is_grad_enabled()
+    if identity is not None and not keep:
         x_TBI = F.embedding(ids_TB, identity)
         if embedding_VE is not None:
             weights = [[weight_ih @ embedding_VE.T, *weights[0][1:]], *weights[1:]]

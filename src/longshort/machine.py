@@ -9,8 +9,19 @@ import sys
 from pathlib import Path
 
 import longshort
+from longshort import native
+from longshort.errors import UsageError
 
 TESTED_TORCH = (2, 13)
+HELD_TO = {
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "LONGSHORT_TARGET": "avx2",
+    }
+}
+"""Environment variables that keep PyTorch's kernels and ours from using more than a set of vector instructions."""
 
 
 def processor() -> str:
@@ -43,6 +54,21 @@ def vector_extensions() -> list[str]:
     return [flag for flag in wanted if flag in flags]
 
 
+def hold_to(isa: str) -> None:
+    """Keep this process to the vector instructions `isa`, a key of `HELD_TO`; before PyTorch is loaded.
+
+    Raises:
+        UsageError: PyTorch is loaded already, so that it would not listen any more.
+    """
+    variables = HELD_TO[isa]
+    if "torch" in sys.modules and any(os.environ.get(name) != value for name, value in variables.items()):
+        raise UsageError(
+            f"PyTorch is loaded already, and cannot be held to {isa} any more.",
+            f"Set {' '.join(f'{name}={value}' for name, value in variables.items())} before Python starts.",
+        )
+    os.environ.update(variables)
+
+
 def version_of(package: str) -> str | None:
     """Return the installed version of `package`, or None; nothing is imported."""
     try:
@@ -58,6 +84,9 @@ def description() -> dict[str, object]:
         "processor": processor(),
         "cores": cores(),
         "vector_extensions": vector_extensions(),
+        "native_kernels": list(native.targets()),
+        "native_target": native.active_target(),
+        "native_threads": native.threading(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "longshort": longshort.__version__,
@@ -67,7 +96,7 @@ def description() -> dict[str, object]:
 
 def advice() -> list[str]:
     """Return a line for each thing that is missing or untested here, with what to do about it."""
-    lines = []
+    lines = native.reason().splitlines()
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         lines.append(f"Python {platform.python_version()} is untested; 3.11 to 3.13 are tested.")
     torch = version_of("torch")

@@ -23,6 +23,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from longshort.comparison import Row
     from longshort.config import TrainConfig
+    from longshort.ledger import Row as BenchmarkRow
     from longshort.recipes import Plan
     from longshort.training import Event, Finished, Looked, Progress, Started
 
@@ -176,7 +177,7 @@ class TrainView:
 
 
 class Ticker:
-    """Says on standard error how far `compare` is: a line that is overwritten, or off a terminal one line a run."""
+    """Says on standard error how far `compare` or `bench` is: a line that is overwritten, or off a terminal lines."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
@@ -189,14 +190,22 @@ class Ticker:
             self._console.file.write("\r\x1b[K")
 
     def report(self, row: Row, epoch: int, epochs: int) -> None:
-        """Say how far one run is."""
+        """Say how far one run of `compare` is."""
         words = (
             f"{row.implementation} {row.cell} seed {row.seed}: epoch {epoch}/{epochs}, perplexity {row.curve[-1]:.3f}"
         )
+        self._say(words, last=epoch == epochs)
+
+    def report_case(self, row: BenchmarkRow, done: int, cases: int) -> None:
+        """Say what one case of `bench` gave."""
+        noisy = " (noisy)" if row.noisy else ""
+        self._say(f"{done}/{cases} {row.case}: {row.ratio:.2f}{noisy}", last=True)
+
+    def _say(self, words: str, last: bool) -> None:
         if self._console.is_terminal:
             self._console.file.write(f"\r{visible(words)}\x1b[K")
             self._console.file.flush()
-        elif epoch == epochs:
+        elif last:
             self._console.print(words, markup=False)
 
 
@@ -211,13 +220,10 @@ def print_comparison(result: Mapping[str, Any]) -> None:
         markup=False,
     )
     epochs = list(result["rows"][0]["train_perplexity"]) if result["rows"] else []
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("cell", "implementation"):
-        table.add_column(name)
     columns = [str(epoch) for epoch in epochs]
     columns[:1] = [f"epoch {name}" for name in columns[:1]]
-    for name in ("parameters", *columns, "held-out", "best (epoch)", "s/epoch", "tokens/s"):
-        table.add_column(name, justify="right")
+    names = ("cell", "implementation", "parameters", *columns, "held-out", "best (epoch)", "s/epoch", "tokens/s")
+    table = _table(*names, left=2)
     for group in summary(result["rows"]):
         figures = [f"{group['train_perplexity'][e]:.2f}" for e in epochs]
         table.add_row(
@@ -276,6 +282,86 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def print_benchmark(result: Mapping[str, Any], worst: int | None = None) -> None:
+    """Print the tables of `bench`.
+
+    Args:
+        result: of `benchmarks.result`.
+        worst: how many cases to show, those with the smallest ratios; if None all, where they fit on a screen.
+    """
+    console = _console()
+    machine = result["machine"]
+    console.print(
+        f"{visible(machine['processor'])}, {machine['cores']} cores, longshort {machine['longshort']}, "
+        f"PyTorch {machine['torch']} ({result['torch_code']}), {result['date']}",
+        markup=False,
+    )
+    rows = result["rows"]
+    if worst is not None:
+        rows = sorted(rows, key=lambda row: float(row["ratio"]))[:worst]
+    if worst is not None or len(rows) <= _CASES_ON_A_SCREEN:
+        console.print(_case_table(rows))
+    bands = list(dict.fromkeys(band["band"] for group in result["summary"] for band in group["bands"]))
+    table = _table(*_KIND, *bands, "worst", "below 1", "below 0.9", left=len(_KIND))
+    for group in result["summary"]:
+        found = {band["band"]: band for band in group["bands"]}
+        low = group["worst"]
+        table.add_row(
+            *_kind(group),
+            *(_against_mark(found[name]) if name in found else "" for name in bands),
+            f"{low['ratio']:.2f} at {low['T']} x {low['B']} x {low['H']}",
+            f"{group['below_1']} of {group['cases']}",
+            f"{group['below_0.9']} of {group['cases']}",
+        )
+    console.print(table)
+    console.print("The peer's time divided by ours, geometric mean of each band (in brackets: the mark to be reached).")
+    if result["noisy"]:
+        console.print(f"{result['noisy']} of {len(result['rows'])} cases were noisy to the last.")
+
+
+_KIND = ("cell", "mode", "threads")
+_CASES_ON_A_SCREEN = 40
+
+
+def _case_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    names = ("T", "B", "H", "kernel", "ours", "spread", "peer", "spread", "ratio", "GFLOP/s", "of GEMM", "")
+    table = _table(*_KIND, *names, left=len(_KIND))
+    for row in rows:
+        table.add_row(
+            *_kind(row),
+            *(str(row[name]) for name in ("T", "B", "H", "kernel")),
+            _duration(row["ours_seconds"]),
+            f"{row['ours_spread']:.0%}",
+            _duration(row["peer_seconds"]),
+            f"{row['peer_spread']:.0%}",
+            f"{row['ratio']:.2f}",
+            f"{row['gflops']:,.1f}",
+            f"{row['gemm_share']:.0%}",
+            "noisy" if row["noisy"] else "",
+        )
+    return table
+
+
+def _kind(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return the first columns of a row or a group: cell with option and peer, mode, threads."""
+    cell = row["cell"].upper()
+    what = cell if row["option"] == "none" else f"{cell} {row['option']} / {row['peer']}"
+    return what, row["mode"], str(row["threads"])
+
+
+def _against_mark(band: Mapping[str, Any]) -> str:
+    mark = "" if band["mark"] is None else f" ({band['mark']:.3g})"
+    return f"{band['ratio']:.2f}{mark}"
+
+
+def _table(*names: str, left: int) -> Table:
+    """Return an empty table; all columns but the first `left` are figures."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for number, name in enumerate(names):
+        table.add_column(name, justify="left" if number < left else "right")
+    return table
+
+
 def print_doctor(report: Mapping[str, Any]) -> None:
     """Print what `doctor` found."""
     console = _console()
@@ -302,6 +388,14 @@ def _figures(nats: float) -> str:
 
 def _or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _duration(seconds: float) -> str:
+    """Return a time with three digits, in seconds, ms or us."""
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
 
 
 def _clock(seconds: float) -> str:

@@ -1,0 +1,204 @@
+"""The native kernels as operations that torch.compile, torch.export and dispatch modes see: one node a layer.
+
+    longshort::layer            y, h_n, c_n and what the backward pass needs, from x, state and weights
+    longshort::layer_backward   the gradients
+
+Eager calls go past this, straight to `ops`. All arguments are tensors and numbers, so that a graph can be saved; the
+state, masks and counts that a call does not have are None. Gradients of gradients are refused: a graph holds no
+equations that could be differentiated once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longshort import ops
+from longshort.cells import Options, Readings, Sequences, Stack, State
+
+_LAYER = (
+    "Tensor x, Tensor? h_0, Tensor? c_0, Tensor[] weights, str cell, int hidden_size, int directions, bool bias, "
+    "bool batch_first, Tensor? counts, Tensor? order, SymInt batch_size, bool packed, Tensor?[] h_masks, "
+    "Tensor?[] zoneout_masks, float zoneout, Tensor?[] resets, int target"
+)
+_NUM_LAYER = 18
+_library: Any = torch.library.Library("longshort", "DEF")  # type: ignore[no-untyped-call]
+_library.define(f"layer({_LAYER}, bool save) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(
+    f"layer_backward({_LAYER}, Tensor y, Tensor saved, Tensor? dy, Tensor? dh_n, Tensor? dc_n, bool[] wanted)"
+    " -> Tensor[]"
+)
+
+
+def _call(arguments: Sequence[Any]) -> tuple[Tensor, State | None, list[Tensor], ops.Call]:
+    """Return x, state, weights and the rest, from the arguments that both operations share."""
+    x, h_0, c_0, weights, cell, hidden_size, directions, bias, batch_first, counts, order, batch_size = arguments[:12]
+    packed, h_masks, zoneout_masks, zoneout, resets, target = arguments[12:_NUM_LAYER]
+    state = None if h_0 is None else (h_0,) if c_0 is None else (h_0, c_0)
+    sequences = None if counts is None else Sequences(counts, order, batch_size, packed)
+    options: tuple[Options, ...] = ()
+    if h_masks:
+        options = tuple(
+            Options(h_mask_BH=h_mask, zoneout_mask_TBH=zoneout_mask, zoneout=zoneout, resets_TB=reset).contiguous()
+            for h_mask, zoneout_mask, reset in zip(h_masks, zoneout_masks, resets, strict=True)
+        )
+    call = ops.Call(cell, hidden_size, directions, bias, batch_first, sequences, options, target)
+    state = None if state is None else tuple(tensor.contiguous() for tensor in state)
+    return ops.rows(x), state, [weight.contiguous() for weight in weights], call
+
+
+def _size(x: Tensor, batch_first: bool, counts: Tensor | None, batch_size: int) -> tuple[int, int]:
+    if counts is not None:
+        return counts.shape[0], batch_size
+    return (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
+
+
+def _saved_floats(cell: str, H: int, T: int, B: int, target: int) -> int:
+    """Return what one direction saves, for all rows of all steps, also those that there are not."""
+    return T * B * ops.saved_floats_a_row(cell, H, target)
+
+
+def _layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    save = arguments[_NUM_LAYER]
+    x, state, weights, call = _call(arguments)
+    floats = _saved_floats(call.cell, call.H, *call.size(x), call.target) if save else 0
+    saved = x.new_empty(call.directions, floats)
+    y, after = ops.forward(call, x, state, weights, saved.unbind() if save else ())
+    if save and call.sequences is not None:  # what the absent steps leave unwritten
+        saved[:, ops.saved_floats(call, x) :] = 0
+    return y, after[0], after[1] if len(after) > 1 else x.new_empty(0), saved
+
+
+def _layer_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, _, _, _, cell, H, D, _, batch_first, counts, _, batch_size = arguments[:12]
+    target, save = arguments[_NUM_LAYER - 1 : _NUM_LAYER + 1]
+    T, B = _size(x, batch_first, counts, batch_size)
+    state = x.new_empty(D, B, H)
+    floats = _saved_floats(cell, H, T, B, target) if save else 0
+    c_n = state.new_empty(D, B, H) if cell == "lstm" else x.new_empty(0)
+    return x.new_empty(*x.shape[:-1], D * H), state, c_n, x.new_empty(D, floats)
+
+
+def _layer_backward(*arguments: Any) -> list[Tensor]:
+    y, saved, dy, dh_n, dc_n, wanted = arguments[_NUM_LAYER:]
+    x, state, weights, call = _call(arguments)
+    dstate = (dh_n, dc_n)[: 2 if call.cell == "lstm" else 1]
+    parts = saved.unbind()
+    found = ops.backward(call, x, state, weights, y, parts, dy, dstate, wanted)
+    return [x.new_empty(0) if gradient is None else gradient for gradient in found]
+
+
+def _layer_backward_fake(*arguments: Any) -> list[Tensor]:
+    x, _, _, weights, cell, H, D, _, batch_first, counts, _, batch_size = arguments[:12]
+    wanted = arguments[-1]
+    _, B = _size(x, batch_first, counts, batch_size)
+    shapes = [x.shape, *[(D, B, H)] * (2 if cell == "lstm" else 1), *[weight.shape for weight in weights]]
+    return [x.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True)]
+
+
+def _setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    y, _, _, saved = output
+    x, h_0, c_0, weights = inputs[:4]
+    ctx.num_weights, ctx.rest = len(weights), inputs[4:_NUM_LAYER]
+    ctx.counts, ctx.order = ctx.rest[5], ctx.rest[6]
+    ctx.save_for_backward(x, h_0, c_0, *weights, y, saved)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, _: Tensor | None) -> Any:
+    x, h_0, c_0, *weights, y, saved = ctx.saved_tensors
+    lstm = ctx.rest[0] == "lstm"
+    need = ctx.needs_input_grad
+    states = (need[1], need[2])[: 1 + lstm]
+    of_weights = need[3] if isinstance(need[3], (list, tuple)) else [need[3]] * len(weights)
+    wanted = [bool(need[0]), *map(bool, states), *map(bool, of_weights)]
+    found = torch.ops.longshort.layer_backward(
+        x, h_0, c_0, weights, *ctx.rest, y, saved, dy, dh_n, dc_n if lstm else None, wanted
+    )
+    grads = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
+    dc_0 = grads[2] if lstm else None
+    # Where a list of tensors went in, a list of gradients is to come out; masks have none.
+    rest = [[None] * len(value) if _is_tensors(value) else None for value in ctx.rest]
+    return (grads[0], grads[1], dc_0, grads[2 + lstm :], *rest, None)
+
+
+def _is_tensors(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(each, Tensor) for each in value)
+
+
+def _setup_backward(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+    return None
+
+
+def _refuse(ctx: Any, *gradients: Any) -> Any:
+    raise RuntimeError(
+        "longshort's compiled layers have no gradients of gradients.\n"
+        "Compile under longshort.kernels.use('reference'), or take these gradients without torch.compile."
+    )
+
+
+_library.impl("layer", _layer, "CPU")
+_library.impl("layer_backward", _layer_backward, "CPU")
+torch.library.register_fake("longshort::layer", _layer_fake, lib=_library)
+torch.library.register_fake("longshort::layer_backward", _layer_backward_fake, lib=_library)
+torch.library.register_autograd("longshort::layer", _differentiate, setup_context=_setup, lib=_library)
+torch.library.register_autograd("longshort::layer_backward", _refuse, setup_context=_setup_backward, lib=_library)
+
+
+def run_graph(
+    stack: Stack,
+    x: Tensor,
+    state: State | None,
+    weights: Sequence[Tensor],
+    *,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    sequences: Sequences | None = None,
+    options: Sequence[Options] = (),
+    readings: list[Readings] | None = None,
+    target: int = -1,
+    grad: bool = False,
+) -> tuple[Tensor, State]:
+    """Run a stack of layers, one node each; arguments as in `ops.run_native`."""
+    assert readings is None
+    D = 2 if stack.bidirectional else 1
+    layers, per_layer = stack.num_layers, len(weights) // stack.num_layers
+    lstm = stack.cell == "lstm"
+    rows: tuple[Any, ...] = (None, None, 0, False)
+    if sequences is not None:
+        rows = (sequences.counts, sequences.order, sequences.batch_size, sequences.packed)
+    h_n, c_n = [], []
+    for layer in range(layers):
+        own = list(weights[layer * per_layer : (layer + 1) * per_layer])
+        having = options[layer * D : (layer + 1) * D]
+        before = [None, None] if state is None else [tensor[layer * D : (layer + 1) * D] for tensor in state]
+        x, h, c, _ = torch.ops.longshort.layer(
+            x,
+            before[0],
+            before[1] if lstm else None,
+            own,
+            stack.cell,
+            stack.hidden_size,
+            D,
+            stack.bias,
+            batch_first,
+            *rows,
+            [each.h_mask_BH for each in having],
+            [each.zoneout_mask_TBH for each in having],
+            having[0].zoneout if having else 0.0,
+            [each.resets_TB for each in having],
+            target,
+            grad,
+        )
+        h_n.append(h)
+        c_n.append(c)
+        if dropout and training and layer + 1 < layers:
+            x = F.dropout(x, dropout)
+    if layers == 1:
+        return x, (h_n[0], c_n[0]) if lstm else (h_n[0],)
+    return x, (torch.cat(h_n), torch.cat(c_n)) if lstm else (torch.cat(h_n),)

@@ -1,0 +1,433 @@
+"""The native kernels as PyTorch operations: tensors in and out, gradients, packed weights that are kept.
+
+    T  steps   B  rows   N  steps of all rows   I  input width   H  hidden units   G  gates times H   D  directions
+
+A call runs one layer after the other, each direction of a layer by one call of the library (`csrc/longshort.h`). Eager
+calls go straight to it; under torch.compile and torch.export the layer is the registered operation
+`longshort::layer`, one node in the graph. `kernels` decides what comes here: float32 on a CPU, checked before.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+import weakref
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longshort import backends, native
+from longshort.cells import Options, Readings, Sequences, Stack, State
+
+CAN = frozenset({"packed", "lengths", "resets", "recurrent_dropout", "zoneout"})
+"""What a call may have beyond a plain layer."""
+
+# The library's structures, written by one call: ctypes fields cost 60 ns each, and there are forty.
+_SHAPE, _OPTIONS = "4q3P4i", "PPfiP"
+_FORWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq8Pqq3P")
+_BACKWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq5PqqPPqq3Pqq6Pii")
+_SHAPE_ALONE = struct.Struct(f"@{_SHAPE}")
+
+
+def _load() -> Any:
+    library = native.library()
+    if library is not None and library.ls_set_threading(1):
+        library.ls_set_threading(0)  # a PyTorch without OpenMP
+    return library
+
+
+_library = _load()
+TARGETS = {name: number for number, name in enumerate(native.built_targets())}
+"""The library's number of each target; empty without a library."""
+SUPPORTED = native.targets()
+"""The targets that this processor can run, best first."""
+
+
+class Call(NamedTuple):
+    """What one layer's forward and backward pass have in common, beside tensors."""
+
+    cell: str
+    H: int
+    directions: int
+    bias: bool
+    batch_first: bool
+    sequences: Sequences | None
+    options: Sequence[Options]
+    target: int
+    """Number of the target, -1 for the active one."""
+
+    def size(self, x: Tensor) -> tuple[int, int]:
+        """Return T and B."""
+        if self.sequences is not None:
+            return len(self.sequences.counts), self.sequences.batch_size
+        return (x.shape[1], x.shape[0]) if self.batch_first else (x.shape[0], x.shape[1])
+
+    def strides(self, x: Tensor) -> tuple[int, int]:
+        """Return the floats from one step to the next, and from one row to the next."""
+        if x.dim() == 2:
+            return 0, x.stride(0)
+        return (x.stride(1), x.stride(0)) if self.batch_first else (x.stride(0), x.stride(1))
+
+    def shape(self, x: Tensor, direction: int) -> tuple[int, ...]:
+        """Return the fields of `ls_shape`."""
+        T, B = self.size(x)
+        sequences, counts, starts, order = self.sequences, 0, 0, 0
+        if sequences is not None:
+            counts = sequences.counts.data_ptr()
+            order = 0 if sequences.order is None else sequences.order.data_ptr()
+            starts = sequences.starts.data_ptr() if sequences.packed else 0
+        code, threads = native.CELLS[self.cell], torch.get_num_threads()
+        return T, B, x.shape[-1], self.H, counts, starts, order, code, direction, threads, self.target
+
+    def option_fields(self, direction: int) -> tuple[float, ...]:
+        """Return the fields of `ls_options`; the tensors are contiguous and live as long as this call."""
+        if not self.options:
+            return 0, 0, 0.0, 0, 0
+        options = self.options[direction]
+        masks = (options.h_mask_BH, options.zoneout_mask_TBH, options.resets_TB)
+        h_mask, zoneout_mask, resets = (0 if mask is None else mask.data_ptr() for mask in masks)
+        return h_mask, zoneout_mask, options.zoneout, 0, resets
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _check(status: int) -> None:
+    if status == native.OUT_OF_MEMORY:
+        raise MemoryError("The native kernels could not get memory for a layer. Smaller batches need less.")
+    if status:
+        raise RuntimeError(f"The native kernels refused a layer's arguments (status {status}): please report this.")
+
+
+def rows(x: Tensor) -> Tensor:
+    """Return `x` with its last dimension contiguous."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@functools.cache
+def saved_floats_a_row(cell: str, H: int, target: int) -> int:
+    """Return the floats that the forward pass saves for one row of one step in one direction."""
+    shape = _SHAPE_ALONE.pack(1, 1, 1, H, 0, 0, 0, native.CELLS[cell], 0, 1, target)
+    return int(_library.ls_saved_floats(shape))
+
+
+class _Packed(NamedTuple):
+    """Packed weights, and what they were packed from."""
+
+    key: tuple[object, ...]
+    tensor: Tensor
+
+
+_packed: dict[int, _Packed] = {}
+
+
+def invalidate() -> None:
+    """Forget all packed weights.
+
+    Calls without gradients keep the weights as the kernels read them, until a weight is changed. PyTorch tells of
+    changes by its operations, also in place; changes through `.data` or NumPy are recognised by samples of the values.
+    Whoever changes single values so calls this afterwards.
+    """
+    _packed.clear()
+
+
+def _pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
+    """Return the packed weights of one direction, kept from an earlier call where nothing has changed."""
+    owner = weights[1]
+    if any(weight.is_inference() for weight in weights):
+        return None  # they do not tell of changes
+    target = _library.ls_active_target() if call.target < 0 else call.target
+    bias_ih, bias_hh = (weights[2], weights[3]) if call.bias else (None, None)
+    pointers = (weights[0].data_ptr(), weights[1].data_ptr(), _address(bias_ih), _address(bias_hh))
+    code = native.CELLS[call.cell]
+    sample = _library.ls_sample(code, I, call.H, *pointers)
+    key = (target, call.cell, *pointers, sample, *[weight._version for weight in weights])
+    found = _packed.get(id(owner))
+    if found is not None and found.key == key:
+        return found.tensor
+    floats = _library.ls_packed_floats(code, I, call.H, target)
+    packed = torch.empty(floats, dtype=torch.float32)
+    _check(_library.ls_pack(code, I, call.H, target, *pointers, packed.data_ptr()))
+    if found is None:
+        weakref.finalize(owner, _packed.pop, id(owner), None)
+    _packed[id(owner)] = _Packed(key, packed)
+    return packed
+
+
+class _Saved:
+    """What a forward pass keeps for its backward pass: memory that goes to the next forward pass afterwards.
+
+    Fresh pages for it would cost as much as a tenth of the arithmetic.
+    """
+
+    _free: ClassVar[list[Tensor]] = []
+    MOST = 8
+
+    def __init__(self, floats: int) -> None:
+        fitting = [t for t in self._free if floats <= t.numel() <= 2 * floats + 4096]
+        self.tensor = min(fitting, key=Tensor.numel) if fitting else torch.empty(floats, dtype=torch.float32)
+        if fitting:
+            self._free[:] = [t for t in self._free if t is not self.tensor]
+
+    def __del__(self) -> None:
+        if len(self._free) < self.MOST:
+            self._free.append(self.tensor)
+
+
+def saved_floats(call: Call, x: Tensor) -> int:
+    """Return the floats that a forward pass saves in one direction."""
+    return int(_library.ls_saved_floats(_SHAPE_ALONE.pack(*call.shape(x, 0))))
+
+
+def forward(
+    call: Call,
+    x: Tensor,
+    state: State | None,
+    weights: Sequence[Tensor],
+    saved: Sequence[Tensor] = (),
+    keep_packed: bool = False,
+) -> tuple[Tensor, State]:
+    """Run one layer in all its directions.
+
+    Args:
+        call: the layer.
+        x: (T, B, I), (B, T, I) or packed (N, I).
+        state: h_0 and for the LSTM c_0, (D, B, H) and contiguous; zeros if None.
+        weights: of each direction weight_ih, weight_hh and the biases if there are any, contiguous.
+        saved: filled with what `backward` needs: `saved_floats` for each direction; nothing is saved if there are none.
+        keep_packed: whether the weights may be packed for later calls too.
+
+    Returns:
+        y, (T, B, D H) or as `x`, and the state after.
+    """
+    D, H = call.directions, call.H
+    _, B = call.size(x)
+    y = x.new_empty(*x.shape[:-1], D * H)
+    h_n = x.new_empty(D, B, H)
+    c_n = x.new_empty(D, B, H) if call.cell == "lstm" else None
+    per_direction = len(weights) // D
+    x_step, x_row = call.strides(x)
+    y_step, y_row = call.strides(y)
+    for d in range(D):
+        own = weights[d * per_direction : (d + 1) * per_direction]
+        shape = call.shape(x, d)
+        packed = _pack(call, own, x.shape[-1]) if keep_packed else None
+        offset = 4 * d * B * H
+        fields = _FORWARD.pack(
+            *shape,
+            *call.option_fields(d),
+            x.data_ptr(),
+            x_step,
+            x_row,
+            own[0].data_ptr(),
+            own[1].data_ptr(),
+            own[2].data_ptr() if call.bias else 0,
+            own[3].data_ptr() if call.bias else 0,
+            0 if packed is None else packed.data_ptr(),
+            0 if state is None else state[0].data_ptr() + offset,
+            0 if state is None or c_n is None else state[1].data_ptr() + offset,
+            y.data_ptr() + 4 * d * H,
+            y_step,
+            y_row,
+            h_n.data_ptr() + offset,
+            0 if c_n is None else c_n.data_ptr() + offset,
+            saved[d].data_ptr() if saved else 0,
+        )
+        _check(_library.ls_forward(fields))
+    return y, (h_n,) if c_n is None else (h_n, c_n)
+
+
+def backward(
+    call: Call,
+    x: Tensor,
+    state: State | None,
+    weights: Sequence[Tensor],
+    y: Tensor,
+    saved: Sequence[Tensor],
+    dy: Tensor | None,
+    dstate: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Return the gradients of x, of h_0 (and c_0), and of the weights, those that are `wanted`; the others None.
+
+    Args:
+        call: the layer.
+        x: as in `forward`.
+        state: as in `forward`.
+        weights: as in `forward`.
+        y: as `forward` gave it.
+        saved: as `forward` filled it.
+        dy: gradient of y; zeros if None.
+        dstate: of h_n and for the LSTM c_n.
+        wanted: one entry for each gradient, in the order in which they are returned.
+    """
+    D, H = call.directions, call.H
+    _, B = call.size(x)
+    lstm = call.cell == "lstm"
+    num_states = 2 if lstm else 1
+    dx = torch.empty(x.shape, dtype=x.dtype) if wanted[0] else None
+    dbefore = [x.new_empty(D, B, H) if wanted[1 + i] else None for i in range(num_states)]
+    dweights = [
+        torch.empty_like(w) if want else None for w, want in zip(weights, wanted[1 + num_states :], strict=True)
+    ]
+    dy = None if dy is None else rows(dy)
+    dstate = [None if gradient is None else gradient.contiguous() for gradient in dstate]
+    per_direction = len(weights) // D
+    x_step, x_row = call.strides(x)
+    y_step, y_row = call.strides(y)
+    dy_step, dy_row = (0, 0) if dy is None else call.strides(dy)
+    dx_step, dx_row = (0, 0) if dx is None else call.strides(dx)
+
+    def part(tensor: Tensor | None, offset: int) -> int:
+        return 0 if tensor is None else tensor.data_ptr() + offset
+
+    for d in range(D):
+        own = weights[d * per_direction : (d + 1) * per_direction]
+        down = dweights[d * per_direction : (d + 1) * per_direction]
+        offset = 4 * d * B * H
+        fields = _BACKWARD.pack(
+            *call.shape(x, d),
+            *call.option_fields(d),
+            x.data_ptr(),
+            x_step,
+            x_row,
+            own[0].data_ptr(),
+            own[1].data_ptr(),
+            0 if state is None else state[0].data_ptr() + offset,
+            0 if state is None or not lstm else state[1].data_ptr() + offset,
+            y.data_ptr() + 4 * d * H,
+            y_step,
+            y_row,
+            saved[d].data_ptr(),
+            part(dy, 4 * d * H),
+            dy_step,
+            dy_row,
+            part(dstate[0], offset),
+            part(dstate[1], offset) if lstm else 0,
+            _address(dx),
+            dx_step,
+            dx_row,
+            _address(down[0]),
+            _address(down[1]),
+            _address(down[2]) if call.bias else 0,
+            _address(down[3]) if call.bias else 0,
+            part(dbefore[0], offset),
+            part(dbefore[1], offset) if lstm else 0,
+            int(d > 0),
+            0,
+        )
+        _check(_library.ls_backward(fields))
+    return [dx, *dbefore, *dweights]
+
+
+class _Layer(torch.autograd.Function):
+    """One layer with gradients. Gradients of gradients go through the equations of `cells`."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, x: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
+        num_states = 2 if call.cell == "lstm" else 1
+        state, weights = rest[:num_states], rest[num_states:]
+        given = None if state[0] is None else state
+        saved = [_Saved(saved_floats(call, x)) for _ in range(call.directions)]
+        y, after = forward(call, x, given, weights, [each.tensor for each in saved])  # type: ignore[arg-type]
+        ctx.call, ctx.saved, ctx.num_states = call, saved, num_states
+        ctx.save_for_backward(x, *rest, y)
+        ctx.set_materialize_grads(False)
+        return (y, *after)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *dstate: Tensor | None) -> tuple[Any, ...]:
+        x, *rest, y = ctx.saved_tensors
+        state, weights = rest[: ctx.num_states], rest[ctx.num_states :]
+        wanted = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():  # somebody will differentiate once more
+            return (None, *_by_equations(ctx.call, x, state, weights, (dy, *dstate), wanted))
+        given = None if state[0] is None else state
+        saved = [each.tensor for each in ctx.saved]
+        return (None, *backward(ctx.call, x, given, weights, y, saved, dy, dstate, wanted))
+
+
+def _by_equations(
+    call: Call,
+    x: Tensor,
+    state: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    stack = Stack(call.cell, x.shape[-1], call.H, 1, call.bias, call.directions == 2)
+    given = None if state[0] is None else tuple(state)
+    output, after = backends.run_reference(
+        stack,
+        x,
+        given,  # type: ignore[arg-type]
+        weights,
+        batch_first=call.batch_first,
+        sequences=call.sequences,
+        options=call.options,
+    )
+    pairs = [(out, grad) for out, grad in zip((output, *after), gradients, strict=True) if grad is not None]
+    inputs = [tensor for tensor, want in zip((x, *state, *weights), wanted, strict=True) if want and tensor is not None]
+    found = iter(
+        torch.autograd.grad(
+            [out for out, _ in pairs], inputs, [grad for _, grad in pairs], create_graph=True, allow_unused=True
+        )
+    )
+    return [next(found) if want else None for want in wanted]
+
+
+def run_native(
+    stack: Stack,
+    x: Tensor,
+    state: State | None,
+    weights: Sequence[Tensor],
+    *,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    sequences: Sequences | None = None,
+    options: Sequence[Options] = (),
+    readings: list[Readings] | None = None,
+    target: int = -1,
+    grad: bool = False,
+) -> tuple[Tensor, State]:
+    """Run a stack of layers by the native kernels.
+
+    Arguments as in `backends`; `target` is the number of the target that runs, -1 for the active one, and `grad` says
+    whether gradients are wanted.
+    """
+    assert readings is None
+    D = 2 if stack.bidirectional else 1
+    layers, per_layer = stack.num_layers, len(weights) // stack.num_layers
+    if state is not None:
+        state = tuple(tensor.contiguous() for tensor in state)
+    after: list[State] = []
+    for layer in range(layers):
+        own = [weight.contiguous() for weight in weights[layer * per_layer : (layer + 1) * per_layer]]
+        having = tuple(each.contiguous() for each in options[layer * D : (layer + 1) * D])
+        call = Call(stack.cell, stack.hidden_size, D, stack.bias, batch_first, sequences, having, target)
+        x = rows(x)
+        before = state if state is None or layers == 1 else tuple(t[layer * D : (layer + 1) * D] for t in state)
+        if grad:
+            x, *last = _Layer.apply(call, x, *(before or (None,) * len(stack.state_sizes)), *own)  # type: ignore[no-untyped-call]
+        else:
+            x, last = forward(call, x, before, own, keep_packed=True)
+        after.append(tuple(last))
+        if dropout and training and layer + 1 < layers:
+            x = backends.drop_between(x, dropout, batch_first, sequences)
+    if layers == 1:
+        return x, after[0]
+    return x, tuple(torch.cat(tensors) for tensors in zip(*after, strict=True))
+
+
+def step_native(run: Any, cell: str, x_BI: Tensor, state: State, weights: Sequence[Tensor | None]) -> State:
+    """Run one step by `run`, which runs native layers; the weights as in `backends.step_reference`."""
+    H = weights[1].shape[1]  # type: ignore[union-attr]
+    stack = Stack(cell, x_BI.shape[1], H, 1, weights[2] is not None)
+    given = tuple(tensor.unsqueeze(0) for tensor in state)
+    flat = [weight for weight in weights if weight is not None]
+    _, after = run(stack, x_BI.unsqueeze(0), given, flat)
+    return tuple(tensor.squeeze(0) for tensor in after)

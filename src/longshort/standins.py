@@ -1,0 +1,58 @@
+"""What every module that takes the place of one of PyTorch's can do: become it, and let it say what is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from longshort import backends
+from longshort.errors import UsageError
+
+OWN_ATTRIBUTES = ("options", "_stack", "_stock", "_needs", "_option_names")
+"""What our modules hold beside what PyTorch's hold; all but `options` are caches, made when first asked for."""
+CACHES = OWN_ATTRIBUTES[1:]
+
+
+class StandIn(nn.Module):
+    """A module that takes the place of one of PyTorch's, which it could become with the same attributes."""
+
+    torch_type: type[nn.Module]
+    """PyTorch's module."""
+
+    def prepare(self) -> None:
+        """Make the caches now: where torch.compile reads them they must be there."""
+        for name in CACHES:
+            getattr(self, name, None)
+
+    def lacking(self) -> frozenset[str]:
+        """Return the names of the options that PyTorch's module lacks and that change what this one computes."""
+        return frozenset()
+
+    def as_torch(self) -> nn.Module:
+        """Return PyTorch's module with the same parameters, buffers and hooks.
+
+        Raises:
+            UsageError: this one has an option that PyTorch's lacks.
+        """
+        if lacking := self.lacking():
+            raise UsageError(f"PyTorch's {self.torch_type.__name__} has no {', '.join(sorted(lacking))}.")
+        module = self.torch_type.__new__(self.torch_type)
+        module.__dict__.update({n: value for n, value in self.__dict__.items() if n not in OWN_ATTRIBUTES})
+        return module
+
+    __prepare_scriptable__ = as_torch
+    """What `torch.jit.script` compiles in place of this module."""
+
+
+class NoKernel(TorchFunctionMode):
+    """While it lasts, PyTorch's layers check their arguments, but raise where they would go on to a kernel."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func` unless it is a recurrent kernel."""
+        if func in backends.TORCH_OPS.values():
+            raise RuntimeError(
+                "Input, state and weights must be of one type and on one device, and there must be at least one step"
+            )
+        return func(*args, **(kwargs or {}))

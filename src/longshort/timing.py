@@ -1,0 +1,152 @@
+"""Two things timed side by side on a machine that may be disturbed, and what disturbed it.
+
+    ours ours ... | peer peer ... | matrix product | peer ... | ours ... | matrix product | ...        five blocks
+
+Both sides of a block see the same machine, so what slows it for minutes leaves their ratio alone; the order within a
+block alternates, and the median over the blocks forgets a single disturbed one. All times are in seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BLOCKS = 5
+BLOCK_SECONDS = 0.05
+"""A side repeats its call for about so long in each block, once at least."""
+_WARM_UPS = 3
+_LONG_CALL = 0.5
+"""Two calls of so many seconds are warm-up enough."""
+
+Clock = Callable[[], float]
+Ticks = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two things that are compared.
+
+    Attributes:
+        call: what is timed.
+        prepare: runs before every call, outside the clock.
+    """
+
+    call: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+@dataclass
+class Timing:
+    """What was measured.
+
+    Attributes:
+        ours: of each block, the median of its calls.
+        peer: the same.
+        gemm: the matrix product, before the first block and after each.
+        repetitions: calls of ours and of the peer in a block.
+        stolen: share of all processor time that the host took from this machine meanwhile.
+    """
+
+    ours: list[float] = field(default_factory=list)
+    peer: list[float] = field(default_factory=list)
+    gemm: list[float] = field(default_factory=list)
+    repetitions: tuple[int, int] = (0, 0)
+    stolen: float = 0.0
+
+
+def interleave(
+    ours: Side,
+    peer: Side,
+    gemm: Side,
+    *,
+    blocks: int = BLOCKS,
+    block_seconds: float | None = None,
+    clock: Clock = time.perf_counter,
+    ticks: Callable[[], Ticks] | None = None,
+) -> Timing:
+    """Time `ours` and `peer` in turns, and `gemm` between the blocks, after warming all of them up.
+
+    Args:
+        ours: one side.
+        peer: the other side.
+        gemm: what tells how fast the machine is just now.
+        blocks: how many.
+        block_seconds: about how long a side takes in a block, preparation included; `BLOCK_SECONDS` if None.
+        clock: in seconds.
+        ticks: stolen and total processor time so far; `stolen_ticks` if None.
+    """
+    ticks = ticks or stolen_ticks
+    block_seconds = BLOCK_SECONDS if block_seconds is None else block_seconds
+    ours_calls, peer_calls = (max(1, round(block_seconds / _warm_up(side, clock))) for side in (ours, peer))
+    _one(gemm, clock)
+    before = ticks()
+    timing = Timing(repetitions=(ours_calls, peer_calls), gemm=[_one(gemm, clock)])
+    for number in range(blocks):
+        turns = [(ours, ours_calls, timing.ours), (peer, peer_calls, timing.peer)]
+        for side, calls, figures in reversed(turns) if number % 2 else turns:
+            figures.append(statistics.median(_one(side, clock) for _ in range(calls)))
+        timing.gemm.append(_one(gemm, clock))
+    stolen, total = (now - then for now, then in zip(ticks(), before, strict=True))
+    timing.stolen = stolen / total if total > 0 else 0.0
+    return timing
+
+
+def spread(figures: Sequence[float]) -> float:
+    """Return the distance of the quartiles, divided by the median: half of the figures lie that close together."""
+    low, middle, high = statistics.quantiles(figures, n=4, method="inclusive")
+    return (high - low) / middle
+
+
+def stolen_ticks() -> Ticks:
+    """Return the processor time that the host gave to others, and all there was, since the start; (0, 0) if untold."""
+    try:
+        with Path("/proc/stat").open(encoding="ascii") as file:
+            figures = [float(word) for word in file.readline().split()[1:9]]
+    except (OSError, ValueError):
+        return 0.0, 0.0
+    return (figures[7], sum(figures)) if len(figures) == 8 else (0.0, 0.0)
+
+
+@contextmanager
+def busy_neighbour() -> Iterator[int]:
+    """Run a process that keeps one processor core busy while the context lasts, and give its id.
+
+    It stays on the last core that this process may use, and ends by itself should this process be killed.
+    """
+    program = (
+        "import os\n"
+        "if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})\n"
+        f"while os.getppid() == {os.getpid()}: sum(range(100_000))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-I", "-S", "-c", program], stdin=subprocess.DEVNULL)
+    try:
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _one(side: Side, clock: Clock) -> float:
+    side.prepare()
+    start = clock()
+    side.call()
+    return clock() - start
+
+
+def _warm_up(side: Side, clock: Clock) -> float:
+    """Call a few times, and return the seconds of the quickest call with its preparation."""
+    seconds: list[float] = []
+    # Two at least: a first call that builds a kernel says nothing about the next.
+    while len(seconds) < 2 or (len(seconds) < _WARM_UPS and seconds[-1] < _LONG_CALL):
+        start = clock()
+        side.prepare()
+        side.call()
+        seconds.append(clock() - start)
+    return max(min(seconds), 1e-7)

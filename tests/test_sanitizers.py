@@ -1,0 +1,64 @@
+"""The kernel library once more, built with sanitizers: its tests under ASan and UBSan, its thread pool under TSan.
+
+`make test` runs part of it; `make sanitize` everything.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+EVERYTHING = os.environ.get("LONGSHORT_SANITIZE") == "all"
+CXX = os.environ.get("CXX", "c++")
+
+
+def build(sanitizers: str) -> Path:
+    """Return the directory of a build with these sanitizers, kept between runs; skip where there can be none."""
+    if sys.platform != "linux" or shutil.which(CXX) is None or shutil.which("cmake") is None:
+        pytest.skip("sanitizers need Linux, a C++ compiler and CMake")
+    flags = [f"-fsanitize={sanitizers}", "-x", "c++", "-", "-o", os.devnull]
+    done = subprocess.run([CXX, *flags], input="int main() {}", capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"this compiler cannot build with -fsanitize={sanitizers}")
+    place = ROOT / "build" / f"sanitize-{sanitizers.split(',')[0]}"
+    settings = [f"-DLONGSHORT_SANITIZE={sanitizers}", "-DLONGSHORT_TESTS=ON", "-DLONGSHORT_WERROR=ON"]
+    run(["cmake", "-S", str(ROOT), "-B", str(place), *settings])
+    run(["cmake", "--build", str(place), "--parallel", "2"])
+    return place
+
+
+def run(command: list[str], **environment: str) -> None:
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-8000:]}\n{done.stderr[-8000:]}"
+
+
+def runtime(name: str) -> str:
+    """Return the path of a sanitizer's library, which must be in the process before Python is."""
+    command = [CXX, f"-print-file-name={name}"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    if not Path(found).is_absolute():
+        pytest.skip(f"this compiler has no {name}")
+    return found
+
+
+def test_memory_and_undefined_behaviour() -> None:
+    place = build("address,undefined")
+    tests = "not environment" if EVERYTHING else "(sizes or lengths or threads or refused) and not rnn"
+    run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_native.py", "-k", tests],
+        LD_PRELOAD=runtime("libasan.so"),
+        ASAN_OPTIONS="detect_leaks=0",  # Python's own
+        LONGSHORT_LIBRARY=str(place / "liblongshort.so"),
+    )
+    run([str(place / "pool_test"), "5"], ASAN_OPTIONS="detect_leaks=1")
+
+
+def test_threads() -> None:
+    run([str(build("thread") / "pool_test"), "200" if EVERYTHING else "5"], TSAN_OPTIONS="halt_on_error=1")

@@ -1,0 +1,170 @@
+"""Layers under `torch.func`, forward-mode and double derivatives, tracing, scripting, compiling and exporting."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+
+import longshort
+from longshort import kernels
+from longshort.errors import UsageError
+from recurrent import CELL_PAIRS, PAIRS, same
+
+trace: Any = torch.jit.trace
+script: Any = torch.jit.script
+export_onnx: Any = torch.onnx.export
+make_dual: Any = forward_ad.make_dual
+unpack_dual: Any = forward_ad.unpack_dual
+
+
+def layer_and_peer(ours: Any, theirs: Any, **arguments: Any) -> tuple[Any, Any]:
+    layer, peer = ours(3, 4, 2, bidirectional=True, **arguments), theirs(3, 4, 2, bidirectional=True, **arguments)
+    layer.load_state_dict(peer.state_dict())
+    return layer, peer
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_vmap_is_a_loop(ours: Any, theirs: Any) -> None:
+    layer, peer = layer_and_peer(ours, theirs)
+    x = torch.randn(6, 5, 2, 3)
+    same(vmap(lambda x: layer(x)[0])(x), torch.stack([peer(each)[0] for each in x]))
+    lengths = [3, 0]
+    same(vmap(lambda x: layer(x, lengths=lengths)[0])(x), torch.stack([layer(each, lengths=lengths)[0] for each in x]))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_gradients_of_each_sample(ours: Any, theirs: Any) -> None:
+    layer, peer = layer_and_peer(ours, theirs, dtype=torch.float64)
+    x, names = torch.randn(6, 5, 1, 3, dtype=torch.float64), [name for name, _ in layer.named_parameters()]
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(layer, parameters, (x,))[0].square().sum()  # type: ignore[no-any-return]
+
+    found = vmap(grad(loss), in_dims=(None, 0))(dict(layer.named_parameters()), x)
+    for index, each in enumerate(x):
+        expected = torch.autograd.grad(peer(each)[0].square().sum(), list(peer.parameters()))
+        same([found[name][index] for name in names], expected)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_an_ensemble_of_models(ours: Any, theirs: Any) -> None:
+    layers, x = [ours(3, 4) for _ in range(3)], torch.randn(5, 2, 3)
+    stacked, _ = stack_module_state(layers)
+    base = ours(3, 4).to("meta")
+    found = vmap(lambda parameters: functional_call(base, parameters, (x,))[0])(stacked)
+    same(found, torch.stack([layer(x)[0] for layer in layers]))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own, in its forward-mode formulas
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_forward_mode_derivatives_are_those_of_backward_mode(ours: Any, theirs: Any) -> None:
+    layer, _ = layer_and_peer(ours, theirs, dtype=torch.float64)
+    x, direction = torch.randn(2, 5, 2, 3, dtype=torch.float64)
+    expected = (torch.func.jacrev(lambda x: layer(x)[0])(x) * direction).sum((-3, -2, -1))
+    same(jvp(lambda x: layer(x)[0], (x,), (direction,))[1], expected)
+    with forward_ad.dual_level():
+        assert kernels.explain(layer, x).name == "reference"
+        output = layer(make_dual(x, direction))[0]
+        same(unpack_dual(output).tangent, expected)
+
+
+@pytest.mark.parametrize("kernel", kernels.available())
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_double_backward(ours: Any, theirs: Any, kernel: str) -> None:
+    layer, peer = layer_and_peer(ours, theirs)
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    found = []
+    for each, forced in ((layer, kernel), (peer, "auto")):
+        with kernels.use(forced):
+            first = torch.autograd.grad(each(x)[0].square().sum(), [x, *each.parameters()], create_graph=True)
+            second = sum(part.square().sum() for part in first)
+            found.append(torch.autograd.grad(second, [x, *each.parameters()]))  # type: ignore[arg-type]
+    same(found[0], found[1], 1e-4)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), CELL_PAIRS)
+def test_cells_under_transforms(ours: Any, theirs: Any) -> None:
+    cell, x = ours(3, 4), torch.randn(6, 2, 3)
+    first = vmap(lambda x: cell(x) if theirs is not nn.LSTMCell else cell(x)[0])(x)
+    same(first, torch.stack([cell(each) if theirs is not nn.LSTMCell else cell(each)[0] for each in x]))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_tracing_and_scripting_get_torchs_own_layer(ours: Any, theirs: Any) -> None:
+    layer, peer = layer_and_peer(ours, theirs)
+    x, longer = torch.randn(5, 2, 3), torch.randn(9, 4, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch says that TorchScript is deprecated
+        traced = trace(layer, (x,))
+        operation = {"RNN": "aten::rnn_tanh", "GRU": "aten::gru", "LSTM": "aten::lstm"}[theirs.__name__]
+        assert sum(node.kind() == operation for node in traced.graph.nodes()) == 1
+        same(traced(longer), peer(longer))
+        model = nn.Sequential(layer)
+        scripted = script(model)
+        same(scripted(longer), peer(longer))
+        with pytest.raises(UsageError, match="has no layer_norm"):
+            script(ours(3, 4, layer_norm=True))
+        rich = ours(3, 4, layer_norm=True)
+        same(trace(rich, (x,))(x), rich(x))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), CELL_PAIRS)
+def test_tracing_and_scripting_of_cells(ours: Any, theirs: Any) -> None:
+    cell, x = ours(3, 4), torch.randn(2, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        same(trace(cell, (x,))(x), cell(x))
+        same(script(cell)(x), cell(x))
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS[1:])
+def test_onnx_gets_one_node_a_layer(ours: Any, theirs: Any, dynamo: bool) -> None:
+    onnx = pytest.importorskip("onnx")
+    if dynamo:
+        pytest.importorskip("onnxscript")
+    layer = ours(3, 4, 2).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if dynamo:
+            graph = export_onnx(layer, (torch.randn(5, 2, 3),), dynamo=True, verbose=False).model_proto.graph
+        else:
+            file = io.BytesIO()
+            export_onnx(layer, (torch.randn(5, 2, 3),), file, dynamo=False)
+            graph = onnx.load_from_string(file.getvalue()).graph
+    assert [node.op_type for node in graph.node].count(theirs.__name__) == 2
+
+
+def test_while_exporting_torchs_forward_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = longshort.GRU(3, 4), torch.randn(5, 2, 3)
+    monkeypatch.setattr(kernels, "exporting", lambda: True)
+    monkeypatch.setattr(nn.GRU, "forward", lambda self, input, hx=None: "PyTorch's own")
+    assert layer(x) == "PyTorch's own"
+    rich = longshort.GRU(3, 4, layer_norm=True)
+    assert isinstance(rich(x)[0], Tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_compiling_and_exporting_whole(ours: Any, theirs: Any, dtype: torch.dtype) -> None:
+    layer, peer = layer_and_peer(ours, theirs, dtype=dtype)
+    x = torch.randn(5, 2, 3, dtype=dtype)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(layer, fullgraph=True, backend="eager")
+    same(compiled(x), peer(x))
+    rich = ours(3, 4, layer_norm=True, dtype=dtype)
+    compiled = torch.compile(rich, fullgraph=True, backend="eager")
+    same(compiled(x), rich(x))
+    for arguments in ({"lengths": [5, 2]}, {"lengths": torch.tensor([0, 5])}, {"resets": torch.eye(5, 2).bool()}):
+        compiled = torch.compile(partial(layer, **arguments), fullgraph=True, backend="eager")
+        same(compiled(x), layer(x, **arguments))
+    exported: Any = torch.export.export(layer, (x,)).module()
+    same(exported(x), peer(x))
