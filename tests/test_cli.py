@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from longshort import checkpoint
+from longshort import checkpoint, native
 from longshort.cli import main
 from longshort.text.corpus import SOURCES
 
@@ -204,7 +204,10 @@ def test_compare_prints_a_table_json_and_a_picture(workplace: Path, capsys: pyte
 
 def test_doctor_tells_versions_and_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(out_of(capsys, "doctor", "--json"))
-    assert report["kernels"] == ["torch", "reference"]
+    assert report["kernels"] == [*report["native_kernels"], "torch", "reference"]
+    assert report["native_kernels"] == list(native.targets())
+    assert report["native_target"] == native.active_target()
+    assert report["native_threads"] == native.threading()
     assert report["advice"] == []
     assert report["torch"] in out_of(capsys, "doctor")
 

@@ -325,12 +325,12 @@ def test_one_seed_gives_one_result_on_every_implementation(name: str, batch_firs
     layer = LAYERS[name](2, 8, 2, batch_first=batch_first, bidirectional=True, **shares)
     x, lengths = torch.randn(5, 5, 2), [5, 4, 4, 1, 2]
     packed = pack_padded_sequence(x, torch.tensor(lengths), batch_first=batch_first, enforce_sorted=False)
-    for given, arguments in ((x, {}), (x, {"lengths": lengths}), (packed, {})):
+    for read, arguments in ((x, {}), (x, {"lengths": lengths}), (packed, {})):
         with kernels.use("reference"):
-            expected = seeded(3, layer, given, **arguments)
+            expected = seeded(3, layer, read, **arguments)
         with kernels.use(kernel):
-            if runs(layer, given, **arguments):
-                same(seeded(3, layer, given, **arguments), expected)
+            if runs(layer, read, **arguments):
+                same(seeded(3, layer, read, **arguments), expected)
             else:
                 assert kernel == "torch"
 

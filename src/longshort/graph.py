@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from longshort import ops
+from longshort import backends, ops
 from longshort.cells import Options, Readings, Sequences, Stack, State
 
 _LAYER = (
@@ -198,7 +197,7 @@ def run_graph(
         h_n.append(h)
         c_n.append(c)
         if dropout and training and layer + 1 < layers:
-            x = F.dropout(x, dropout)
+            x = backends.drop_between(x, dropout, batch_first, sequences)
     if layers == 1:
         return x, (h_n[0], c_n[0]) if lstm else (h_n[0],)
     return x, (torch.cat(h_n), torch.cat(c_n)) if lstm else (torch.cat(h_n),)

@@ -235,6 +235,24 @@ def run_layers(
     )
 
 
+def quick_target() -> int | None:
+    """Return the number of the target that a plain call without gradients may run at once; None if it may not.
+
+    What `choose` finds out about the process, and nothing about the call: `ops.Quick` looks at that.
+    """
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._is_tracing()
+        or transforming()
+    ):
+        return None
+    return -1 if _forced is None else ops.TARGETS.get(_forced)
+
+
 def run_step(choice: Choice, cell: str, x_BI: Tensor, state: State, weights: Sequence[Tensor | None]) -> State:
     """Run one step of a cell by the chosen implementation.
 

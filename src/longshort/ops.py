@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import struct
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -155,6 +155,71 @@ def _pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
         weakref.finalize(owner, _packed.pop, id(owner), None)
     _packed[id(owner)] = _Packed(key, packed)
     return packed
+
+
+class Quick:
+    """One plain layer in one direction without gradients, with as little Python as can be.
+
+    A step from Python costs more in checks than in arithmetic: this makes the usual call, and leaves every other to the
+    general path.
+
+    Args:
+        stack: one layer, one direction, without projection.
+        names: of its weights among the module's parameters.
+        batch_first: as in the layer.
+    """
+
+    def __init__(self, stack: Stack, names: Sequence[str], batch_first: bool) -> None:
+        self._names, self._batch_first = tuple(names), batch_first
+        self._code, self._I, self._H = native.CELLS[stack.cell], stack.input_size, stack.hidden_size
+        self._lstm, self._shapes = stack.cell == "lstm", stack.weight_shapes
+        self._call = Call(stack.cell, self._H, 1, stack.bias, batch_first, None, (), -1)
+
+    def __call__(self, parameters: Mapping[str, Tensor | None], x: Any, hx: Any, target: int) -> Any:
+        """Return what the layer returns, or None where this is not the usual call."""
+        H = self._H
+        if type(x) is not Tensor or x.dtype is not torch.float32 or x.dim() != 3 or not x.is_cpu or x.stride(2) != 1:
+            return None
+        T, B, I = x.shape
+        step, row = x.stride()[:2]
+        if self._batch_first:
+            T, B, step, row = B, T, row, step
+        if not T or not B or self._I != I:
+            return None
+        h_0 = c_0 = 0
+        if hx is not None:
+            state = hx if self._lstm else (hx,)
+            if type(state) is not tuple or len(state) != 1 + self._lstm:
+                return None
+            for tensor in state:
+                if type(tensor) is not Tensor or tensor.dtype is not torch.float32 or tensor.shape != (1, B, H):
+                    return None
+                if not (tensor.is_cpu and tensor.is_contiguous()):
+                    return None
+            h_0, c_0 = state[0].data_ptr(), state[1].data_ptr() if self._lstm else 0
+        weights = []
+        for name, shape in zip(self._names, self._shapes, strict=True):
+            weight = parameters.get(name)
+            if type(weight) is not torch.nn.Parameter or weight.dtype is not torch.float32 or weight.shape != shape:
+                return None
+            if not (weight.is_cpu and weight.is_contiguous()):
+                return None
+            weights.append(weight)
+        call = self._call if target < 0 else self._call._replace(target=target)
+        packed = _pack(call, weights, I)
+        if packed is None:
+            return None
+        y = torch.empty((B, T, H) if self._batch_first else (T, B, H))
+        y_step, y_row = (H, T * H) if self._batch_first else (B * H, H)
+        h_n = torch.empty((1, B, H))
+        c_n = torch.empty((1, B, H)) if self._lstm else None
+        fields = _FORWARD.pack(
+            *(T, B, I, H, 0, 0, 0, self._code, 0, torch.get_num_threads(), target, 0, 0, 0.0, 0, 0),
+            *(x.data_ptr(), step, row, 0, 0, 0, 0, packed.data_ptr(), h_0, c_0, y.data_ptr(), y_step, y_row),
+            *(h_n.data_ptr(), 0 if c_n is None else c_n.data_ptr(), 0),
+        )
+        _check(_library.ls_forward(fields))
+        return y, h_n if c_n is None else (h_n, c_n)
 
 
 class _Saved:

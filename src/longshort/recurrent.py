@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from longshort import kernels
+from longshort import kernels, ops
 from longshort.cells import Options, Readings, Sequences, Stack, State
 from longshort.errors import UsageError
 from longshort.kernels import Choice
@@ -84,6 +84,12 @@ class RecurrentLayer(StandIn, nn.RNNBase):
         return frozenset(self.options.given.keys() - {"forget_bias"})
 
     @cached_property
+    def _quick(self) -> ops.Quick | None:
+        """The way of a plain call without gradients to the native kernels, where there is one."""
+        plain = self._stock and self.num_layers == 1 and not (self.bidirectional or self.proj_size)
+        return ops.Quick(self._stack, self._flat_weights_names, self.batch_first) if plain and ops.TARGETS else None
+
+    @cached_property
     def _needs(self) -> tuple[frozenset[str], frozenset[str]]:
         """What `kernels.choose` must know of: in evaluation, and in training."""
         projects = frozenset({"proj_size"} if self.proj_size else ())
@@ -145,6 +151,11 @@ class RecurrentLayer(StandIn, nn.RNNBase):
                 argument too, its exception.
             UsageError: arguments that do not go together.
         """
+        quick = self._quick
+        if quick is not None and not arguments and (target := kernels.quick_target()) is not None:
+            found = quick(self._parameters, input, hx, target)
+            if found is not None:
+                return found
         return self._call(input, hx, **arguments)
 
     def _call(

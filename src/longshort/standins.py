@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from longshort import backends
 from longshort.errors import UsageError
 
-OWN_ATTRIBUTES = ("options", "_stack", "_stock", "_needs", "_option_names")
+OWN_ATTRIBUTES = ("options", "_stack", "_stock", "_needs", "_option_names", "_quick")
 """What our modules hold beside what PyTorch's hold; all but `options` are caches, made when first asked for."""
 CACHES = OWN_ATTRIBUTES[1:]
 
