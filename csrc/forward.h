@@ -59,7 +59,7 @@ struct Forward {
     int64_t group = ceil_div(B, teams);
     /* xg and x of a chunk should stay in the second-level cache. */
     int64_t row_floats = sizes.panels * NW / team_size + sizes.input_blocks * W;
-    chunk_rows = larger(larger(group, 1), smaller(steps.total_rows(), smaller(larger((512 << 10) / row_floats, 24), 384)));
+    chunk_rows = larger(larger(group, 1), smaller(steps.total_rows(), smaller(larger((512 << 10) / row_floats, 24), 96)));
   }
 
   void plan_teams() {

@@ -67,6 +67,9 @@ void* take(size_t bytes);
 void give(void* block);
 void trim();
 
+/* Asks the system for large pages where the memory is large; of use before it is first written. */
+void prefer_large_pages(void* memory, size_t bytes);
+
 }  // namespace ls
 
 #endif

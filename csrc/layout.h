@@ -134,17 +134,40 @@ static inline int64_t odd(int64_t rows) { return rows | 1; }
 
 static inline void clear(float* p, int64_t floats) { __builtin_memset(p, 0, size_t(floats) * sizeof(float)); }
 
+/* The square of v's lanes, mirrored: v[i][j] becomes v[j][i]. Halves change places, then halves of halves, ... */
+static inline void mirror(V* v) {
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 8
+  for (int half = W / 2; half >= 1; half /= 2) {
+    VI low, high;
+    for (int lane = 0; lane < W; ++lane) {
+      low[lane] = lane & half ? W + lane - half : lane;
+      high[lane] = lane & half ? W + lane : lane + half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      if (i & half) continue;
+      V a = v[i], b = v[i + half];
+      v[i] = __builtin_shuffle(a, b, low);
+      v[i + half] = __builtin_shuffle(a, b, high);
+    }
+  }
+#else
+  float square[W][W];
+  for (int i = 0; i < W; ++i)
+    for (int j = 0; j < W; ++j) square[j][i] = v[i][j];
+  for (int i = 0; i < W; ++i) v[i] = load(square[i]);
+#endif
+}
+
 /* panel[k][n W + u] = weight[row(n, u)][k]: W rows of the weights side by side. `rows` of the W are not padding. */
 static void transpose_block(const float* weight, int64_t stride, int rows, int64_t K, float* panel, int64_t panel_width) {
   int64_t k = 0;
   for (; k + W <= K; k += W) {
-    /* A square of W by W through the first-level cache: reads and writes of whole vectors, scalars only between them. */
-    float square[W][W];
-    for (int u = 0; u < W; ++u) {
-      V v = u < rows ? load(weight + u * stride + k) : V{};
-      for (int i = 0; i < W; ++i) square[i][u] = v[i];
-    }
-    for (int i = 0; i < W; ++i) store(panel + (k + i) * panel_width, load(square[i]));
+    V square[W];
+    for (int u = 0; u < W; ++u) square[u] = u < rows ? load(weight + u * stride + k) : V{};
+    mirror(square);
+    for (int i = 0; i < W; ++i) store(panel + (k + i) * panel_width, square[i]);
   }
   for (; k < K; ++k)
     for (int u = 0; u < W; ++u) panel[k * panel_width + u] = u < rows ? weight[u * stride + k] : 0.0f;

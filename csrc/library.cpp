@@ -182,6 +182,10 @@ int32_t ls_apply(int32_t function, int32_t target, int64_t n, const float* x, fl
   return LS_OK;
 }
 
+void ls_prefer_large_pages(void* memory, int64_t bytes) {
+  if (memory && bytes > 0) prefer_large_pages(memory, size_t(bytes));
+}
+
 void ls_trim(void) { trim(); }
 
 }  // extern "C"

@@ -155,6 +155,10 @@ LS_API int32_t ls_backward(const ls_backward_args* args);
 /* y[i] = f(x[i]) as the kernels compute it, for tests: 0 exp, 1 tanh, 2 sigmoid. y may be x. */
 LS_API int32_t ls_apply(int32_t function, int32_t target, int64_t n, const float* x, float* y);
 
+/* Ask the system for large pages for memory of several megabytes that has not been written yet: weights that are packed, what
+   a forward pass saves, gradients. Does nothing where that cannot be had. */
+LS_API void ls_prefer_large_pages(void* memory, int64_t bytes);
+
 /* Free the scratch memory that no call is using. */
 LS_API void ls_trim(void);
 

@@ -32,6 +32,17 @@ __attribute__((constructor)) void register_fork() { pthread_atfork(before_fork, 
 
 }  // namespace
 
+void prefer_large_pages(void* memory, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;
+  uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + bytes) / kHugePage * kHugePage;
+  if (bytes >= 2 * kHugePage && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)memory;
+  (void)bytes;
+#endif
+}
+
 void* take(size_t bytes) {
   /* The smallest kept block that is large enough, and not more than twice too large. */
   pthread_mutex_lock(&lock);
@@ -54,9 +65,7 @@ void* take(size_t bytes) {
   if (all < bytes) return nullptr;
   void* memory = nullptr;
   if (posix_memalign(&memory, alignment, all)) return nullptr;
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (alignment == kHugePage) madvise(memory, all, MADV_HUGEPAGE);
-#endif
+  prefer_large_pages(memory, all);
   header = static_cast<Header*>(memory);
   header->bytes = bytes;
   return block_of(header);

@@ -94,9 +94,9 @@ class Panels {
   int64_t count() const { return count_; }
   int64_t index(int64_t i) const { return backward_ ? count_ - 1 - i : i; }
   const float* at(int64_t i) const { return p_ + index(i) * stride_; }
-  /* The share of the panel after the i-th that one tile of `tiles` brings. */
+  /* The share of the panel after the i-th that one tile of `tiles` brings; a single tile has nothing to hide it behind. */
   Ahead ahead(int64_t i, int64_t tile, int64_t tiles, int64_t k_blocks) const {
-    if (!large_ || i + 1 >= count_ || k_blocks == 0) return {nullptr, 0};
+    if (!large_ || tiles < 2 || i + 1 >= count_ || k_blocks == 0) return {nullptr, 0};
     int64_t lines = ceil_div(floats_, 16 * tiles * k_blocks);
     return {at(i + 1) + tile * k_blocks * lines * 16, lines};
   }

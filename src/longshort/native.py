@@ -130,6 +130,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ls_forward": (_i32, (_pointer,)),
     "ls_backward": (_i32, (_pointer,)),
     "ls_apply": (_i32, (_i32, _i32, _i64, _pointer, _pointer)),
+    "ls_prefer_large_pages": (None, (_pointer, _i64)),
     "ls_trim": (None, ()),
 }
 

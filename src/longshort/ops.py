@@ -107,6 +107,14 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _empty(floats: int) -> Tensor:
+    """Return memory that is about to be written as a whole, in large pages where it is large."""
+    tensor = torch.empty(floats, dtype=torch.float32)
+    if floats >= 1 << 20:
+        _library.ls_prefer_large_pages(tensor.data_ptr(), 4 * floats)
+    return tensor
+
+
 @functools.cache
 def saved_floats_a_row(cell: str, H: int, target: int) -> int:
     """Return the floats that the forward pass saves for one row of one step in one direction."""
@@ -149,7 +157,7 @@ def _pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
     if found is not None and found.key == key:
         return found.tensor
     floats = _library.ls_packed_floats(code, I, call.H, target)
-    packed = torch.empty(floats, dtype=torch.float32)
+    packed = _empty(floats)
     _check(_library.ls_pack(code, I, call.H, target, *pointers, packed.data_ptr()))
     if found is None:
         weakref.finalize(owner, _packed.pop, id(owner), None)
@@ -233,7 +241,7 @@ class _Saved:
 
     def __init__(self, floats: int) -> None:
         fitting = [t for t in self._free if floats <= t.numel() <= 2 * floats + 4096]
-        self.tensor = min(fitting, key=Tensor.numel) if fitting else torch.empty(floats, dtype=torch.float32)
+        self.tensor = min(fitting, key=Tensor.numel) if fitting else _empty(floats)
         if fitting:
             self._free[:] = [t for t in self._free if t is not self.tensor]
 
