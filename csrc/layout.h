@@ -109,8 +109,7 @@ static inline int64_t saved_offset(const Sizes<Cell>& sizes, int64_t rows_before
 /* Whether a call reads the weights as they lie, because packing them would cost more than it saves. The sizes at which that
    turns were measured: docs/log.md. */
 static inline bool reads_direct(const ls_shape& s, int64_t rows, bool backward) {
-  bool few = rows <= 8 || (!backward && s.T == 1 && rows <= 64);
-  return few || (s.B <= 3 && s.H >= 512 && rows <= 128);
+  return rows <= 8 || (!backward && s.T == 1 && rows <= 64);
 }
 
 /* Cuts a call's scratch memory into arrays, each on a cache line of its own. Once without memory, to learn how much. */

@@ -13,8 +13,8 @@ namespace {
 constexpr int kMostThreads = 256;
 constexpr int64_t kSpin = 30 * 1000;          /* ns of spinning before a waiting thread yields its core at every turn */
 constexpr int64_t kLongWait = 300 * 1000;     /* ns beyond twice one's own share of a step: the other is not being run */
-constexpr int64_t kFirstPause = 50 * 1000000; /* ns of single-threaded calls after such a wait; doubled while it repeats */
-constexpr int64_t kLongestPause = int64_t(2000) * 1000000;
+constexpr int64_t kFirstPause = 2 * 1000000;  /* ns of single-threaded calls after two calls with such waits; doubled while */
+constexpr int kDoublings = 8;                 /* they go on, so many times: half a second */
 
 int64_t now() {
   timespec t;
@@ -40,7 +40,21 @@ void set(T* p, T value) {
 }
 
 int64_t single_until = 0; /* calls run in one thread until then */
-int64_t pause_length = kFirstPause;
+int troubled = 0;         /* a team of the present call went on alone */
+int troubles = 0;         /* calls in a row in which one did */
+
+/* One such call may be chance; two in a row mean that somebody has the other core. */
+void learn() {
+  if (!__atomic_exchange_n(&troubled, 0, __ATOMIC_ACQ_REL)) {
+    set(&troubles, 0);
+    return;
+  }
+  int count = get(&troubles) + 1;
+  set(&troubles, count);
+  if (count < 2) return;
+  int doublings = count - 2 < kDoublings ? count - 2 : kDoublings;
+  set(&single_until, now() + (kFirstPause << doublings));
+}
 
 /* OpenMP: GNU's entry points, which LLVM's library has too. Found in the process, not linked against. */
 
@@ -176,12 +190,15 @@ bool uses_openmp() { return get(&openmp) != 0; }
 void parallel(int num_threads, void (*body)(void*, int, int), void* context) {
   Region region = {body, context};
   if (num_threads > kMostThreads) num_threads = kMostThreads;
-  if (num_threads <= 1 || (uses_openmp() && get(&forked)))
+  if (num_threads <= 1 || (uses_openmp() && get(&forked))) {
     body(context, 0, 1);
-  else if (uses_openmp())
+    return;
+  }
+  if (uses_openmp())
     gomp_parallel(in_region, &region, unsigned(num_threads), 0);
   else
     in_pool(num_threads, region);
+  learn();
 }
 
 int useful_threads(int wanted, double flops, double steps) {
@@ -218,11 +235,7 @@ bool Team::wait() {
   if (!s->alone) return true;
   if (index_ != 0) return false;
   count_ = 1;
-  int64_t length = get(&pause_length);
-  int64_t since = last_ - get(&single_until); /* a long time without trouble: start small again */
-  length = since > 4 * length ? kFirstPause : length < kLongestPause ? 2 * length : length;
-  set(&pause_length, length);
-  set(&single_until, last_ + length);
+  set(&troubled, 1);
   return true;
 }
 

@@ -132,9 +132,12 @@ def choose(
         return Choice("reference", "forced by kernels.use")
     if forced != "torch":
         lacks = _native_lacks(cell, needs, x)
+        if not lacks and forced:
+            return Choice(forced, "forced by kernels.use", grad)
+        slower = stack is not None and ops.is_slower(cell, steps, stack.hidden_size, grad)
+        if not lacks and slower and needs <= _TORCH_CAN:
+            return Choice("torch", "for one step of so many units with gradients PyTorch's kernel is the faster one")
         if not lacks:
-            if forced:
-                return Choice(forced, "forced by kernels.use", grad)
             return Choice(_active_target(), "the native kernels run this call", grad)
         if forced:
             raise UsageError(f"The native kernels cannot run this call: {lacks}.", "Use kernel torch or auto.")
@@ -236,17 +239,16 @@ def run_layers(
 
 
 def quick_target() -> int | None:
-    """Return the number of the target that a plain call without gradients may run at once; None if it may not.
+    """Return the number of the target that a plain call may run at once; None if it may not.
 
     What `choose` finds out about the process, and nothing about the call: `ops.Quick` looks at that.
     """
     if (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._is_any_autocast_enabled()
-        or torch._C._is_tracing()
+        or exporting()
         or transforming()
     ):
         return None

@@ -45,6 +45,11 @@ SUPPORTED = native.targets()
 """The targets that this processor can run, best first."""
 
 
+def is_slower(cell: str, steps: int | None, hidden_size: int, grad: bool) -> bool:
+    """Return whether PyTorch's kernel was measured to be faster: docs/log.md has the figures."""
+    return grad and steps == 1 and hidden_size >= 512 and cell != "lstm"
+
+
 class Call(NamedTuple):
     """What one layer's forward and backward pass have in common, beside tensors."""
 
@@ -166,7 +171,7 @@ def _pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
 
 
 class Quick:
-    """One plain layer in one direction without gradients, with as little Python as can be.
+    """One plain layer in one direction, with as little Python as can be.
 
     A step from Python costs more in checks than in arithmetic: this makes the usual call, and leaves every other to the
     general path.
@@ -194,7 +199,7 @@ class Quick:
             T, B, step, row = B, T, row, step
         if not T or not B or self._I != I:
             return None
-        h_0 = c_0 = 0
+        state: tuple[Any, ...] = ()
         if hx is not None:
             state = hx if self._lstm else (hx,)
             if type(state) is not tuple or len(state) != 1 + self._lstm:
@@ -204,7 +209,6 @@ class Quick:
                     return None
                 if not (tensor.is_cpu and tensor.is_contiguous()):
                     return None
-            h_0, c_0 = state[0].data_ptr(), state[1].data_ptr() if self._lstm else 0
         weights = []
         for name, shape in zip(self._names, self._shapes, strict=True):
             weight = parameters.get(name)
@@ -214,6 +218,13 @@ class Quick:
                 return None
             weights.append(weight)
         call = self._call if target < 0 else self._call._replace(target=target)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, x, *state)):
+            if target < 0 and is_slower(call.cell, T, H, grad=True):
+                return None
+            y, *after = _Layer.apply(call, x, *(state or (None,) * (1 + self._lstm)), *weights)  # type: ignore[no-untyped-call]
+            return y, tuple(after) if self._lstm else after[0]
+        h_0 = state[0].data_ptr() if state else 0
+        c_0 = state[1].data_ptr() if state and self._lstm else 0
         packed = _pack(call, weights, I)
         if packed is None:
             return None

@@ -85,7 +85,7 @@ class RecurrentLayer(StandIn, nn.RNNBase):
 
     @cached_property
     def _quick(self) -> ops.Quick | None:
-        """The way of a plain call without gradients to the native kernels, where there is one."""
+        """The short way of a plain call to the native kernels, where there is one."""
         plain = self._stock and self.num_layers == 1 and not (self.bidirectional or self.proj_size)
         return ops.Quick(self._stack, self._flat_weights_names, self.batch_first) if plain and ops.TARGETS else None
 
