@@ -328,7 +328,7 @@ struct Forward {
 
   /* From the sums of a tile to the state after the step. */
   template <bool kOptions>
-  void finish_tile(int64_t step, int64_t panel, int64_t row, int rows, const float* sums, const float* xg_tile) {
+  void finish_tile(int64_t step, int64_t panel, int64_t row, int rows, float* sums, const float* xg_tile) {
     int64_t t = steps.time(step);
     for (int unit = 0; unit < Cell::kUnits; ++unit) {
       int64_t block = panel * Cell::kUnits + unit;
@@ -338,6 +338,13 @@ struct Forward {
         if (saved) clear(saved, rows * Cell::kSaved * W);
         continue;
       }
+      /* Lanes without a unit are 0 times the input, which is NaN where that is infinite: they must not reach W_hh. */
+      if (units < W)
+        for (int r = 0; r < rows; ++r)
+          for (int n = unit; n < N; n += Cell::kUnits) {
+            float* g = sums + r * NW + n * W;
+            store(g, first_lanes(load(g), units));
+          }
       for (int r = 0; r < rows; ++r) {
         const float* g = sums + r * NW + unit * W;
         int64_t at = (block * Bp + row + r) * W;
@@ -361,7 +368,7 @@ struct Forward {
         } else if constexpr (kGru) {
           V hidden = load(g + 2 * W);
           V r_gate = sigmoid(load(g)), z = sigmoid(load(g + W));
-          V n = tanh(load(xg_tile + r * NW + 2 * W) + r_gate * hidden);
+          V n = tanh(load_part(xg_tile + r * NW + 2 * W, units) + r_gate * hidden);
           after = n + z * (before - n);
           if (saved) {
             store(saved, r_gate);

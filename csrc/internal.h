@@ -33,8 +33,8 @@ int useful_threads(int wanted, double flops, double steps);
 bool set_threading(bool openmp);
 bool uses_openmp();
 
-/* A team of threads that divides work and waits for each other between steps. Where one waits for long, since another is
-   not being run (a neighbour has its core), the first thread goes on alone and the others leave. */
+/* A team of threads that divides work and waits for each other between steps. Where one waits for long again and again, since
+   another is not being run (a neighbour has its core), the first thread goes on alone and the others leave. */
 class Team {
  public:
   /* Of the whole team. */
@@ -55,9 +55,12 @@ class Team {
   int64_t end(int64_t n) const { return n * (index_ + 1) / count_; }
 
  private:
+  bool is_much(int64_t long_waits, int64_t at) const;
+
   Shared* shared_;
   int index_, count_, phase_;
-  int64_t last_;
+  int64_t begun_, last_;
+  int64_t long_waits_ = 0; /* ns */
 };
 
 /* memory.cpp */

@@ -40,7 +40,7 @@ void set(T* p, T value) {
 }
 
 int64_t single_until = 0; /* calls run in one thread until then */
-int troubled = 0;         /* a team of the present call went on alone */
+int troubled = 0;         /* a team of the present call waited for long */
 int troubles = 0;         /* calls in a row in which one did */
 
 /* One such call may be chance; two in a row mean that somebody has the other core. */
@@ -211,32 +211,37 @@ int useful_threads(int wanted, double flops, double steps) {
 }
 
 Team::Team(Shared* shared, int index, int count)
-    : shared_(shared), index_(index), count_(count), phase_(0), last_(count > 1 ? now() : 0) {}
+    : shared_(shared), index_(index), count_(count), phase_(0), begun_(count > 1 ? now() : 0), last_(begun_) {}
 
 bool Team::wait() {
   if (count_ == 1) return true;
   Shared* s = shared_;
-  int64_t arrived = now(), own = arrived - last_;
+  int64_t arrived = now(), patience = kLongWait + 2 * (arrived - last_), waited = 0;
   if (__atomic_add_fetch(&s->arrived, 1, __ATOMIC_ACQ_REL) == count_) {
     set(&s->arrived, 0);
     s->alone = get(&s->slow);
     set(&s->phase, phase_ + 1);
   } else {
-    int64_t waited = 0;
     while (get(&s->phase) == phase_) {
       for (int i = 0; i < 8; ++i) relax();
       waited = now() - arrived;
       if (waited > kSpin) sched_yield();
-      if (waited > kLongWait + 2 * own) set(&s->slow, 1);
+      if (waited > patience && long_waits_ && is_much(long_waits_ + waited, arrived + waited)) set(&s->slow, 1);
     }
   }
   ++phase_;
   last_ = now();
+  if (waited > patience) {
+    long_waits_ += waited;
+    if (is_much(long_waits_, last_)) set(&troubled, 1);
+  }
   if (!s->alone) return true;
   if (index_ != 0) return false;
   count_ = 1;
-  set(&troubled, 1);
   return true;
 }
+
+/* Whether a quarter of this call was spent in waits that should not have been. */
+bool Team::is_much(int64_t long_waits, int64_t at) const { return 4 * long_waits > at - begun_; }
 
 }  // namespace ls

@@ -67,6 +67,13 @@ static inline void store_part(float* p, V v, int n) {
 #endif
 }
 
+/* The first `n` lanes, the others 0. */
+static inline V first_lanes(V v, int n) {
+  VI lane;
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  return lane < n ? v : V{};
+}
+
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

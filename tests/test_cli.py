@@ -337,7 +337,7 @@ def test_minutes_print_the_choice_and_the_flags_that_repeat_it(
         (["train", "TEXT", "--epochs", "1e308"], "epochs must be at most"),
         (["train", "TEXT", "--data-dir", "."], "goes with --corpus"),
         (["train", "TEXT", "--heldout", "0", "--patience", "3"], "need held-out text"),
-        (["compare", "TEXT", "--implementations", "native"], "no implementation called 'native'"),
+        (["compare", "TEXT", "--implementations", "natvie"], "no implementation called 'natvie'"),
         (["compare", "TEXT", "--seeds", "0"], "--seeds must be at least 1"),
         (["compare", "TEXT", "--epochs", "-1"], "--epochs must be at least 1"),
         (["compare", "TEXT", "--plot", "x.doc"], "unknown format"),

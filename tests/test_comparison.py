@@ -20,6 +20,8 @@ from test_cells import SCRATCH_GATES
 
 texts = st.text(alphabet="abc", min_size=6, max_size=80)
 
+LIBRARY = [name for name in comparison.IMPLEMENTATIONS if name != "scratch"]
+
 
 @given(text=texts, order=st.integers(1, 4))
 def test_counted_perplexity_is_the_exponential_of_the_conditional_entropy(text: str, order: int) -> None:
@@ -60,7 +62,7 @@ def test_what_follows_may_be_nothing_that_can_be_predicted() -> None:
     for tail in ("", "y", "Ж" * 500):
         assert comparison.lecture_text("xy" * 5_000 + tail)[1] == ""
     result = comparison.result(Text.of("xy" * 5_000 + "x", "t"), threads=1, cells=["rnn"], epochs=1)
-    assert [row["heldout_perplexity"] for row in result["rows"]] == [None, None]
+    assert [row["heldout_perplexity"] for row in result["rows"]] == [None] * (1 + len(LIBRARY))
 
 
 def test_a_short_text_is_refused() -> None:
@@ -72,12 +74,22 @@ def test_a_short_text_is_refused() -> None:
 @pytest.fixture(scope="module")
 def result(english: str) -> dict[str, Any]:
     text = Text.of(english, "english")
-    choice: dict[str, Any] = {"cells": ["rnn", "lstm"], "implementations": ["scratch", "torch"]}
+    choice: dict[str, Any] = {"cells": ["rnn", "lstm"], "implementations": ["scratch", *LIBRARY]}
     return comparison.result(text, threads=1, seeds=2, epochs=2, **choice)
 
 
+def test_native_and_torch_are_one_program(result: dict[str, Any]) -> None:
+    """The same weights on the same windows: two epochs of the lecture's steps apart by rounding."""
+    if "native" not in LIBRARY:
+        pytest.skip("there are no native kernels here")
+    curves = {(row["cell"], row["seed"], row["implementation"]): row["curve"] for row in result["rows"]}
+    for (cell, seed, implementation), curve in curves.items():
+        if implementation == "native":
+            assert curve == pytest.approx(curves[cell, seed, "torch"], rel=1e-3)
+
+
 def test_rows_hold_what_is_promised(result: dict[str, Any]) -> None:
-    assert len(result["rows"]) == 8
+    assert len(result["rows"]) == 4 * (1 + len(LIBRARY))
     for row in result["rows"]:
         assert row["train_perplexity"] == {2: row["curve"][1]}
         assert row["seconds_per_epoch"] > 0
@@ -86,7 +98,7 @@ def test_rows_hold_what_is_promised(result: dict[str, Any]) -> None:
     assert {(row["cell"], row["implementation"], row["seed"]) for row in result["rows"]} == {
         (cell, implementation, seed)
         for cell in ("rnn", "lstm")
-        for implementation in ("scratch", "torch")
+        for implementation in ("scratch", *LIBRARY)
         for seed in (0, 1)
     }
     assert "lecture" not in result
@@ -165,7 +177,7 @@ def test_copies_that_cannot_serve_are_refused(tmp_path: Path, content: str | Non
 
 
 def test_unknown_names_are_refused_before_anything_is_trained() -> None:
-    with pytest.raises(UsageError, match="no implementation called 'native'"):
-        next(comparison.run("x" * 20_000, implementations=["scratch", "native"]))
+    with pytest.raises(UsageError, match="no implementation called 'natvie'"):
+        next(comparison.run("x" * 20_000, implementations=["scratch", "natvie"]))
     with pytest.raises(UsageError, match="no cell called 'lsmt'"):
         next(comparison.run("x" * 20_000, cells=["lsmt"]))

@@ -175,8 +175,9 @@ def compare(
     recipe: Annotated[Literal["lecture"], Parameter(help="What to run.")] = "lecture",
     cells: Annotated[str, Parameter(help="Cells, separated by commas.")] = "rnn,gru,lstm",
     implementations: Annotated[
-        str, Parameter(help="scratch, torch, reference, or your own copy of the textbook such as ./mine.py.")
-    ] = "scratch,torch",
+        str | None,
+        Parameter(help="scratch, torch, native, reference, or your own copy of the textbook such as ./mine.py."),
+    ] = None,
     seeds: Annotated[Int, Parameter(help="Runs of each, with seeds 0, 1, ...")] = 1,
     epochs: Annotated[Int | None, Parameter(help="Other than the lecture's 160.")] = None,
     threads: Annotated[Int | None, Parameter(help="Processor threads.")] = None,
@@ -203,7 +204,8 @@ def compare(
     loaded = corpora.load(
         [text] if text is not None else (), corpus or (None if text is not None else "builtin"), _path(data_dir)
     )
-    chosen = {"cells": _names(cells), "implementations": _names(implementations), "seeds": seeds, "epochs": epochs}
+    named = _names(implementations) or comparison.IMPLEMENTATIONS
+    chosen = {"cells": _names(cells), "implementations": named, "seeds": seeds, "epochs": epochs}
     with screen.Ticker() as ticker:
         result = comparison.result(loaded, threads=torch.get_num_threads(), report=ticker.report, **chosen)
     if json:

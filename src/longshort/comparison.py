@@ -6,6 +6,7 @@ characters that follow, which no model has seen, and models that only count n-gr
 
     scratch       the textbook, `scratch.py`
     torch         `LanguageModel` on PyTorch's kernels
+    native        `LanguageModel` on our own kernels
     reference     `LanguageModel` on the equations of `cells.py`
     FILE.py       a reader's own copy of the textbook
 """
@@ -26,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from longshort import kernels, machine, scratch, training
+from longshort import kernels, machine, native, scratch, training
 from longshort.config import TrainConfig
 from longshort.errors import LongshortError, TextError, UsageError
 from longshort.evaluation import evaluate
@@ -45,7 +46,8 @@ CHECKPOINTS = (40, 80, 120, 160)
 """Epochs whose training perplexity the lecture prints."""
 HELDOUT_EVERY = 20
 """Epochs between looks at the held-out characters."""
-IMPLEMENTATIONS = ("scratch", "torch")
+IMPLEMENTATIONS = ("scratch", "torch", *([kernels.NATIVE] if native.targets() else []))
+"""What is compared where nothing is chosen: `native` where there are native kernels."""
 LECTURE_TEXT_SHA256 = "a825e700ad7753c931b4766105c6a33c472a81f78de7f6bc73dfe2cebf4821dc"
 LECTURE_PERPLEXITY = {"gru": ["7.74", "3.35", "1.35", "1.15"], "lstm": ["7.95", "3.83", "1.92", "1.32"]}
 """What the lecture's notebooks printed for their own cells at epochs 40, 80, 120, 160 (one run each)."""
@@ -163,7 +165,7 @@ def run(
     Args:
         content: a text of at least 10,000 characters.
         cells: names of cells.
-        implementations: `scratch`, `torch`, or paths of Python files made from `scratch.py`.
+        implementations: `scratch`, `torch`, `native`, or paths of Python files made from `scratch.py`.
         seeds: how many; 0, 1, ... are used.
         epochs: other than the lecture's 160.
         report: called after each epoch with the row so far, the epoch and the number of epochs.
@@ -263,7 +265,7 @@ def _maker(implementation: str, cells: Sequence[str]) -> Callable[[str, str, int
     """Return what makes a model of `implementation`, after checking that it has all `cells`."""
     known: tuple[str, ...]
     make: Callable[[str, str, int, int], _Trained]
-    if implementation in kernels.available():
+    if implementation in (*kernels.available(), kernels.NATIVE):
         known, make = kernels.cells_of(implementation), partial(_LibraryModel, implementation)
     else:
         module = scratch if implementation == "scratch" else _load_copy(implementation)
@@ -278,7 +280,7 @@ def _load_copy(path: str) -> ModuleType:
     """Import a reader's copy of the textbook: their own program, run because they asked for it."""
     if not path.endswith(".py"):
         raise UsageError(
-            f"There is no implementation called {path!r}; there are scratch, {', '.join(kernels.available())}.",
+            f"There is no implementation called {path!r}; there are scratch, native, {', '.join(kernels.available())}.",
             "A program of your own is named by its file, such as ./mine.py.",
         )
     if not Path(path).is_file():

@@ -1,0 +1,221 @@
+"""The native kernels as PyTorch operations: nothing stale, nothing mixed up, registered as PyTorch asks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import longshort
+from longshort import graph, kernels, native, ops
+from recurrent import PAIRS, flat, same
+
+pytestmark = pytest.mark.skipif(not native.targets(), reason="there are no native kernels here")
+
+
+def changes() -> dict[str, Callable[[nn.Module], Any]]:
+    """Ways in which weights change between two calls."""
+
+    def step(layer: nn.Module) -> None:
+        for parameter in layer.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        torch.optim.SGD(layer.parameters(), lr=0.1).step()
+
+    def data(layer: nn.Module) -> None:
+        for parameter in layer.parameters():
+            parameter.data.add_(0.1)
+
+    def exchange(layer: nn.Module) -> None:
+        for parameter in layer.parameters():
+            parameter.data = parameter.data + 0.1
+
+    def numpy(layer: nn.Module) -> None:
+        for parameter in layer.parameters():
+            parameter.detach().numpy()[...] += 0.1
+
+    def single(layer: nn.Module) -> None:
+        layer.get_parameter("weight_hh_l0").data[1, 1] += 1
+        ops.invalidate()
+
+    def load(layer: nn.Module) -> None:
+        layer.load_state_dict({name: value + 0.1 for name, value in layer.state_dict().items()})
+
+    def replace(layer: nn.Module) -> None:
+        layer.weight_hh_l0 = nn.Parameter(layer.get_parameter("weight_hh_l0").detach() + 0.1)
+
+    return {each.__name__: each for each in (step, data, exchange, numpy, single, load, replace)}
+
+
+@pytest.mark.parametrize("change", changes())
+@pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_kept_weights_are_never_stale(ours: Any, theirs: Any, quiet: Any, change: str) -> None:
+    layer, x = ours(3, 20), torch.randn(4, 2, 3)
+    with quiet():
+        before = layer(x)[0]
+    changes()[change](layer)
+    peer = theirs(3, 20)
+    peer.load_state_dict(layer.state_dict())
+    with quiet():
+        after = layer(x)
+        assert not torch.equal(before, after[0])
+        same(after, peer(x))
+
+
+def test_packed_weights_go_when_their_layer_goes() -> None:
+    ops.invalidate()
+    layer = longshort.LSTM(3, 4)
+    with torch.no_grad():
+        layer(torch.randn(2, 1, 3))
+        assert len(ops._packed) == 1
+        del layer
+    assert not ops._packed
+
+
+@given(st.sampled_from(PAIRS), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.booleans(), st.booleans())
+def test_the_short_way_gives_the_same_bits(
+    pair: Any, T: int, B: int, batch_first: bool, bias: bool, with_state: bool
+) -> None:
+    layer = pair[0](3, 17, batch_first=batch_first, bias=bias)
+    x = torch.randn(*((B, T) if batch_first else (T, B)), 3)
+    state = torch.randn(1, B, 17)
+    hx = ((state, state + 1) if pair[0] is longshort.LSTM else state) if with_state else None
+    for mode in (torch.no_grad(), torch.enable_grad()):
+        with mode:
+            short, general = layer(x, hx), layer._call(x, hx)
+        assert all(torch.equal(a, b) for a, b in zip(flat(short), flat(general), strict=True))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_many_passes_at_once_keep_their_own_memory(ours: Any, theirs: Any) -> None:
+    """Forward passes whose backward passes come later, in another order, and twice."""
+    layer, peer = ours(5, 24), theirs(5, 24)
+    peer.load_state_dict(layer.state_dict())
+    inputs = [torch.randn(6, 3, 5) for _ in range(4)]
+    found = [layer(x)[0].square().sum() for x in inputs]
+    expected = [peer(x)[0].square().sum() for x in inputs]
+    for i in (2, 0, 3, 0, 1):
+        gradients = torch.autograd.grad(found[i], list(layer.parameters()), retain_graph=True)
+        same(list(gradients), list(torch.autograd.grad(expected[i], list(peer.parameters()), retain_graph=True)))
+
+
+def test_an_output_that_was_changed_is_noticed() -> None:
+    layer = longshort.LSTM(3, 4)
+    y, _ = layer(torch.randn(2, 1, 3))
+    with torch.no_grad():
+        y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_subnormal_numbers_count_again_after_a_call() -> None:
+    layer = longshort.GRU(3, 4)
+    layer(torch.full((3, 2, 3), 1e-41))[0].sum().backward()
+    tiny = torch.tensor([1e-41])
+    assert (tiny * 1.0).item() > 0
+    assert (tiny + 0.0).item() > 0
+
+
+def test_nan_and_infinity_pass() -> None:
+    for ours, theirs in PAIRS:
+        layer, peer = ours(3, 18), theirs(3, 18)
+        peer.load_state_dict(layer.state_dict())
+        x = torch.randn(3, 4, 3)
+        x[0, 0, 0], x[1, 1, 1], x[2, 2, 2] = torch.nan, torch.inf, -torch.inf
+        for row in range(4):
+            a, b = layer(x)[0][:, row], peer(x)[0][:, row]
+            assert torch.equal(a.isnan(), b.isnan())
+            torch.testing.assert_close(a.nan_to_num(), b.nan_to_num(), rtol=0, atol=1e-5)
+
+
+def arguments_of(cell: str, D: int, *, lengths: bool, masks: bool, grad: bool) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    G, H, I, T, B = native.GATES[cell], 5, 3, 4, 2
+    shapes = [shape for _ in range(D) for shape in ((G * H, I), (G * H, H), (G * H,), (G * H,))]
+    weights = [torch.randn(shape).mul(0.3).requires_grad_(grad) for shape in shapes]
+    x, h_0 = torch.randn(T, B, I).requires_grad_(grad), torch.randn(D, B, H).requires_grad_(grad)
+    c_0 = torch.randn(D, B, H).requires_grad_(grad) if cell == "lstm" else None
+    counts, order = (torch.tensor([2, 2, 1, 0]), torch.tensor([1, 0])) if lengths else (None, None)
+    h_masks: list[Tensor | None] = [torch.rand(B, H) for _ in range(D)] if masks else []
+    zoneout: list[Tensor | None] = [torch.rand(T, B, H) for _ in range(D)] if masks else []
+    resets: list[Tensor | None] = [torch.rand(T, B) < 0.3 for _ in range(D)] if masks else []
+    rest = (cell, H, D, True, False, counts, order, B if lengths else 0, False, h_masks, zoneout, 0.0, resets, -1)
+    return (x, h_0, c_0, weights, *rest, grad)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_opcheck(cell: str, D: int, lengths: bool, masks: bool) -> None:
+    layer, backward = torch.ops.longshort.layer, torch.ops.longshort.layer_backward
+    for grad in (False, True):
+        torch.library.opcheck(layer, arguments_of(cell, D, lengths=lengths, masks=masks, grad=grad))
+    arguments = arguments_of(cell, D, lengths=lengths, masks=masks, grad=True)
+    with torch.no_grad():
+        y, h_n, c_n, saved = layer(*arguments)
+    detached = [a.detach() if isinstance(a, Tensor) else a for a in arguments[: graph._NUM_LAYER]]
+    detached[3] = [weight.detach() for weight in arguments[3]]
+    gradients = (torch.randn_like(y), torch.randn_like(h_n), torch.randn_like(c_n) if cell == "lstm" else None)
+    wanted = [True] * (1 + (2 if cell == "lstm" else 1) + 4 * D)
+    torch.library.opcheck(
+        backward,
+        (*detached, y, saved, *gradients, wanted),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+def test_a_graph_refuses_gradients_of_gradients() -> None:
+    x, *rest = arguments_of("gru", 1, lengths=False, masks=False, grad=True)
+    y = torch.ops.longshort.layer(x, *rest)[0]
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no gradients of gradients"):
+        dx.sum().backward()
+
+
+def test_compiled_and_eager_give_the_same_bits() -> None:
+    torch.compiler.reset()
+    layer = longshort.LSTM(3, 5, 2, bidirectional=True)
+    x = torch.randn(4, 2, 3, requires_grad=True)
+    compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
+
+    def run(layer_or_compiled: Any) -> list[Tensor]:
+        output, state = layer_or_compiled(x)
+        return [output, *torch.autograd.grad(output.square().sum() + state[1].sum(), [x, *layer.parameters()])]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(compiled), run(layer), strict=True))
+
+
+def test_a_child_process_runs_layers_too() -> None:
+    """After a fork PyTorch's pool is gone, and so is ours: calls run in one thread, and end."""
+    program = """
+import os, torch, longshort
+torch.set_num_threads(2)
+layer, x = longshort.LSTM(64, 256), torch.randn(20, 16, 64)
+expected = layer(x)[0].detach().numpy().tobytes()
+child = os.fork()
+if child == 0:
+    os._exit(0 if layer(x)[0].detach().numpy().tobytes() == expected else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=60)
+
+
+def test_one_step_of_many_units_goes_where_it_is_fastest() -> None:
+    layer, x = longshort.GRU(4, 512), torch.randn(1, 2, 4)
+    assert kernels.explain(layer, x).name == "torch"
+    assert "faster" in kernels.explain(layer, x).reason
+    assert kernels.explain(layer, torch.randn(2, 2, 4)).name == native.active_target()
+    with torch.no_grad():
+        assert kernels.explain(layer, x).name == native.active_target()
+    with kernels.use("native"):
+        assert kernels.explain(layer, x).name == native.active_target()
