@@ -45,7 +45,8 @@ struct Forward {
   Team::Shared* shared;
 
   Forward(const ls_forward_args& args)
-      : a(args), steps(args.shape), sizes(args.shape.I, args.shape.H), T(args.shape.T), B(args.shape.B), H(args.shape.H), Bp(odd(B)) {
+      : a(args), steps(args.shape), sizes(args.shape.I, args.shape.H), T(args.shape.T), B(args.shape.B), H(args.shape.H),
+        Bp(odd(B)) {
     const ls_options& o = a.options;
     raw_differs = o.h_mask || o.resets;
     options = raw_differs || o.zoneout_mask || o.zoneout != 0.0f;

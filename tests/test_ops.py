@@ -43,7 +43,7 @@ def changes() -> dict[str, Callable[[nn.Module], Any]]:
 
     def single(layer: nn.Module) -> None:
         layer.get_parameter("weight_hh_l0").data[1, 1] += 1
-        ops.invalidate()
+        kernels.invalidate()
 
     def load(layer: nn.Module) -> None:
         layer.load_state_dict({name: value + 0.1 for name, value in layer.state_dict().items()})

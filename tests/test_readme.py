@@ -22,6 +22,7 @@ SESSIONS = re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS = [line[2:] for block in SESSIONS for line in block.splitlines() if line.startswith("$ ")]
 COMMANDS += [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 THREE_MINUTES = ROOT / "benchmarks" / "results" / "2026-11-23-tinyshakespeare-3-minutes.json"
+LAYERS = ROOT / "benchmarks" / "results" / "2026-11-24-layers-marks.json"
 LECTURE = ROOT / "benchmarks" / "results" / "2026-11-23-lecture-timemachine.json"
 
 
@@ -104,6 +105,15 @@ def test_the_lectures_table_is_the_result_file() -> None:
     for baseline in result["baselines"]:
         counted = f"{baseline['train_perplexity']:.2f} | {baseline['heldout_perplexity']:.1f}"
         assert re.search(rf"\| {baseline['order']}-gram[^|]*\|[^\n]*{re.escape(counted)}", PAGE)
+
+
+def test_the_layers_table_is_the_result_file() -> None:
+    script = [sys.executable, str(ROOT / "benchmarks" / "layers_table.py"), str(LAYERS)]
+    table = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    assert table in PAGE
+    best = max(json.loads(LAYERS.read_text(encoding="utf-8"))["rows"], key=lambda row: float(row["ratio"]))
+    case = f"{best['cell'].upper()}, T={best['T']} B={best['B']} H={best['H']}"
+    assert f"{best['ratio']:.0f} times ({case}" in PAGE
 
 
 def test_the_three_minutes_are_the_result_file() -> None:

@@ -5,7 +5,8 @@
     torch       PyTorch's own kernels (oneDNN, MKL or ATen on a CPU, cuDNN on a GPU): rnn, rnn_relu, gru, lstm
     reference   the equations of `cells.py`, step by step: every cell, any precision, differentiable twice
 
-`auto`, the default, takes the fastest that can run the call. `use` forces one, `explain` names the choice.
+`auto`, the default, takes the fastest that can run the call. `use` forces one, `explain` names the choice, `invalidate`
+forgets packed weights.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.autograd import forward_ad
 from longshort import backends, cells, graph, native, ops
 from longshort.cells import LayerWeights, Options, Readings, Sequences, Stack, State
 from longshort.errors import UsageError
+from longshort.ops import invalidate as invalidate
 
 _TORCH_CAN = frozenset({"packed", "lengths", "proj_size"})
 NATIVE = "native"
