@@ -23,6 +23,7 @@ COMMANDS = [line[2:] for block in SESSIONS for line in block.splitlines() if lin
 COMMANDS += [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 THREE_MINUTES = ROOT / "benchmarks" / "results" / "2026-11-23-tinyshakespeare-3-minutes.json"
 LAYERS = ROOT / "benchmarks" / "results" / "2026-11-24-layers-marks.json"
+NATIVE = ROOT / "benchmarks" / "results" / "2026-11-24-lecture-native.json"
 LECTURE = ROOT / "benchmarks" / "results" / "2026-11-23-lecture-timemachine.json"
 
 
@@ -114,6 +115,14 @@ def test_the_layers_table_is_the_result_file() -> None:
     best = max(json.loads(LAYERS.read_text(encoding="utf-8"))["rows"], key=lambda row: float(row["ratio"]))
     case = f"{best['cell'].upper()}, T={best['T']} B={best['B']} H={best['H']}"
     assert f"{best['ratio']:.0f} times ({case}" in PAGE
+
+
+def test_the_lectures_seconds_on_our_kernels_are_the_result_file() -> None:
+    groups = screen.summary(json.loads(NATIVE.read_text(encoding="utf-8"))["rows"])
+    seconds = {(g["cell"], g["implementation"]): f"{g['seconds_per_epoch']:.3f}" for g in groups}
+    for implementation in ("native", "torch"):
+        figures = [re.escape(seconds[cell, implementation]) for cell in ("lstm", "gru", "rnn")]
+        assert re.search(r"[^.]*".join(f"{figure}" for figure in figures), PAGE), figures
 
 
 def test_the_three_minutes_are_the_result_file() -> None:

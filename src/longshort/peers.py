@@ -103,7 +103,10 @@ def contestants(case: Case, kernel: str = "auto") -> tuple[Side, Side, str]:
 
 def gradients(case: Case) -> contextlib.AbstractContextManager[Any]:
     """Return the context in which `case` is to be called."""
-    return contextlib.nullcontext() if case.mode == "train" else torch.inference_mode()
+    if case.mode == "train":
+        return contextlib.nullcontext()
+    # TorchScript keeps a graph for gradients from training, which refuses inference tensors.
+    return torch.no_grad() if case.peer == "torchscript" else torch.inference_mode()
 
 
 def _call_arguments(case: Case) -> dict[str, Any]:
