@@ -38,9 +38,8 @@ def call(pick: random.Random) -> bool:
     hx: Any = None
     if pick.random() < 0.4:
         L, B = given["num_layers"] * (1 + given["bidirectional"]), x.shape[0 if given["batch_first"] else 1 % x.dim()]
-        states = [
-            torch.randn(pick.choice([L, L, L, 1]), pick.choice([B, B, B, 2]), pick.choice([H, H, 5])) for _ in "hc"
-        ]
+        sizes = ([L, L, L, 1], [B, B, B, 2], [H, H, 5])
+        states = [torch.randn([pick.choice(each) for each in sizes]) for _ in "hc"]
         hx = pick.choice([tuple(states), states[0], states, (states[0],), 5])
     beyond: dict[str, Any] = {}
     if pick.random() < 0.3:
