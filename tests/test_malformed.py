@@ -1,4 +1,4 @@
-"""Calls with shapes, types, states and lengths at random: an exception or the right answer, never the end of the process.
+"""Calls with random shapes, types, states and lengths: an exception or the right answer, never the end of the process.
 
 `python tests/test_malformed.py CALLS SEED` makes as many calls as it is told; the test makes a few thousand.
 """
