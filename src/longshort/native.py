@@ -271,15 +271,6 @@ def threading() -> str | None:
     return ("own", "openmp")[found.ls_threading()] if found else None
 
 
-def target_index(name: str) -> int:
-    """Return the number by which the library knows a target.
-
-    Raises:
-        UsageError: there is no target of that name, this processor cannot run it, or there is no library.
-    """
-    return _index(_need(), name)
-
-
 @functools.cache
 def _names(found: ctypes.CDLL) -> tuple[str, ...]:
     return tuple(found.ls_target_name(i).decode() for i in range(found.ls_num_targets()))
