@@ -6,19 +6,21 @@
      chunk:  dx = dgates W_ih (own columns);  dW_ih += dgates^T x,  dW_hh += dgates^T h,  db += sum of dgates  (own units)
 
    dgates are the gradients before the activations. The GRU has two sets: its candidate's input and hidden share differ by
-   the factor r. A team divides units; there is one team, since all rows add to the same weights. */
+   the factor r. A team divides units; there is one team, since all rows add to the same weights. With layer normalisation
+   a step's dgates need the whole row: rows are divided for them, and all wait once more. */
 
 #ifndef LONGSHORT_BACKWARD_H
 #define LONGSHORT_BACKWARD_H
 
 #include "layout.h"
+#include "normal.h"
 
 namespace ls {
 namespace LS_TARGET {
 
 template <class Cell>
 struct Backward {
-  static constexpr int G = Cell::kGates, S = Cell::kSaved;
+  static constexpr int G = Cell::kGates;
   static constexpr bool kLstm = Cell::kCell == LS_LSTM, kGru = Cell::kCell == LS_GRU;
   static constexpr int kColumns = 2; /* vectors in a panel of the products with W_ih and W_hh */
   static constexpr int kOuter = kOuterVectors * W;
@@ -35,7 +37,8 @@ struct Backward {
   int64_t chunk_rows;
   int64_t U;              /* unit blocks, without those that are all padding */
   int64_t hidden_panels, input_panels;
-  bool options, has_direct;
+  bool options, has_direct, normal;
+  int64_t saved_row; /* floats that a row of a unit block has saved */
   bool direct_weights;    /* they are read as they lie; `recurrent` has its rows one after the other then */
   int64_t r_row, r_block;
 
@@ -43,13 +46,14 @@ struct Backward {
   float* packed_hidden;   /* [panel][(unit block, gate, unit)][kColumns W] */
   float* packed_inputs;
   float* dg;              /* what reached W_hh h: blocked, [(unit block, gate)][row of the chunk][W] */
-  float* dg_input;        /* what reached W_ih x; the same but for the GRU */
+  float* dg_input;        /* what reached W_ih x; the same but for the GRU and layer normalisation */
   float* recurrent;       /* dgates W_hh, blocked [unit block][row][W] */
   float* direct;          /* what reaches h past W_hh: GRU's z, zoneout */
   float* dc;
   float* dx;              /* [panel][row of the chunk][kPanel] */
   float* x_columns;       /* the chunk's x and its h before each step: [panel of columns][row][kOuterVectors W] */
   float* h_columns;
+  float* parts;           /* with layer normalisation, each thread's sums over its rows: [thread][kParts][U][W] */
   Team::Shared* shared;
 
   Backward(const ls_backward_args& args)
@@ -57,6 +61,8 @@ struct Backward {
         I(args.shape.I), H(args.shape.H), Bp(odd(B)), U(ceil_div(H, W)) {
     const ls_options& o = a.options;
     options = o.h_mask || o.resets || o.zoneout_mask || o.zoneout != 0.0f;
+    normal = o.gamma_ih;
+    saved_row = saved_vectors<Cell>(normal) * W;
     has_direct = kGru || o.zoneout_mask || o.zoneout != 0.0f;
     direct_weights = reads_direct(a.shape, steps.total_rows(), true);
     r_row = direct_weights ? U * W + W : W;
@@ -75,7 +81,7 @@ struct Backward {
     packed_hidden = direct_weights ? nullptr : arena.array(hidden_panels * K * kColumns * W);
     packed_inputs = a.dx && !direct_weights ? arena.array(input_panels * K * kColumns * W) : nullptr;
     dg = arena.array(U * G * odd(chunk_rows) * W);
-    dg_input = kGru ? arena.array(U * G * odd(chunk_rows) * W) : dg;
+    dg_input = kGru || normal ? arena.array(U * G * odd(chunk_rows) * W) : dg;
     int64_t state = hidden_panels * kColumns * Bp * W;
     recurrent = arena.array(direct_weights ? B * r_row : state);
     direct = has_direct ? arena.array(state) : nullptr;
@@ -83,6 +89,7 @@ struct Backward {
     dx = a.dx && !direct_weights ? arena.array(input_panels * chunk_rows * kPanel) : nullptr;
     x_columns = a.dweight_ih ? arena.array(ceil_div(I, kOuter) * chunk_rows * kOuter) : nullptr;
     h_columns = a.dweight_hh ? arena.array(ceil_div(H, kOuter) * chunk_rows * kOuter) : nullptr;
+    parts = normal ? arena.array(threads * kParts * U * W) : nullptr;
     row_offset = reinterpret_cast<int64_t*>(arena.array(2 * T));
     shared = reinterpret_cast<Team::Shared*>(arena.array(int64_t(sizeof(Team::Shared) / 4)));
     return arena.floats();
@@ -113,6 +120,10 @@ struct Backward {
     copy_or_clear(a.dweight_hh, nullptr, G * H * H);
     copy_or_clear(a.dbias_ih, nullptr, G * H);
     copy_or_clear(a.dbias_hh, nullptr, G * H);
+    copy_or_clear(a.dgamma_ih, nullptr, G * H);
+    copy_or_clear(a.dgamma_hh, nullptr, G * H);
+    copy_or_clear(a.dgamma_c, nullptr, H);
+    copy_or_clear(a.dbeta_c, nullptr, H);
     if (a.dx && !a.accumulate_dx) clear_past_ends(steps, 0, T, a.dx, a.dx_step, a.dx_row, I);
   }
 
@@ -133,6 +144,11 @@ struct Backward {
       for (int64_t panel = team.begin(input_panels); panel < team.end(input_panels); ++panel)
         pack_columns(a.weight_ih, I, panel, packed_inputs);
     start_state(team);
+    float* own_parts = normal ? parts + thread * kParts * U * W : nullptr;
+    if (normal) {
+      clear(own_parts, kParts * U * W);
+      if (!team.wait()) return;
+    }
     bool add = false;
     for (int64_t last = T, first; last > 0; last = first) {
       int64_t rows = 0;
@@ -146,9 +162,13 @@ struct Backward {
       for (int64_t step = last - 1; step >= first; --step) {
         int64_t n = steps.rows(step);
         at -= n;
-        run_step(team, step, n, rows, at);
+        if (normal)
+          run_step_normal(team, step, n, rows, at, own_parts);
+        else
+          run_step(team, step, n, rows, at);
         if (!team.wait()) return;
         if (step > 0 || a.dh0) multiply_step(team, step, n, rows, at);
+        if (normal && !team.wait()) return;
       }
       if (a.dx && direct_weights)
         input_gradients_direct(team, first, last, rows);
@@ -158,6 +178,7 @@ struct Backward {
       add = true;
       if (!team.wait()) return;
     }
+    if (normal) sum_parts(team, count);
     if (a.dx && !a.accumulate_dx) clear_past_ends(steps, team.begin(T), team.end(T), a.dx, a.dx_step, a.dx_row, I);
   }
 
@@ -218,73 +239,209 @@ struct Backward {
 
   template <bool kOptions>
   void run_step_rows(const Team& team, int64_t step, int64_t n, int64_t rows, int64_t at) {
-    int64_t t = steps.time(step);
-    int64_t n_before = step > 0 ? steps.rows(step - 1) : 0;
-    for (int64_t block = first_block(team); block < last_block(team); ++block) {
-      int units = sizes.units(block);
-      const float* saved = a.saved + saved_offset<Cell>(sizes, row_offset[step], n, block, 0);
-      const float* saved_before =
-          step > 0 ? a.saved + saved_offset<Cell>(sizes, row_offset[step - 1], n_before, block, 0) : nullptr;
+    const int64_t next = odd(rows) * W; /* from one gate to the next */
+    for (int64_t block = first_block(team); block < last_block(team); ++block)
       for (int64_t row = 0; row < n; ++row) {
-        int64_t state = (block * Bp + row) * W;
-        int64_t batch_row = steps.batch_row(row);
-        const float* g = saved + row * S * W;
-        bool reset = kOptions && is_reset(step, row);
-        V dh = load(recurrent + r_at(block, row));
-        if (has_direct) dh += load(direct + state);
-        if (a.dy) dh += load_part(a.dy + steps.offset(t, row, a.dy_step, a.dy_row) + block * W, units);
-        V dh_before{};
-        if constexpr (kOptions) {
-          if (a.options.zoneout_mask || a.options.zoneout != 0.0f) {
-            V zoneout = splat(a.options.zoneout);
-            if (a.options.zoneout_mask)
-              zoneout = load_part(a.options.zoneout_mask + (t * B + batch_row) * H + block * W, units);
-            dh_before = zoneout * dh;
-            dh -= dh_before;
-          }
-        }
-        float* out = dg + (block * G * odd(rows) + at + row) * W;
-        const int64_t next = odd(rows) * W; /* from one gate to the next */
+        V gates[G], input[G]; /* their gradients */
+        V dh = reach<kOptions>(step, row, block);
         if constexpr (kLstm) {
-          V i = load(g), f = load(g + W), candidate = load(g + 2 * W), o = load(g + 3 * W), c = load(g + 4 * W);
-          V c_before = row < n_before ? load(saved_before + row * S * W + 4 * W)
-                       : a.c0         ? load_part(a.c0 + batch_row * H + block * W, units)
-                                      : V{};
-          if (reset) c_before = V{};
-          V tanh_c = tanh(c);
-          V dc_row = load(dc + state) + dh * o * (1.0f - tanh_c * tanh_c);
-          store(out, dc_row * candidate * i * (1.0f - i));
-          store(out + next, dc_row * c_before * f * (1.0f - f));
-          store(out + 2 * next, dc_row * i * (1.0f - candidate * candidate));
-          store(out + 3 * next, dh * tanh_c * o * (1.0f - o));
-          V dc_before = reset ? V{} : dc_row * f;
-          store(dc + state, dc_before);
-          if (a.dc0 && row >= n_before) store_part(a.dc0 + batch_row * H + block * W, dc_before, units);
-        } else if constexpr (kGru) {
-          V r = load(g), z = load(g + W), n_gate = load(g + 2 * W), hidden = load(g + 3 * W);
-          V before = reset ? V{} : h_before(step, row, n_before, block, units);
-          V dn = dh * (1.0f - z) * (1.0f - n_gate * n_gate);
-          V dr = dn * hidden * r * (1.0f - r);
-          V dz = dh * (before - n_gate) * z * (1.0f - z);
-          dh_before += dh * z;
-          store(out, dr);
-          store(out + next, dz);
-          store(out + 2 * next, dn * r);
-          float* out_input = dg_input + (block * G * odd(rows) + at + row) * W;
-          store(out_input, dr);
-          store(out_input + next, dz);
-          store(out_input + 2 * next, dn);
+          const float* g = saved_at(step, row, block);
+          V o = load(g + 3 * W), tanh_c = tanh(load(g + 4 * W));
+          V dc_row = load(dc + (block * Bp + row) * W) + dh * o * (1.0f - tanh_c * tanh_c);
+          gates[3] = dh * tanh_c * o * (1.0f - o);
+          differentiate_lstm<kOptions>(step, row, block, dc_row, gates);
         } else {
-          V y = load(g);
-          if (Cell::kCell == LS_RNN_TANH)
-            dh = dh * (1.0f - y * y);
-          else
-            dh = y > 0.0f ? dh : V{};
-          store(out, dh);
+          differentiate<kOptions>(step, row, block, dh, gates, input);
         }
-        if (has_direct) store(direct + state, reset ? V{} : dh_before);
+        float* out = dg + block * G * next + (at + row) * W;
+        for (int gate = 0; gate < G; ++gate) store(out + gate * next, gates[gate]);
+        if constexpr (kGru) {
+          float* out_input = dg_input + block * G * next + (at + row) * W;
+          for (int gate = 0; gate < G; ++gate) store(out_input + gate * next, input[gate]);
+        }
+      }
+  }
+
+  const float* saved_at(int64_t step, int64_t row, int64_t block) const {
+    return a.saved + saved_offset(sizes, saved_row, row_offset[step], steps.rows(step), block, row);
+  }
+
+  /* The gradient of what a step's cell made of h. With zoneout a share goes to h before it, past the cell: into `direct`, to
+     which the GRU adds its own. */
+  template <bool kOptions>
+  V reach(int64_t step, int64_t row, int64_t block) {
+    int64_t t = steps.time(step), state = (block * Bp + row) * W;
+    int units = sizes.units(block);
+    V dh = load(recurrent + r_at(block, row));
+    if (has_direct) dh += load(direct + state);
+    if (a.dy) dh += load_part(a.dy + steps.offset(t, row, a.dy_step, a.dy_row) + block * W, units);
+    V dh_before{};
+    if constexpr (kOptions) {
+      if (a.options.zoneout_mask || a.options.zoneout != 0.0f) {
+        V zoneout = splat(a.options.zoneout);
+        if (a.options.zoneout_mask)
+          zoneout = load_part(a.options.zoneout_mask + (t * B + steps.batch_row(row)) * H + block * W, units);
+        dh_before = zoneout * dh;
+        dh -= dh_before;
       }
     }
+    if (has_direct) store(direct + state, kOptions && is_reset(step, row) ? V{} : dh_before);
+    return dh;
+  }
+
+  /* Of i, f, g from that of c, which goes on to the step before. */
+  template <bool kOptions>
+  void differentiate_lstm(int64_t step, int64_t row, int64_t block, V dc_row, V* gates) {
+    int64_t n_before = step > 0 ? steps.rows(step - 1) : 0, to = steps.batch_row(row) * H + block * W;
+    int units = sizes.units(block);
+    bool reset = kOptions && is_reset(step, row);
+    const float* saved = saved_at(step, row, block);
+    V i = load(saved), f = load(saved + W), g = load(saved + 2 * W);
+    V c_before = row < n_before ? load(saved_at(step - 1, row, block) + 4 * W) : a.c0 ? load_part(a.c0 + to, units) : V{};
+    if (reset) c_before = V{};
+    gates[0] = dc_row * g * i * (1.0f - i);
+    gates[1] = dc_row * c_before * f * (1.0f - f);
+    gates[2] = dc_row * i * (1.0f - g * g);
+    V dc_before = reset ? V{} : dc_row * f;
+    store(dc + (block * Bp + row) * W, dc_before);
+    if (a.dc0 && row >= n_before) store_part(a.dc0 + to, dc_before, units);
+  }
+
+  /* Of the gates from that of h: as W_hh h sees them, and for the GRU as W_ih x does. */
+  template <bool kOptions>
+  void differentiate(int64_t step, int64_t row, int64_t block, V dh, V* gates, V* input) {
+    const float* saved = saved_at(step, row, block);
+    if constexpr (kGru) {
+      bool reset = kOptions && is_reset(step, row);
+      V r = load(saved), z = load(saved + W), n = load(saved + 2 * W), hidden = load(saved + 3 * W);
+      V before = reset ? V{} : h_before(step, row, step > 0 ? steps.rows(step - 1) : 0, block, sizes.units(block));
+      V dn = dh * (1.0f - z) * (1.0f - n * n);
+      gates[0] = input[0] = dn * hidden * r * (1.0f - r);
+      gates[1] = input[1] = dh * (before - n) * z * (1.0f - z);
+      gates[2] = dn * r;
+      input[2] = dn;
+      float* to = direct + (block * Bp + row) * W;
+      if (!reset) store(to, load(to) + dh * z);
+    } else {
+      V y = load(saved);
+      gates[0] = Cell::kCell == LS_RNN_TANH ? dh * (1.0f - y * y) : (y > 0.0f ? dh : V{});
+    }
+  }
+
+  /* The same with layer normalisation, own rows. `sums`: own part of the gradients of gains and biases. */
+  void run_step_normal(const Team& team, int64_t step, int64_t n, int64_t rows, int64_t at, float* sums) {
+    for (int64_t row = team.begin(n); row < team.end(n); ++row)
+      if (options)
+        run_row_normal<true>(step, row, rows, at + row, sums);
+      else
+        run_row_normal<false>(step, row, rows, at + row, sums);
+  }
+
+  /* v gets the gradient that reaches x through x_hat = (x - mean) scale, from `d` that reaches x_hat: scale (d - mean of d -
+     x_hat times the mean of d x_hat). */
+  struct Through {
+    V sum{}, product{};
+    float mean, slope, scale;
+    void add(V d, V x_hat) {
+      sum += d;
+      product += d * x_hat;
+    }
+    void close(int64_t count, float by) {
+      mean = sum_lanes(sum) / float(count);
+      slope = sum_lanes(product) / float(count);
+      scale = by;
+    }
+    V operator()(V d, V x_hat) const { return (d - mean - x_hat * slope) * scale; }
+  };
+
+  static constexpr int kParts = 4 * G + 2; /* of each gate gamma_ih, gamma_hh, bias_ih, bias_hh; of the LSTM gamma_c, beta_c */
+
+  float* part(float* sums, int kind, int gate, int64_t block) const { return sums + ((kind * G + gate) * U + block) * W; }
+
+  template <bool kOptions>
+  void run_row_normal(int64_t step, int64_t row, int64_t rows, int64_t at, float* sums) {
+    const ls_options& o = a.options;
+    const float* m = a.saved + steps.total_rows() * sizes.U * saved_row + (row_offset[step] + row) * kRowMoments;
+    const int64_t next = odd(rows) * W;
+    Through of_x, of_h, of_c;
+    if constexpr (kLstm) {
+      for (int64_t block = 0; block < U; ++block) {
+        int units = sizes.units(block);
+        const float* saved = saved_at(step, row, block);
+        V dh = reach<kOptions>(step, row, block);
+        V c_hat = (load(saved + 4 * W) - m[2]) * m[3], gamma = load_part(o.gamma_c + block * W, units);
+        V tanh_c = tanh(c_hat * gamma + load_part(o.beta_c + block * W, units)), gate = load(saved + 3 * W);
+        V d = dh * gate * (1.0f - tanh_c * tanh_c);
+        float* out = dg + block * G * next + at * W;
+        store(out, d * gamma); /* until the whole row's are known */
+        store(out + 3 * next, dh * tanh_c * gate * (1.0f - gate));
+        of_c.add(d * gamma, c_hat);
+        add_to(part(sums, 4, 0, block), d * c_hat);
+        add_to(part(sums, 4, 1, block), d);
+      }
+      of_c.close(H, m[3]);
+    }
+    for (int64_t block = 0; block < U; ++block) {
+      int units = sizes.units(block);
+      const float* saved = saved_at(step, row, block);
+      float* out = dg + block * G * next + at * W;
+      float* out_input = dg_input + block * G * next + at * W;
+      V gates[G], input[G];
+      if constexpr (kLstm) {
+        V dc_row = load(dc + (block * Bp + row) * W) + of_c(load(out), (load(saved + 4 * W) - m[2]) * m[3]);
+        differentiate_lstm<kOptions>(step, row, block, dc_row, gates);
+        gates[3] = load(out + 3 * next);
+      } else {
+        differentiate<kOptions>(step, row, block, reach<kOptions>(step, row, block), gates, input);
+      }
+      for (int gate = 0; gate < G; ++gate) {
+        if (!kGru) input[gate] = gates[gate];
+        int64_t unit = gate * H + block * W;
+        V x_hat = load(saved + (Cell::kSaved + gate) * W), h_hat = load(saved + (Cell::kSaved + G + gate) * W);
+        V dx_hat = input[gate] * load_part(o.gamma_ih + unit, units), dh_hat = gates[gate] * load_part(o.gamma_hh + unit, units);
+        add_to(part(sums, 0, gate, block), input[gate] * x_hat);
+        add_to(part(sums, 1, gate, block), gates[gate] * h_hat);
+        add_to(part(sums, 2, gate, block), input[gate]);
+        if (kGru) add_to(part(sums, 3, gate, block), gates[gate]);
+        of_x.add(dx_hat, x_hat);
+        of_h.add(dh_hat, h_hat);
+        store(out_input + gate * next, dx_hat);
+        store(out + gate * next, dh_hat);
+      }
+    }
+    of_x.close(G * H, m[0]);
+    of_h.close(G * H, m[1]);
+    for (int64_t block = 0; block < U; ++block) {
+      const float* saved = saved_at(step, row, block) + Cell::kSaved * W;
+      float* out = dg + block * G * next + at * W;
+      float* out_input = dg_input + block * G * next + at * W;
+      for (int gate = 0; gate < G; ++gate) {
+        store(out_input + gate * next, of_x(load(out_input + gate * next), load(saved + gate * W)));
+        store(out + gate * next, of_h(load(out + gate * next), load(saved + (G + gate) * W)));
+      }
+    }
+  }
+
+  static void add_to(float* p, V v) { store(p, load(p) + v); }
+
+  /* The gradients of gains and biases, own units, from all threads' parts. */
+  void sum_parts(const Team& team, int count) {
+    for (int64_t block = first_block(team); block < last_block(team); ++block) {
+      int units = sizes.units(block);
+      for (int gate = 0; gate < G; ++gate) {
+        float* of[] = {a.dgamma_ih, a.dgamma_hh, a.dbias_ih, a.dbias_hh};
+        for (int kind = 0; kind < 4; ++kind)
+          if (of[kind]) sum_part(of[kind] + gate * H + block * W, kind == 3 && !kGru ? 2 : kind, gate, block, units, count);
+      }
+      if (kLstm && a.dgamma_c) sum_part(a.dgamma_c + block * W, 4, 0, block, units, count);
+      if (kLstm && a.dbeta_c) sum_part(a.dbeta_c + block * W, 4, 1, block, units, count);
+    }
+  }
+
+  void sum_part(float* to, int kind, int gate, int64_t block, int units, int count) {
+    V sum{};
+    for (int thread = 0; thread < count; ++thread) sum += load(part(parts + thread * kParts * U * W, kind, gate, block));
+    store_part(to, sum, units);
   }
 
   /* h before a step: what the step before it put out, or h0. */
@@ -454,6 +611,7 @@ struct Backward {
       if (a.dweight_ih) outer_columns(block, end, dg_input, rows, x_columns, I, a.dweight_ih, add);
       if (a.dweight_hh) outer_columns(block, end, dg, rows, h_columns, H, a.dweight_hh, add);
     }
+    if (normal) return; /* sum_parts has the biases' */
     if (a.dbias_ih) sum_rows(team, dg_input, rows, a.dbias_ih, add);
     if (a.dbias_hh) sum_rows(team, dg, rows, a.dbias_hh, add);
   }

@@ -6,12 +6,17 @@
      chunk:  x -> blocked copy   | all wait |   xg = bias + x W_ih   (own panels)
      step:   gates = xg + h W_hh -> activations -> c, h, y, saved    (own panels)   | all wait |
 
+   With layer normalisation a row's gates need the whole row, so a step has two parts:
+
+     step:   hg = h W_hh   (own panels)   | all wait |   gates = norm(xg) + norm(hg) -> ... (own rows)   | all wait |
+
    A team divides the panels; several teams divide the batch's rows and never wait for each other. */
 
 #ifndef LONGSHORT_FORWARD_H
 #define LONGSHORT_FORWARD_H
 
 #include "layout.h"
+#include "normal.h"
 
 namespace ls {
 namespace LS_TARGET {
@@ -20,6 +25,7 @@ template <class Cell>
 struct Forward {
   static constexpr int N = panel_vectors<Cell>();
   static constexpr int NW = N * W;
+  static constexpr int G = Cell::kGates;
   static constexpr bool kLstm = Cell::kCell == LS_LSTM, kGru = Cell::kCell == LS_GRU;
 
   const ls_forward_args& a;
@@ -29,7 +35,8 @@ struct Forward {
   int64_t Bp;         /* rows that a blocked array of states has room for */
   int threads, teams, team_size;
   int64_t chunk_rows; /* rows of a chunk, over all its steps */
-  bool options, raw_differs;
+  bool options, raw_differs, normal;
+  int64_t saved_row; /* floats that a row of a unit block saves */
   bool direct;        /* the weights are read as they lie; h has its rows one after the other then */
   int64_t h_row, h_block;
   const float* packed;
@@ -42,6 +49,7 @@ struct Forward {
   float* c;      /* blocked [U][Bp][W] */
   float* x;      /* a team's chunk, blocked [input block][row][W] */
   float* xg;     /* a team's chunk [panel][row][N W] */
+  float* hg;     /* with layer normalisation, W_hh h of a step [panel][row][N W] */
   Team::Shared* shared;
 
   Forward(const ls_forward_args& args)
@@ -50,6 +58,8 @@ struct Forward {
     const ls_options& o = a.options;
     raw_differs = o.h_mask || o.resets;
     options = raw_differs || o.zoneout_mask || o.zoneout != 0.0f;
+    normal = o.gamma_ih;
+    saved_row = saved_vectors<Cell>(normal) * W;
     /* Sums have another order then, so only where no call without gradients must give the same bits. */
     direct = a.saved && !a.packed && reads_direct(a.shape, steps.total_rows(), false);
     h_row = direct ? sizes.U * W + W : W;
@@ -82,6 +92,7 @@ struct Forward {
     c = kLstm ? arena.array(state) : nullptr;
     x = direct ? nullptr : arena.array(teams * sizes.input_blocks * odd(chunk_rows) * W);
     xg = arena.array(teams * sizes.panels * chunk_rows * NW);
+    hg = normal ? arena.array(sizes.panels * Bp * NW) : nullptr;
     row_offset = reinterpret_cast<int64_t*>(arena.array(2 * T));
     shared = reinterpret_cast<Team::Shared*>(arena.array(int64_t(sizeof(Team::Shared) / 4) * (teams + 1)));
     return arena.floats();
@@ -168,6 +179,10 @@ struct Forward {
           run_step_direct(team, step, row0, n, rows, xg_chunk + row_in_chunk * NW);
         else
           run_step(team, step, row0, n, rows, xg_chunk + row_in_chunk * NW);
+        if (normal) {
+          if (!team.wait()) return;
+          finish_rows(team, step, row0, n, rows, xg_chunk + row_in_chunk * NW);
+        }
         row_in_chunk += n;
         if (!team.wait()) return;
       }
@@ -229,7 +244,7 @@ struct Forward {
     Tiles tiles(rows, max_rows<N>());
     for (int64_t i = 0; i < panels.count(); ++i) {
       int64_t panel = first + panels.index(i);
-      float* biases = const_cast<float*>(panels.at(i)) - sizes.bias_floats();
+      float* biases = normal ? nullptr : const_cast<float*>(biases_of(panel));
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         int64_t row = tiles.begin(tile);
         multiply_rows<N>(tiles.size(tile), blocks, x_chunk + row * W, odd(rows) * W, panels.at(i), Place{biases, 0, W},
@@ -241,10 +256,10 @@ struct Forward {
   void multiply_inputs_direct(const Team& team, int64_t first, int64_t last, int64_t row0, int64_t row1, int64_t rows,
                               float* xg_chunk) {
     for (int64_t panel = team.begin(sizes.panels); panel < team.end(sizes.panels); ++panel) {
-      const float* biases = own_packed + panel * sizes.bias_floats();
+      const float* biases = biases_of(panel);
       float* xg_panel = xg_chunk + panel * rows * NW;
       for (int64_t row = 0; row < rows; ++row)
-        for (int n = 0; n < N; ++n) store(xg_panel + row * NW + n * W, load(biases + n * W));
+        for (int n = 0; n < N; ++n) store(xg_panel + row * NW + n * W, normal ? V{} : load(biases + n * W));
       for (int n = 0; n < N; ++n) {
         int64_t block = panel * Cell::kUnits + n % Cell::kUnits;
         int units = sizes.units(block);
@@ -271,24 +286,25 @@ struct Forward {
     int64_t first = team.begin(sizes.panels), count = team.end(sizes.panels) - first;
     for (int64_t i = 0; i < count; ++i) {
       int64_t panel = first + (step & 1 ? count - 1 - i : i); /* in turns: what was read last is still at hand */
-      const float* hidden_bias = own_packed + panel * sizes.bias_floats() + 3 * W;
+      const float* hidden_bias = biases_of(panel) + 3 * W;
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         int64_t row = tiles.begin(tile);
         int rows = tiles.size(tile);
         const float* xg_tile = xg_rows + (panel * chunk + row) * NW;
         for (int r = 0; r < rows; ++r)
           for (int n = 0; n < N; ++n)
-            store(sums + r * NW + n * W, load(kGru && n == 2 ? hidden_bias : xg_tile + r * NW + n * W));
+            store(sums + r * NW + n * W,
+                  normal ? V{} : load(kGru && n == 2 ? hidden_bias : xg_tile + r * NW + n * W));
         for (int n = 0; n < N; ++n) {
           int64_t block = panel * Cell::kUnits + n % Cell::kUnits;
           int units = sizes.units(block);
           const float* weight = a.weight_hh + (n / Cell::kUnits * H + block * W) * H;
           if (units) dot_rows(rows, H, h[step & 1] + (row0 + row) * h_row, h_row, weight, H, units, sums + n * W, NW);
         }
-        if (options)
-          finish_tile<true>(step, panel, row0 + row, rows, sums, xg_tile);
+        if (normal)
+          __builtin_memcpy(hg_at(panel, row0 + row), sums, size_t(rows * NW) * sizeof(float));
         else
-          finish_tile<false>(step, panel, row0 + row, rows, sums, xg_tile);
+          finish_tile(step, panel, row0 + row, rows, sums, xg_tile);
       }
     }
   }
@@ -303,10 +319,15 @@ struct Forward {
     alignas(64) float sums[kAccumulators * W];
     for (int64_t i = 0; i < panels.count(); ++i) {
       int64_t panel = first + panels.index(i);
-      const float* hidden_bias = panels.at(i) - before_hidden + 3 * W; /* the GRU's */
+      const float* hidden_bias = biases_of(panel) + 3 * W; /* the GRU's */
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         int64_t row = tiles.begin(tile);
         int rows = tiles.size(tile);
+        if (normal) {
+          multiply_rows<N>(rows, blocks, h[step & 1] + (row0 + row) * W, Bp * W, panels.at(i), Place{nullptr, 0, 0},
+                           Place{hg_at(panel, row0 + row), NW, W}, panels.ahead(i, tile, tiles.count, blocks));
+          continue;
+        }
         const float* xg_tile = xg_rows + (panel * chunk + row) * NW;
         Place start = {const_cast<float*>(xg_tile), NW, W};
         if (kGru) { /* n starts from its own hidden bias: r multiplies the sum before the input's share is added */
@@ -319,24 +340,33 @@ struct Forward {
         }
         multiply_rows<N>(rows, blocks, h[step & 1] + (row0 + row) * W, Bp * W, panels.at(i), start, Place{sums, NW, W},
                          panels.ahead(i, tile, tiles.count, blocks));
-        if (options)
-          finish_tile<true>(step, panel, row0 + row, rows, sums, xg_tile);
-        else
-          finish_tile<false>(step, panel, row0 + row, rows, sums, xg_tile);
+        finish_tile(step, panel, row0 + row, rows, sums, xg_tile);
       }
     }
   }
 
+  const float* biases_of(int64_t panel) const {
+    return packed + panel * (direct ? sizes.bias_floats() : sizes.panel_floats());
+  }
+
+  float* hg_at(int64_t panel, int64_t row) const { return hg + (panel * Bp + row) * NW; }
+
+  void finish_tile(int64_t step, int64_t panel, int64_t row, int rows, float* sums, const float* xg_tile) {
+    if (options)
+      finish_tile_rows<true>(step, panel, row, rows, sums, xg_tile);
+    else
+      finish_tile_rows<false>(step, panel, row, rows, sums, xg_tile);
+  }
+
   /* From the sums of a tile to the state after the step. */
   template <bool kOptions>
-  void finish_tile(int64_t step, int64_t panel, int64_t row, int rows, float* sums, const float* xg_tile) {
-    int64_t t = steps.time(step);
+  void finish_tile_rows(int64_t step, int64_t panel, int64_t row, int rows, float* sums, const float* xg_tile) {
     for (int unit = 0; unit < Cell::kUnits; ++unit) {
       int64_t block = panel * Cell::kUnits + unit;
       int units = sizes.units(block);
-      float* saved = a.saved ? a.saved + saved_offset<Cell>(sizes, row_offset[step], steps.rows(step), block, row) : nullptr;
+      float* saved = saved_at(step, block, row);
       if (!units) { /* nothing reads it, but the same calls leave the same bytes */
-        if (saved) clear(saved, rows * Cell::kSaved * W);
+        if (saved) clear(saved, rows * saved_row);
         continue;
       }
       /* Lanes without a unit are 0 times the input, which is NaN where that is infinite: they must not reach W_hh. */
@@ -347,54 +377,153 @@ struct Forward {
             store(g, first_lanes(load(g), units));
           }
       for (int r = 0; r < rows; ++r) {
-        const float* g = sums + r * NW + unit * W;
-        int64_t at = (block * Bp + row + r) * W;
-        V before = load(raw[step & 1] + h_at(block, row + r));
-        bool reset = kOptions && is_reset(step, row + r);
-        if (reset) before = V{};
-        V after;
-        if constexpr (kLstm) {
-          V i = sigmoid(load(g)), f = sigmoid(load(g + W)), candidate = tanh(load(g + 2 * W)), o = sigmoid(load(g + 3 * W));
-          V c_before = reset ? V{} : load(c + at);
-          V c_after = f * c_before + i * candidate;
-          after = o * tanh(c_after);
-          store(c + at, c_after);
-          if (saved) {
-            store(saved, i);
-            store(saved + W, f);
-            store(saved + 2 * W, candidate);
-            store(saved + 3 * W, o);
-            store(saved + 4 * W, c_after);
-          }
-        } else if constexpr (kGru) {
-          V hidden = load(g + 2 * W);
-          V r_gate = sigmoid(load(g)), z = sigmoid(load(g + W));
-          V n = tanh(load_part(xg_tile + r * NW + 2 * W, units) + r_gate * hidden);
-          after = n + z * (before - n);
-          if (saved) {
-            store(saved, r_gate);
-            store(saved + W, z);
-            store(saved + 2 * W, n);
-            store(saved + 3 * W, hidden);
-          }
-        } else {
-          after = Cell::kCell == LS_RNN_TANH ? tanh(load(g)) : relu(load(g));
-          if (saved) store(saved, after);
+        V gates[G], hidden{};
+        for (int gate = 0; gate < G; ++gate) gates[gate] = load(sums + r * NW + (gate * Cell::kUnits + unit) * W);
+        if constexpr (kGru) {
+          hidden = gates[2];
+          gates[2] = load_part(xg_tile + r * NW + 2 * W, units);
         }
-        if (saved) saved += Cell::kSaved * W;
-        if constexpr (kOptions) {
-          const ls_options& o = a.options;
-          V zoneout = splat(o.zoneout);
-          if (o.zoneout_mask)
-            zoneout = load_part(o.zoneout_mask + (t * B + steps.batch_row(row + r)) * H + block * W, units);
-          after = after + zoneout * (before - after);
-          if (raw_differs) store(raw[(step + 1) & 1] + h_at(block, row + r), after);
-          store(h[(step + 1) & 1] + h_at(block, row + r), seen(after, step + 1, row + r, block, units));
-        } else {
-          store(h[(step + 1) & 1] + h_at(block, row + r), after);
-        }
-        store_part(a.y + steps.offset(t, row + r, a.y_step, a.y_row) + block * W, after, units);
+        V before = h_before<kOptions>(step, row + r, block);
+        V after = run_cell<kOptions>(step, row + r, block, gates, hidden, before, saved);
+        if constexpr (kLstm) after = gates[3] * tanh(after);
+        put<kOptions>(step, row + r, block, units, before, after);
+        if (saved) saved += saved_row;
       }
+    }
+  }
+
+  float* saved_at(int64_t step, int64_t block, int64_t row) const {
+    return a.saved ? a.saved + saved_offset(sizes, saved_row, row_offset[step], steps.rows(step), block, row) : nullptr;
+  }
+
+  template <bool kOptions>
+  V h_before(int64_t step, int64_t row, int64_t block) const {
+    return kOptions && is_reset(step, row) ? V{} : load(raw[step & 1] + h_at(block, row));
+  }
+
+  /* Runs the activations of one row's unit block on its sums. `hidden`: the GRU's W_hn h + b_hn. Gives h after the step; for
+     the LSTM c, which is brought forward, and o in gates[3]. */
+  template <bool kOptions>
+  V run_cell(int64_t step, int64_t row, int64_t block, V* gates, V hidden, V before, float* saved) {
+    if constexpr (kLstm) {
+      V i = sigmoid(gates[0]), f = sigmoid(gates[1]), g = tanh(gates[2]), o = sigmoid(gates[3]);
+      float* p = c + (block * Bp + row) * W;
+      V c_before = kOptions && is_reset(step, row) ? V{} : load(p);
+      V c_after = f * c_before + i * g;
+      store(p, c_after);
+      if (saved) {
+        store(saved, i);
+        store(saved + W, f);
+        store(saved + 2 * W, g);
+        store(saved + 3 * W, o);
+        store(saved + 4 * W, c_after);
+      }
+      gates[3] = o;
+      return c_after;
+    } else if constexpr (kGru) {
+      V r = sigmoid(gates[0]), z = sigmoid(gates[1]);
+      V n = tanh(gates[2] + r * hidden);
+      if (saved) {
+        store(saved, r);
+        store(saved + W, z);
+        store(saved + 2 * W, n);
+        store(saved + 3 * W, hidden);
+      }
+      return n + z * (before - n);
+    } else {
+      V after = Cell::kCell == LS_RNN_TANH ? tanh(gates[0]) : relu(gates[0]);
+      if (saved) store(saved, after);
+      return after;
+    }
+  }
+
+  /* Hands on what a step made of h. */
+  template <bool kOptions>
+  void put(int64_t step, int64_t row, int64_t block, int units, V before, V after) {
+    int64_t t = steps.time(step);
+    if constexpr (kOptions) {
+      const ls_options& o = a.options;
+      V zoneout = splat(o.zoneout);
+      if (o.zoneout_mask)
+        zoneout = load_part(o.zoneout_mask + (t * B + steps.batch_row(row)) * H + block * W, units);
+      after = after + zoneout * (before - after);
+      if (raw_differs) store(raw[(step + 1) & 1] + h_at(block, row), after);
+      store(h[(step + 1) & 1] + h_at(block, row), seen(after, step + 1, row, block, units));
+    } else {
+      store(h[(step + 1) & 1] + h_at(block, row), after);
+    }
+    store_part(a.y + steps.offset(t, row, a.y_step, a.y_row) + block * W, after, units);
+  }
+
+  /* Own rows of a step whose products are ready, with layer normalisation. */
+  void finish_rows(const Team& team, int64_t step, int64_t row0, int64_t n, int64_t chunk, float* xg_rows) {
+    for (int64_t row = team.begin(n); row < team.end(n); ++row)
+      if (options)
+        finish_row<true>(step, row0 + row, chunk * NW, xg_rows + row * NW);
+      else
+        finish_row<false>(step, row0 + row, chunk * NW, xg_rows + row * NW);
+  }
+
+  /* One row: its shares of the gates from input and state lie in panels `x_panel` and Bp N W floats apart. */
+  template <bool kOptions>
+  void finish_row(int64_t step, int64_t row, int64_t x_panel, const float* x_gates) {
+    const ls_options& o = a.options;
+    const int64_t h_panel = Bp * NW;
+    float* h_gates = hg_at(0, row);
+    Moments of_x = moments<Cell, N>(sizes, x_gates, x_panel), of_h = moments<Cell, N>(sizes, h_gates, h_panel), of_c{};
+    for (int64_t panel = 0; panel < sizes.panels; ++panel)
+      for (int unit = 0; unit < Cell::kUnits; ++unit) {
+        int64_t block = panel * Cell::kUnits + unit;
+        int units = sizes.units(block);
+        float* saved = saved_at(step, block, row);
+        if (!units) {
+          if (saved) clear(saved, saved_row);
+          continue;
+        }
+        const float* biases = biases_of(panel);
+        V gates[G], hidden{};
+        for (int gate = 0; gate < G; ++gate) {
+          int n = gate * Cell::kUnits + unit;
+          int64_t at = gate * H + block * W;
+          V x_hat = of_x.normalise(load(x_gates + panel * x_panel + n * W));
+          V h_hat = of_h.normalise(load(h_gates + panel * h_panel + n * W));
+          if (saved) {
+            store(saved + (Cell::kSaved + gate) * W, x_hat);
+            store(saved + (Cell::kSaved + G + gate) * W, h_hat);
+          }
+          V from_x = x_hat * load_part(o.gamma_ih + at, units) + load(biases + n * W);
+          V from_h = h_hat * load_part(o.gamma_hh + at, units);
+          if (kGru && gate == 2) {
+            gates[gate] = from_x;
+            hidden = from_h + load(biases + 3 * W);
+          } else {
+            gates[gate] = from_x + from_h;
+          }
+        }
+        V before = h_before<kOptions>(step, row, block);
+        V after = run_cell<kOptions>(step, row, block, gates, hidden, before, saved);
+        if constexpr (kLstm)
+          store(h_gates + panel * h_panel, gates[3]); /* the output waits for the whole row's c */
+        else
+          put<kOptions>(step, row, block, units, before, after);
+      }
+    if constexpr (kLstm) {
+      const float* c_row = c + row * W;
+      of_c = moments<Cell, 1>(sizes, c_row, Bp * W);
+      for (int64_t block = 0; block < sizes.panels; ++block) {
+        int units = sizes.units(block);
+        V c_hat = of_c.normalise(load(c_row + block * Bp * W));
+        V read = c_hat * load_part(o.gamma_c + block * W, units) + load_part(o.beta_c + block * W, units);
+        V after = load(h_gates + block * h_panel) * tanh(read);
+        put<kOptions>(step, row, block, units, h_before<kOptions>(step, row, block), after);
+      }
+    }
+    if (a.saved) {
+      float* to = a.saved + steps.total_rows() * sizes.U * saved_row + (row_offset[step] + row) * kRowMoments;
+      to[0] = of_x.scale;
+      to[1] = of_h.scale;
+      to[2] = of_c.mean;
+      to[3] = of_c.scale;
     }
   }
 

@@ -15,7 +15,7 @@ struct Target {
   const char* name;
   int32_t (*forward)(const ls_forward_args*);
   int32_t (*backward)(const ls_backward_args*);
-  int64_t (*saved_floats)(const ls_shape*);
+  int64_t (*saved_floats)(const ls_shape*, bool layer_norm);
   int64_t (*packed_floats)(int32_t cell, int64_t I, int64_t H);
   void (*pack)(int32_t cell, int64_t I, int64_t H, const float* weight_ih, const float* weight_hh, const float* bias_ih,
                const float* bias_hh, float* packed);

@@ -20,15 +20,16 @@ static int32_t forward(const ls_forward_args* args) { return run<Forward>(args);
 static int32_t backward(const ls_backward_args* args) { return run<Backward>(args); }
 
 template <class Cell>
-static int64_t saved_floats_of(const ls_shape& shape) {
-  return Steps(shape).total_rows() * Sizes<Cell>(shape.I, shape.H).U * Cell::kSaved * W;
+static int64_t saved_floats_of(const ls_shape& shape, bool normal) {
+  int64_t row = Sizes<Cell>(shape.I, shape.H).U * saved_vectors<Cell>(normal) * W + (normal ? kRowMoments : 0);
+  return Steps(shape).total_rows() * row;
 }
 
-static int64_t saved_floats(const ls_shape* shape) {
+static int64_t saved_floats(const ls_shape* shape, bool normal) {
   switch (shape->cell) {
-    case LS_GRU: return saved_floats_of<Gru>(*shape);
-    case LS_LSTM: return saved_floats_of<Lstm>(*shape);
-    default: return saved_floats_of<RnnTanh>(*shape);
+    case LS_GRU: return saved_floats_of<Gru>(*shape, normal);
+    case LS_LSTM: return saved_floats_of<Lstm>(*shape, normal);
+    default: return saved_floats_of<RnnTanh>(*shape, normal);
   }
 }
 

@@ -100,10 +100,20 @@ static inline void clear_past_ends(const Steps& steps, int64_t first, int64_t la
       __builtin_memset(p + steps.offset(t, row, step_stride, row_stride), 0, size_t(floats) * sizeof(float));
 }
 
-/* What the forward pass saves: [step][unit block][row][kSaved][W], steps in the order in which they are run. */
+/* What the forward pass saves: [step][unit block][row][vectors][W], steps in the order in which they are run. With layer
+   normalisation W_ih x and W_hh h follow the cell's own vectors, normalised but without gain, and at the end there are four
+   numbers for every row of every step: the scales of W_ih x and W_hh h, and mean and scale of c. */
+constexpr int kRowMoments = 4;
+
 template <class Cell>
-static inline int64_t saved_offset(const Sizes<Cell>& sizes, int64_t rows_before, int64_t rows, int64_t block, int64_t row) {
-  return (rows_before * sizes.U + block * rows + row) * Cell::kSaved * W;
+constexpr int64_t saved_vectors(bool normal) {
+  return Cell::kSaved + (normal ? 2 * Cell::kGates : 0);
+}
+
+template <class Cell>
+static inline int64_t saved_offset(const Sizes<Cell>& sizes, int64_t saved_row, int64_t rows_before, int64_t rows,
+                                   int64_t block, int64_t row) {
+  return (rows_before * sizes.U + block * rows + row) * saved_row;
 }
 
 /* Whether a call reads the weights as they lie, because packing them would cost more than it saves. The sizes at which that

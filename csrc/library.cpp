@@ -93,7 +93,12 @@ bool is_shape(const ls_shape& s) {
 /* Whether there is no step at all: then nothing but states and padding is read or written. */
 bool is_empty(const ls_shape& s) { return s.T == 0 || s.B == 0 || (s.counts && s.counts[0] == 0); }
 
-bool are_options(const ls_options& o) { return o.zoneout >= 0.0f && o.zoneout <= 1.0f; }
+bool are_options(const ls_options& o, int32_t cell) {
+  bool lstm = cell == LS_LSTM;
+  bool normal = o.gamma_ih && o.gamma_hh && (!lstm || (o.gamma_c && o.beta_c));
+  bool plain = !o.gamma_ih && !o.gamma_hh && !(lstm && (o.gamma_c || o.beta_c));
+  return o.zoneout >= 0.0f && o.zoneout <= 1.0f && (normal || plain);
+}
 
 /* `sum` with `count` values mixed in, spread over all n. */
 uint64_t sample(const float* values, int64_t n, int64_t count, uint64_t sum) {
@@ -128,9 +133,9 @@ int32_t ls_set_target(int32_t target) {
 int32_t ls_set_threading(int32_t openmp) { return set_threading(openmp != 0) ? LS_OK : LS_BAD_ARGUMENT; }
 int32_t ls_threading(void) { return uses_openmp(); }
 
-int64_t ls_saved_floats(const ls_shape* shape) {
+int64_t ls_saved_floats(const ls_shape* shape, int32_t layer_norm) {
   const Target* target = shape && is_shape(*shape) ? find(shape->target) : nullptr;
-  return target ? target->saved_floats(shape) : -1;
+  return target ? target->saved_floats(shape, layer_norm != 0) : -1;
 }
 
 int64_t ls_packed_floats(int32_t cell, int64_t I, int64_t H, int32_t target) {
@@ -157,7 +162,7 @@ uint64_t ls_sample(int32_t cell, int64_t I, int64_t H, const float* weight_ih, c
 }
 
 int32_t ls_forward(const ls_forward_args* args) {
-  if (!args || !is_shape(args->shape) || !are_options(args->options)) return LS_BAD_ARGUMENT;
+  if (!args || !is_shape(args->shape) || !are_options(args->options, args->shape.cell)) return LS_BAD_ARGUMENT;
   const Target* target = find(args->shape.target);
   bool empty = is_empty(args->shape);
   bool weights = args->packed || ((args->weight_ih || !args->shape.I) && args->weight_hh);
@@ -166,7 +171,7 @@ int32_t ls_forward(const ls_forward_args* args) {
 }
 
 int32_t ls_backward(const ls_backward_args* args) {
-  if (!args || !is_shape(args->shape) || !are_options(args->options)) return LS_BAD_ARGUMENT;
+  if (!args || !is_shape(args->shape) || !are_options(args->options, args->shape.cell)) return LS_BAD_ARGUMENT;
   const Target* target = find(args->shape.target);
   bool empty = is_empty(args->shape);
   bool inputs = args->saved && args->y && (args->x || !args->shape.I) && (args->weight_ih || !args->shape.I || !args->dx) &&

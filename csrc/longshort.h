@@ -35,7 +35,7 @@
 extern "C" {
 #endif
 
-#define LS_ABI_VERSION 1
+#define LS_ABI_VERSION 2
 
 enum ls_cell { LS_RNN_TANH = 0, LS_RNN_RELU = 1, LS_GRU = 2, LS_LSTM = 3 };
 
@@ -69,6 +69,13 @@ typedef struct {
   float zoneout;             /* the same for every unit and step, from 0 to 1 */
   int32_t reserved;
   const uint8_t* resets;     /* T x B: where not 0, the row's state is zero before step t; NULL: nowhere */
+  /* Layer normalisation: (W_ih x) and (W_hh h), each over its whole row of G H, become gamma (v - mean) / sqrt(variance +
+     1e-5); the biases are added afterwards. The LSTM's output reads c normalised so, times gamma_c plus beta_c. All that
+     the cell has, or none. */
+  const float* gamma_ih;     /* G H */
+  const float* gamma_hh;     /* G H */
+  const float* gamma_c;      /* H, LSTM */
+  const float* beta_c;       /* H, LSTM */
 } ls_options;
 
 typedef struct {
@@ -114,6 +121,10 @@ typedef struct {
   float* dbias_hh;   /* G H */
   float* dh0;        /* B x H */
   float* dc0;        /* B x H */
+  float* dgamma_ih;  /* G H; of layer normalisation, as the three below */
+  float* dgamma_hh;  /* G H */
+  float* dgamma_c;   /* H */
+  float* dbeta_c;    /* H */
   int32_t accumulate_dx; /* not 0: added to what is in dx */
   int32_t reserved;
 } ls_backward_args;
@@ -135,8 +146,9 @@ LS_API int32_t ls_set_target(int32_t target);
 LS_API int32_t ls_set_threading(int32_t openmp);
 LS_API int32_t ls_threading(void);
 
-/* Floats that the forward pass saves for the backward pass; that ls_pack writes. -1: a bad argument. */
-LS_API int64_t ls_saved_floats(const ls_shape* shape);
+/* Floats that the forward pass saves for the backward pass, without or with layer normalisation; that ls_pack writes.
+   -1: a bad argument. */
+LS_API int64_t ls_saved_floats(const ls_shape* shape, int32_t layer_norm);
 LS_API int64_t ls_packed_floats(int32_t cell, int64_t I, int64_t H, int32_t target);
 
 /* Lay out weights as the forward pass reads them: of use where the same weights serve many calls. `packed` is valid for the

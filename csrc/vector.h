@@ -74,6 +74,19 @@ static inline V first_lanes(V v, int n) {
   return lane < n ? v : V{};
 }
 
+static inline float sum_lanes(V v) {
+  typedef float Quarter __attribute__((vector_size(16)));
+  float lanes[W];
+  store(lanes, v);
+  Quarter sum{};
+  for (int i = 0; i < W; i += 4) {
+    Quarter part;
+    __builtin_memcpy(&part, lanes + i, sizeof part);
+    sum += part;
+  }
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

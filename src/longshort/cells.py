@@ -228,6 +228,10 @@ class Sequences:
         return self.valid_TB.flatten().nonzero().squeeze(1)
 
 
+GAINS = ("gamma_ih", "gamma_hh", "gamma_c", "beta_c")
+"""The fields of `Options` that layer normalisation has, the last two for the LSTM alone."""
+
+
 @dataclass(frozen=True)
 class Options:
     """What one layer and direction has beside its weights, in one call.
@@ -271,8 +275,13 @@ class Options:
     @property
     def parameters(self) -> tuple[Tensor, ...]:
         """Those tensors that may want gradients."""
-        names = ("gamma_ih", "gamma_hh", "gamma_c", "beta_c", "weight_ci", "weight_cf", "weight_co")
+        names = (*GAINS, "weight_ci", "weight_cf", "weight_co")
         return tuple(tensor for name in names if (tensor := getattr(self, name)) is not None)
+
+    @property
+    def gains(self) -> tuple[Tensor, ...]:
+        """Those of layer normalisation, in the order of `GAINS`."""
+        return tuple(tensor for name in GAINS if (tensor := getattr(self, name)) is not None)
 
     def step_of(self, cell: Cell) -> Step:
         """Return the step of `cell` with these options."""

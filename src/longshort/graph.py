@@ -22,9 +22,9 @@ from longshort.cells import Options, Readings, Sequences, Stack, State
 _LAYER = (
     "Tensor x, Tensor? h_0, Tensor? c_0, Tensor[] weights, str cell, int hidden_size, int directions, bool bias, "
     "bool batch_first, Tensor? counts, Tensor? order, SymInt batch_size, bool packed, Tensor?[] h_masks, "
-    "Tensor?[] zoneout_masks, float zoneout, Tensor?[] resets, int target"
+    "Tensor?[] zoneout_masks, float zoneout, Tensor?[] resets, int target, bool layer_norm"
 )
-_NUM_LAYER = 18
+_NUM_LAYER = 19
 _library: Any = torch.library.Library("longshort", "DEF")  # type: ignore[no-untyped-call]
 _library.define(f"layer({_LAYER}, bool save) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
@@ -36,7 +36,7 @@ _library.define(
 def _call(arguments: Sequence[Any]) -> tuple[Tensor, State | None, list[Tensor], ops.Call]:
     """Return x, state, weights and the rest, from the arguments that both operations share."""
     x, h_0, c_0, weights, cell, hidden_size, directions, bias, batch_first, counts, order, batch_size = arguments[:12]
-    packed, h_masks, zoneout_masks, zoneout, resets, target = arguments[12:_NUM_LAYER]
+    packed, h_masks, zoneout_masks, zoneout, resets, target, layer_norm = arguments[12:_NUM_LAYER]
     state = None if h_0 is None else (h_0,) if c_0 is None else (h_0, c_0)
     sequences = None if counts is None else Sequences(counts, order, batch_size, packed)
     options: tuple[Options, ...] = ()
@@ -45,7 +45,7 @@ def _call(arguments: Sequence[Any]) -> tuple[Tensor, State | None, list[Tensor],
             Options(h_mask_BH=h_mask, zoneout_mask_TBH=zoneout_mask, zoneout=zoneout, resets_TB=reset).contiguous()
             for h_mask, zoneout_mask, reset in zip(h_masks, zoneout_masks, resets, strict=True)
         )
-    call = ops.Call(cell, hidden_size, directions, bias, batch_first, sequences, options, target)
+    call = ops.Call(cell, hidden_size, directions, bias, batch_first, sequences, options, target, layer_norm)
     state = None if state is None else tuple(tensor.contiguous() for tensor in state)
     return ops.rows(x), state, [weight.contiguous() for weight in weights], call
 
@@ -56,15 +56,15 @@ def _size(x: Tensor, batch_first: bool, counts: Tensor | None, batch_size: int) 
     return (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
 
 
-def _saved_floats(cell: str, H: int, T: int, B: int, target: int) -> int:
+def _saved_floats(cell: str, H: int, T: int, B: int, target: int, layer_norm: bool) -> int:
     """Return what one direction saves, for all rows of all steps, also those that there are not."""
-    return T * B * ops.saved_floats_a_row(cell, H, target)
+    return T * B * ops.saved_floats_a_row(cell, H, target, layer_norm)
 
 
 def _layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     save = arguments[_NUM_LAYER]
     x, state, weights, call = _call(arguments)
-    floats = _saved_floats(call.cell, call.H, *call.size(x), call.target) if save else 0
+    floats = _saved_floats(call.cell, call.H, *call.size(x), call.target, call.layer_norm) if save else 0
     saved = x.new_empty(call.directions, floats)
     y, after = ops.forward(call, x, state, weights, saved.unbind() if save else ())
     if save and call.sequences is not None:  # what the absent steps leave unwritten
@@ -74,10 +74,10 @@ def _layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _layer_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, _, _, _, cell, H, D, _, batch_first, counts, _, batch_size = arguments[:12]
-    target, save = arguments[_NUM_LAYER - 1 : _NUM_LAYER + 1]
+    target, layer_norm, save = arguments[_NUM_LAYER - 2 : _NUM_LAYER + 1]
     T, B = _size(x, batch_first, counts, batch_size)
     state = x.new_empty(D, B, H)
-    floats = _saved_floats(cell, H, T, B, target) if save else 0
+    floats = _saved_floats(cell, H, T, B, target, layer_norm) if save else 0
     c_n = state.new_empty(D, B, H) if cell == "lstm" else x.new_empty(0)
     return x.new_empty(*x.shape[:-1], D * H), state, c_n, x.new_empty(D, floats)
 
@@ -173,8 +173,8 @@ def run_graph(
         rows = (sequences.counts, sequences.order, sequences.batch_size, sequences.packed)
     h_n, c_n = [], []
     for layer in range(layers):
-        own = list(weights[layer * per_layer : (layer + 1) * per_layer])
         having = options[layer * D : (layer + 1) * D]
+        own, layer_norm = ops.join_gains(D, weights[layer * per_layer : (layer + 1) * per_layer], having)
         before = [None, None] if state is None else [tensor[layer * D : (layer + 1) * D] for tensor in state]
         x, h, c, _ = torch.ops.longshort.layer(
             x,
@@ -192,6 +192,7 @@ def run_graph(
             having[0].zoneout if having else 0.0,
             [each.resets_TB for each in having],
             target,
+            layer_norm,
             grad,
         )
         h_n.append(h)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float32]
     Ints = NDArray[np.int64]
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 OK, OUT_OF_MEMORY, BAD_ARGUMENT = 0, 1, 2
 CELLS = {"rnn": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
 """Each cell that has native kernels, and its number in the library."""
@@ -64,7 +64,7 @@ class LayerOptions(ctypes.Structure):
         ("zoneout_mask", _pointer),
         ("zoneout", ctypes.c_float),
         ("reserved", _i32),
-        ("resets", _pointer),
+        *((name, _pointer) for name in ("resets", "gamma_ih", "gamma_hh", "gamma_c", "beta_c")),
     )
 
 
@@ -106,6 +106,7 @@ class BackwardArgs(ctypes.Structure):
         ("dx_step", _i64),
         ("dx_row", _i64),
         *((name, _pointer) for name in ("dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh", "dh0", "dc0")),
+        *((name, _pointer) for name in ("dgamma_ih", "dgamma_hh", "dgamma_c", "dbeta_c")),
         ("accumulate_dx", _i32),
         ("reserved", _i32),
     )
@@ -123,7 +124,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ls_set_target": (_i32, (_i32,)),
     "ls_set_threading": (_i32, (_i32,)),
     "ls_threading": (_i32, ()),
-    "ls_saved_floats": (_i64, (_pointer,)),
+    "ls_saved_floats": (_i64, (_pointer, _i32)),
     "ls_packed_floats": (_i64, (_i32, _i64, _i64, _i32)),
     "ls_pack": (_i32, (_i32, _i64, _i64, _i32, *[_pointer] * 5)),
     "ls_sample": (ctypes.c_uint64, (_i32, _i64, _i64, *[_pointer] * 4)),
@@ -329,6 +330,19 @@ class Sequences:
     """Whether each row is read from its own last step to its first."""
 
 
+class Gains(NamedTuple):
+    """Of layer normalisation, which `csrc/longshort.h` describes."""
+
+    gamma_ih: Array
+    """(G H): of W_ih x."""
+    gamma_hh: Array
+    """(G H): of W_hh h."""
+    gamma_c: Array | None = None
+    """(H), lstm: of the c that its output reads."""
+    beta_c: Array | None = None
+    """(H), lstm: added to it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """What a layer may have beside its weights."""
@@ -341,6 +355,8 @@ class Options:
     """The same for every unit and step, from 0 to 1."""
     resets: NDArray[np.bool_] | None = None
     """(T, B): where a row's state is zero before the step."""
+    gains: Gains | None = None
+    """Of layer normalisation; None: nothing is normalised."""
 
 
 class Output(NamedTuple):
@@ -367,19 +383,21 @@ class Gradients(NamedTuple):
     h0: Array
     c0: Array | None
     """For an lstm."""
+    gains: Gains | None
+    """Where there are gains."""
 
 
 _EVERY_STEP = Sequences()
 _PLAIN = Options()
 
 
-def saved_floats(shape: Shape) -> int:
-    """Return how many floats the forward pass saves for the backward pass.
+def saved_floats(shape: Shape, layer_norm: bool = False) -> int:
+    """Return how many floats the forward pass saves for the backward pass, without or with layer normalisation.
 
     Raises:
         ValueError: a size that cannot be.
     """
-    count: int = _need().ls_saved_floats(ctypes.byref(shape))
+    count: int = _need().ls_saved_floats(ctypes.byref(shape), layer_norm)
     if count < 0:
         raise ValueError(f"T, B, I, H cannot be {shape.T}, {shape.B}, {shape.I}, {shape.H}")
     return count
@@ -474,7 +492,7 @@ def forward(
     h_n, c_n = np.empty((call.B, call.H), np.float32), None
     if cell == "lstm":
         c_n = np.empty_like(h_n)
-    saved = _aligned(saved_floats(call.shape)) if save else None
+    saved = _aligned(saved_floats(call.shape, options.gains is not None)) if save else None
     if packed is not None:
         wanted = packed_floats(cell, call.I, call.H, target)
         packed = _array("packed", packed, (wanted,))
@@ -531,7 +549,7 @@ def backward(
     y = _rows("output.y", output.y, call.y_shape)
     if output.saved is None:
         raise ValueError("output.saved is None: call forward with save=True")
-    saved = _array("output.saved", output.saved, (saved_floats(call.shape),))
+    saved = _array("output.saved", output.saved, (saved_floats(call.shape, options.gains is not None),))
     dy = None if dy is None else _rows("dy", dy, call.y_shape)
     dh_n, dc_n = call.states("dstate", dstate)
     accumulate = dx is not None
@@ -553,8 +571,15 @@ def backward(
     args.dweight_ih, args.dweight_hh = _address(weight_ih), _address(weight_hh)
     args.dbias_ih, args.dbias_hh = _address(bias_ih), _address(bias_hh)
     args.dh0, args.dc0 = _address(h0), _address(c0)
+    gains = (
+        None
+        if options.gains is None
+        else Gains(*[None if g is None else np.empty(g.shape, np.float32) for g in call.gains])
+    )
+    if gains is not None:
+        args.dgamma_ih, args.dgamma_hh, args.dgamma_c, args.dbeta_c = map(_address, gains)
     _check_status(found.ls_backward(ctypes.byref(args)))
-    return Gradients(dx, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0)
+    return Gradients(dx, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, gains)
 
 
 class _Call:
@@ -585,8 +610,9 @@ class _Call:
         )
         if not 0 <= options.zoneout <= 1:
             raise ValueError(f"zoneout must be from 0 to 1, not {options.zoneout}")
+        self.gains = self._check_gains(options.gains)
         h_mask, zoneout_mask, resets = map(_address, self._masks)
-        self.options = LayerOptions(h_mask, zoneout_mask, options.zoneout, 0, resets)
+        self.options = LayerOptions(h_mask, zoneout_mask, options.zoneout, 0, resets, *map(_address, self.gains))
         self.shape = Shape(self.T, B, self.I, H, *map(_address, self._indices), _cell(cell), sequences.reverse)
         self.shape.num_threads, self.shape.target = min(threads, 2**31 - 1), target
 
@@ -619,6 +645,21 @@ class _Call:
             if starts.min() < 0 or ends.max() > len(self.x):
                 raise ValueError(f"starts and counts must lie inside of the {len(self.x)} rows of x")
         self.y_shape = (*self.x.shape[:-1], self.H)
+
+    def _check_gains(self, gains: Gains | None) -> tuple[Array | None, ...]:
+        """Return the contiguous gains of layer normalisation, all None where there are none."""
+        if gains is None:
+            return (None,) * 4
+        sizes = [GATES[self.cell] * self.H] * 2 + [self.H] * 2
+        names = Gains._fields if self.cell == "lstm" else Gains._fields[:2]
+        found: list[Array | None] = []
+        for name, gain, size in zip(names, gains, sizes, strict=False):
+            if gain is None:
+                raise ValueError(f"layer normalisation of an lstm needs {name}")
+            found.append(_array(name, gain, (size,)))
+        if any(gain is not None for gain in gains[len(found) :]):
+            raise ValueError(f"gamma_c and beta_c are the lstm's, not the {self.cell}'s")
+        return (*found, None, None)[:4]
 
     def states(self, name: str, given: Sequence[Array | None]) -> tuple[Array | None, Array | None]:
         """Return the two states or their gradients, each (B, H) or None."""

@@ -13,21 +13,22 @@ import functools
 import struct
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from longshort import backends, native
-from longshort.cells import Options, Readings, Sequences, Stack, State
+from longshort.cells import GAINS, Options, Readings, Sequences, Stack, State
 
-CAN = frozenset({"packed", "lengths", "resets", "recurrent_dropout", "zoneout"})
+CAN = frozenset({"packed", "lengths", "resets", "recurrent_dropout", "zoneout", "layer_norm"})
 """What a call may have beyond a plain layer."""
 
 # The library's structures, written by one call: ctypes fields cost 60 ns each, and there are forty.
-_SHAPE, _OPTIONS = "4q3P4i", "PPfiP"
+_SHAPE, _OPTIONS = "4q3P4i", "PPfi5P"
 _FORWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq8Pqq3P")
-_BACKWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq5PqqPPqq3Pqq6Pii")
+_BACKWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq5PqqPPqq3Pqq10Pii")
 _SHAPE_ALONE = struct.Struct(f"@{_SHAPE}")
 
 
@@ -62,6 +63,8 @@ class Call(NamedTuple):
     options: Sequence[Options]
     target: int
     """Number of the target, -1 for the active one."""
+    layer_norm: bool = False
+    """Whether the gains of layer normalisation follow each direction's weights."""
 
     def size(self, x: Tensor) -> tuple[int, int]:
         """Return T and B."""
@@ -86,14 +89,22 @@ class Call(NamedTuple):
         code, threads = native.CELLS[self.cell], torch.get_num_threads()
         return T, B, x.shape[-1], self.H, counts, starts, order, code, direction, threads, self.target
 
-    def option_fields(self, direction: int) -> tuple[float, ...]:
+    @property
+    def num_plain(self) -> int:
+        """Return the number of a direction's weights, without the gains that may follow them."""
+        return 4 if self.bias else 2
+
+    def option_fields(self, direction: int, weights: Sequence[Tensor]) -> tuple[float, ...]:
         """Return the fields of `ls_options`; the tensors are contiguous and live as long as this call."""
+        gains: tuple[int, ...] = (0, 0, 0, 0)
+        if self.layer_norm:
+            gains = (*[gain.data_ptr() for gain in weights[self.num_plain :]], 0, 0)[:4]
         if not self.options:
-            return 0, 0, 0.0, 0, 0
+            return 0, 0, 0.0, 0, 0, *gains
         options = self.options[direction]
         masks = (options.h_mask_BH, options.zoneout_mask_TBH, options.resets_TB)
         h_mask, zoneout_mask, resets = (0 if mask is None else mask.data_ptr() for mask in masks)
-        return h_mask, zoneout_mask, options.zoneout, 0, resets
+        return h_mask, zoneout_mask, options.zoneout, 0, resets, *gains
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -121,10 +132,10 @@ def _empty(floats: int) -> Tensor:
 
 
 @functools.cache
-def saved_floats_a_row(cell: str, H: int, target: int) -> int:
+def saved_floats_a_row(cell: str, H: int, target: int, layer_norm: bool) -> int:
     """Return the floats that the forward pass saves for one row of one step in one direction."""
     shape = _SHAPE_ALONE.pack(1, 1, 1, H, 0, 0, 0, native.CELLS[cell], 0, 1, target)
-    return int(_library.ls_saved_floats(shape))
+    return int(_library.ls_saved_floats(shape, layer_norm))
 
 
 class _Packed(NamedTuple):
@@ -149,6 +160,7 @@ def invalidate() -> None:
 
 def _pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
     """Return the packed weights of one direction, kept from an earlier call where nothing has changed."""
+    weights = weights[: call.num_plain]
     owner = weights[1]
     if any(weight.is_inference() for weight in weights):
         return None  # they do not tell of changes
@@ -233,7 +245,7 @@ class Quick:
         h_n = torch.empty((1, B, H))
         c_n = torch.empty((1, B, H)) if self._lstm else None
         fields = _FORWARD.pack(
-            *(T, B, I, H, 0, 0, 0, self._code, 0, torch.get_num_threads(), target, 0, 0, 0.0, 0, 0),
+            *(T, B, I, H, 0, 0, 0, self._code, 0, torch.get_num_threads(), target, 0, 0, 0.0, *(0,) * 6),
             *(x.data_ptr(), step, row, 0, 0, 0, 0, packed.data_ptr(), h_0, c_0, y.data_ptr(), y_step, y_row),
             *(h_n.data_ptr(), 0 if c_n is None else c_n.data_ptr(), 0),
         )
@@ -263,7 +275,7 @@ class _Saved:
 
 def saved_floats(call: Call, x: Tensor) -> int:
     """Return the floats that a forward pass saves in one direction."""
-    return int(_library.ls_saved_floats(_SHAPE_ALONE.pack(*call.shape(x, 0))))
+    return int(_library.ls_saved_floats(_SHAPE_ALONE.pack(*call.shape(x, 0)), call.layer_norm))
 
 
 def forward(
@@ -280,7 +292,8 @@ def forward(
         call: the layer.
         x: (T, B, I), (B, T, I) or packed (N, I).
         state: h_0 and for the LSTM c_0, (D, B, H) and contiguous; zeros if None.
-        weights: of each direction weight_ih, weight_hh and the biases if there are any, contiguous.
+        weights: of each direction weight_ih, weight_hh, the biases and the gains of layer normalisation if there are any,
+            contiguous.
         saved: filled with what `backward` needs: `saved_floats` for each direction; nothing is saved if there are none.
         keep_packed: whether the weights may be packed for later calls too.
 
@@ -302,7 +315,7 @@ def forward(
         offset = 4 * d * B * H
         fields = _FORWARD.pack(
             *shape,
-            *call.option_fields(d),
+            *call.option_fields(d, own),
             x.data_ptr(),
             x_step,
             x_row,
@@ -374,7 +387,7 @@ def backward(
         offset = 4 * d * B * H
         fields = _BACKWARD.pack(
             *call.shape(x, d),
-            *call.option_fields(d),
+            *call.option_fields(d, own),
             x.data_ptr(),
             x_step,
             x_row,
@@ -400,6 +413,7 @@ def backward(
             _address(down[3]) if call.bias else 0,
             part(dbefore[0], offset),
             part(dbefore[1], offset) if lstm else 0,
+            *(*map(_address, down[call.num_plain :]), 0, 0, 0, 0)[:4],
             int(d > 0),
             0,
         )
@@ -444,14 +458,15 @@ def _by_equations(
 ) -> list[Tensor | None]:
     stack = Stack(call.cell, x.shape[-1], call.H, 1, call.bias, call.directions == 2)
     given = None if state[0] is None else tuple(state)
+    plain, options = part_gains(call, weights)
     output, after = backends.run_reference(
         stack,
         x,
         given,  # type: ignore[arg-type]
-        weights,
+        plain,
         batch_first=call.batch_first,
         sequences=call.sequences,
-        options=call.options,
+        options=options,
     )
     pairs = [(out, grad) for out, grad in zip((output, *after), gradients, strict=True) if grad is not None]
     inputs = [tensor for tensor, want in zip((x, *state, *weights), wanted, strict=True) if want and tensor is not None]
@@ -461,6 +476,31 @@ def _by_equations(
         )
     )
     return [next(found) if want else None for want in wanted]
+
+
+def join_gains(directions: int, weights: Sequence[Tensor], options: Sequence[Options]) -> tuple[list[Tensor], bool]:
+    """Return a layer's weights, each direction's followed by its gains of layer normalisation; and whether it has any."""
+    if not (options and options[0].gamma_ih is not None):
+        return [weight.contiguous() for weight in weights], False
+    joined: list[Tensor] = []
+    n = len(weights) // directions
+    for d, having in enumerate(options):
+        joined += (*weights[d * n : (d + 1) * n], *having.gains)
+    return [weight.contiguous() for weight in joined], True
+
+
+def part_gains(call: Call, weights: Sequence[Tensor]) -> tuple[list[Tensor], tuple[Options, ...]]:
+    """Return a layer's weights without gains, and its options with them."""
+    if not call.layer_norm:
+        return list(weights), tuple(call.options)
+    n = len(weights) // call.directions
+    plain, options = [], []
+    for d in range(call.directions):
+        own = weights[d * n : (d + 1) * n]
+        plain += own[: call.num_plain]
+        having = call.options[d] if call.options else Options()
+        options.append(replace(having, **dict(zip(GAINS, own[call.num_plain :], strict=False))))
+    return plain, tuple(options)
 
 
 def run_native(
@@ -490,9 +530,9 @@ def run_native(
         state = tuple(tensor.contiguous() for tensor in state)
     after: list[State] = []
     for layer in range(layers):
-        own = [weight.contiguous() for weight in weights[layer * per_layer : (layer + 1) * per_layer]]
         having = tuple(each.contiguous() for each in options[layer * D : (layer + 1) * D])
-        call = Call(stack.cell, stack.hidden_size, D, stack.bias, batch_first, sequences, having, target)
+        own, layer_norm = join_gains(D, weights[layer * per_layer : (layer + 1) * per_layer], having)
+        call = Call(stack.cell, stack.hidden_size, D, stack.bias, batch_first, sequences, having, target, layer_norm)
         x = rows(x)
         before = state if state is None or layers == 1 else tuple(t[layer * D : (layer + 1) * D] for t in state)
         if grad:
