@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from conftest import ROOT
 from longshort import native
 from longshort.errors import NativeWarning, UsageError
-from longshort.native import Options, Output, Sequences, Weights
+from longshort.native import Gains, Options, Output, Sequences, Weights
 
 Array = NDArray[Any]
 TARGETS = ("avx512", "avx2", "baseline")
@@ -60,6 +60,18 @@ def sigmoid(x: Array) -> Array:
     return 0.5 * (1 + np.tanh(0.5 * x))
 
 
+def normal(v: Array) -> tuple[Array, Any]:
+    """Return v of mean 0 and variance 1, and by how much it was scaled."""
+    scale = 1 / np.sqrt(((v - v.mean()) ** 2).mean() + 1e-5)
+    return (v - v.mean()) * scale, scale
+
+
+def through(d: Array, v_hat: Array, scale: Any) -> Array:
+    """Return the gradient of v from `d`, that of v_hat."""
+    back: Array = scale * (d - d.mean() - v_hat * (d * v_hat).mean())
+    return back
+
+
 class Reference:
     """One layer in one direction, row by row and step by step, in the precision of what it is given.
 
@@ -77,6 +89,7 @@ class Reference:
         h_mask: Array | None = None,
         zoneout: Array | None = None,
         resets: Array | None = None,
+        gains: Sequence[Array] = (),
     ) -> None:
         T, B, _ = x_TBI.shape
         H = weights[1].shape[1]
@@ -85,6 +98,7 @@ class Reference:
         self.h_mask = np.ones((B, H)) if h_mask is None else h_mask
         self.zoneout = np.zeros((T, B, H)) if zoneout is None else zoneout
         self.resets = np.zeros((T, B), bool) if resets is None else resets
+        self.gains = gains
         self.y = np.zeros((T, B, H), kind)
         self.after = [np.array(s, kind) for s in state]
         self.tape: dict[tuple[int, int], tuple[Any, ...]] = {}
@@ -105,8 +119,12 @@ class Reference:
     def step(self, t: int, b: int, now: tuple[Array, ...]) -> tuple[Array, ...]:
         weight_ih, weight_hh, bias_ih, bias_hh = self.weights
         h, read = now[0], now[0] * self.h_mask[b]
-        x_G = weight_ih @ self.x[t, b] + bias_ih
-        h_G = weight_hh @ read + bias_hh
+        x_G, h_G = weight_ih @ self.x[t, b], weight_hh @ read
+        hats: list[tuple[Array, Any]] = []
+        if self.gains:
+            hats = [normal(x_G), normal(h_G)]
+            x_G, h_G = (gain * hat for gain, (hat, _) in zip(self.gains, hats, strict=False))
+        x_G, h_G = x_G + bias_ih, h_G + bias_hh
         gates: tuple[Array, ...]
         c: tuple[Array, ...] = ()
         if self.cell == "gru":
@@ -118,24 +136,29 @@ class Reference:
             i, f, g, o = np.split(x_G + h_G, 4)
             i, f, g, o = sigmoid(i), sigmoid(f), np.tanh(g), sigmoid(o)
             c = (f * now[1] + i * g,)
-            new, gates = o * np.tanh(c[0]), (i, f, g, o, c[0])
+            shown = c[0]
+            if self.gains:
+                hats.append(normal(c[0]))
+                shown = self.gains[2] * hats[2][0] + self.gains[3]
+            new, gates = o * np.tanh(shown), (i, f, g, o, shown)
         else:
             total = x_G + h_G
             new = np.tanh(total) if self.cell == "rnn" else np.where(total.real > 0, total, 0)
             gates = (new,)
-        self.tape[t, b] = (now, read, gates)
+        self.tape[t, b] = (now, read, gates, hats)
         mask = self.zoneout[t, b]
         return (new + mask * (h - new), *c)
 
     def gradients(self, dy: Array, dstate: Sequence[Array]) -> list[Array]:
-        """Return the gradients of x, the four weights and the states."""
+        """Return the gradients of x, the four weights, the states and the gains."""
         weight_ih, weight_hh = self.weights[:2]
         dx, *dweights = (np.zeros(w.shape) for w in (self.x, *self.weights))
         dbefore = [np.array(d, np.float64) for d in dstate]
+        dgains = [np.zeros(gain.shape) for gain in self.gains]
         for b in range(self.x.shape[1]):
             dh, *dc = (d[b] for d in dstate)
             for t in self.steps(b)[::-1]:
-                now, read, gates = self.tape[t, b]
+                now, read, gates, hats = self.tape[t, b]
                 dh, mask = dh + dy[t, b], self.zoneout[t, b]
                 dnew, dh = dh * (1 - mask), dh * mask
                 if self.cell == "gru":
@@ -146,42 +169,55 @@ class Reference:
                     dh = dh + dnew * z
                     dx_G, dh_G = np.concatenate([dr, dz, dn]), np.concatenate([dr, dz, dn * r])
                 elif self.cell == "lstm":
-                    i, f, g, o, c = gates
-                    dc_now = dc[0] + dnew * o * (1 - np.tanh(c) ** 2)
+                    i, f, g, o, shown = gates
+                    dshown = dnew * o * (1 - np.tanh(shown) ** 2)
+                    if hats:
+                        dgains[2] += dshown * hats[2][0]
+                        dgains[3] += dshown
+                        dshown = through(dshown * self.gains[2], *hats[2])
+                    dc_now = dc[0] + dshown
                     parts = (
                         dc_now * g * i * (1 - i),
                         dc_now * now[1] * f * (1 - f),
                         dc_now * i * (1 - g * g),
-                        dnew * np.tanh(c) * o * (1 - o),
+                        dnew * np.tanh(shown) * o * (1 - o),
                     )
                     dc = [dc_now * f]
                     dx_G = dh_G = np.concatenate(parts)
                 else:
                     (new,) = gates
                     dx_G = dh_G = dnew * ((1 - new * new) if self.cell == "rnn" else (new > 0))
-                for dweight, part in zip(
-                    dweights, (np.outer(dx_G, self.x[t, b]), np.outer(dh_G, read), dx_G, dh_G), strict=True
-                ):
-                    dweight += part
+                dweights[2] += dx_G
+                dweights[3] += dh_G
+                if hats:
+                    dgains[0] += dx_G * hats[0][0]
+                    dgains[1] += dh_G * hats[1][0]
+                    dx_G, dh_G = through(dx_G * self.gains[0], *hats[0]), through(dh_G * self.gains[1], *hats[1])
+                dweights[0] += np.outer(dx_G, self.x[t, b])
+                dweights[1] += np.outer(dh_G, read)
                 dx[t, b] = weight_ih.T @ dx_G
                 dh = dh + (weight_hh.T @ dh_G) * self.h_mask[b]
                 if self.resets[t, b]:
                     dh, dc = np.zeros_like(dh), [np.zeros_like(d) for d in dc]
             for whole, part in zip(dbefore, (dh, *dc), strict=True):
                 whole[b] = part
-        return [dx, *dweights, *dbefore]
+        return [dx, *dweights, *dbefore, *dgains]
 
 
 @DIRECTIONS
 @EVERY_CELL
-def test_the_reference_has_the_gradients_of_complex_steps(cell: str, reverse: bool) -> None:
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_the_reference_has_the_gradients_of_complex_steps(cell: str, reverse: bool, layer_norm: bool) -> None:
     rng = np.random.default_rng(0)
-    case = Case(rng, cell, T=4, B=3, I=2, H=3, lengths=(2, 4, 0), everything=True)
-    arrays = [a.astype(np.float64) for a in (case.x, *case.filled_weights(), *case.state)]
+    case = Case(rng, cell, T=4, B=3, I=2, H=3, lengths=(2, 4, 0), everything=True, layer_norm=layer_norm)
+    inputs = (case.x, *case.filled_weights(), *case.state, *case.gains())
+    arrays = [a.astype(np.float64) for a in inputs]
+    after = 5 + len(case.state)
     dy, dstate = rng.normal(size=(4, 3, 3)), [rng.normal(size=s.shape) for s in case.state]
 
     def run(arrays: Sequence[Array]) -> Reference:
-        return Reference(cell, arrays[0], arrays[1:5], arrays[5:], case.lengths, reverse, **case.reference_options())
+        settings = case.reference_options() | {"gains": arrays[after:]}
+        return Reference(cell, arrays[0], arrays[1:5], arrays[5:after], case.lengths, reverse, **settings)
 
     gradients = run(arrays).gradients(dy, dstate)
     directions = [rng.normal(size=a.shape) for a in arrays]
@@ -215,6 +251,7 @@ class Case:
         H: int,
         lengths: Sequence[int] | None = None,
         everything: bool = False,
+        layer_norm: bool = False,
         bias: bool = True,
         offset: int = 0,
     ) -> None:
@@ -232,8 +269,14 @@ class Case:
         self.ragged = lengths is not None
         self.lengths = [T] * B if lengths is None else list(lengths)
         self.options = Options()
+        gains = None
+        if layer_norm:
+            of_c = (1 + draw(H, scale=0.3), draw(H, scale=0.3)) if cell == "lstm" else (None, None)
+            gains = Gains(1 + draw(G, scale=0.3), 1 + draw(G, scale=0.3), *of_c)
+            self.options = Options(gains=gains)
         if everything:
             self.options = Options(
+                gains=gains,
                 h_mask=(rng.random((B, H)) < 0.7).astype(np.float32) / np.float32(0.7),
                 zoneout_mask=(rng.random((T, B, H)) < 0.3).astype(np.float32),
                 resets=rng.random((T, B)) < 0.3,
@@ -247,7 +290,11 @@ class Case:
         zoneout = self.options.zoneout_mask
         if zoneout is None:
             zoneout = np.full((self.T, self.B, self.H), self.options.zoneout)
-        return {"h_mask": self.options.h_mask, "zoneout": zoneout, "resets": self.options.resets}
+        options = {"h_mask": self.options.h_mask, "zoneout": zoneout, "resets": self.options.resets}
+        return options | {"gains": [gain.astype(np.float64) for gain in self.gains()]}
+
+    def gains(self) -> list[Array]:
+        return [gain for gain in self.options.gains or () if gain is not None]
 
     def sequences(self, reverse: bool) -> Sequences:
         if not self.ragged:
@@ -257,8 +304,8 @@ class Case:
         counts = (lengths[None] > np.arange(self.T)[:, None]).sum(1)
         return Sequences(counts=counts, order=order, reverse=reverse)
 
-    def reference(self, reverse: bool) -> Reference:
-        arrays = [a.astype(np.float64) for a in (self.x, *self.filled_weights(), *self.state)]
+    def reference(self, reverse: bool, dtype: Any = np.float64) -> Reference:
+        arrays = [a.astype(dtype) for a in (self.x, *self.filled_weights(), *self.state)]
         return Reference(
             self.cell, arrays[0], arrays[1:5], arrays[5:], self.lengths, reverse, **self.reference_options()
         )
@@ -274,24 +321,33 @@ class Case:
         plain = self.forward(reverse, threads=threads, target=target, **more)
         output = self.forward(reverse, threads=threads, target=target, save=True, **more)
         expected = self.reference(reverse)
-        for found in (plain, output):
-            close(found.y, expected.y, 1e-5, "y")
-            close(found.h_n, expected.after[0], 1e-5, "h_n")
-            if found.c_n is not None:
-                close(found.c_n, expected.after[1], 1e-5, "c_n")
         dy = rng.normal(size=output.y.shape).astype(np.float32)
         dstate = [rng.normal(size=s.shape).astype(np.float32) for s in self.state]
         wanted = expected.gradients(dy, dstate)
+        forward, backward = [1e-5] * (1 + len(self.state)), [1e-4] * len(wanted)
+        if self.options.gains is not None:
+            # Where a row's values lie close together, the normalised ones lose digits, whoever computes them.
+            single = self.reference(reverse, np.float32)
+            values = zip((single.y, *single.after), (expected.y, *expected.after), strict=True)
+            forward = [max(1e-5, 3 * error(*pair)) for pair in values]
+            backward = [max(1e-4, 3 * error(*pair)) for pair in zip(single.gradients(dy, dstate), wanted, strict=True)]
+        for found in (plain, output):
+            for name, value, tolerance in zip(
+                ("y", "h_n", "c_n"), (expected.y, *expected.after), forward, strict=False
+            ):
+                close(getattr(found, name), value, tolerance, name)
         arguments = (self.cell, self.x, self.weights, output, dy, self.state, dstate)
         settings: dict[str, Any] = {"threads": threads, "target": target, "sequences": sequences}
         settings["options"] = self.options
-        found_gradients = native.backward(*arguments, **settings)
-        names = native.Gradients._fields[: len(wanted)]
-        for name, gradient, value in zip(names, found_gradients, wanted, strict=False):
-            close(gradient, value, 1e-4, f"gradient of {name}")
+        *of_arrays, of_gains = native.backward(*arguments, **settings)
+        names = [*native.Gradients._fields[: 5 + len(self.state)], *Gains._fields]
+        present = [*of_arrays[: 5 + len(self.state)], *(gain for gain in of_gains or () if gain is not None)]
+        assert len(present) == len(wanted)
+        for name, gradient, value, tolerance in zip(names, present, wanted, backward, strict=False):
+            close(gradient, value, tolerance, f"gradient of {name}")
         begun = rng.normal(size=self.x.shape).astype(np.float32)
         added = native.backward(*arguments, **settings, dx=begun.copy())
-        close(added.x, wanted[0] + begun, 1e-4, "accumulated gradient of x")
+        close(added.x, wanted[0] + begun, backward[0], "accumulated gradient of x")
 
 
 def same(a: Array | None, b: Array | None) -> bool:
@@ -303,10 +359,14 @@ def close(found: Array | None, wanted: Array, tolerance: float, name: str) -> No
     """Hold an array to another: largest difference over largest value."""
     assert found is not None
     assert found.shape == wanted.shape, name
-    if found.size:
-        error = np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-30)
-        assert error <= tolerance, f"{name}: {error:.2e}"
+    assert error(found, wanted) <= tolerance, f"{name}: {error(found, wanted):.2e}"
 
+
+def error(found: Array, wanted: Array) -> float:
+    return float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-30)) if found.size else 0.0
+
+
+LARGER = [(9, 2, 40, 200), (6, 33, 64, 64), (5, 20, 30, 130)]
 
 # ------------------------------------------------------------------------------------------------- functions
 
@@ -412,6 +472,24 @@ def test_lengths_options_and_strides(target: str, cell: str, reverse: bool) -> N
 
 @DIRECTIONS
 @EVERY_CELL
+def test_layer_normalisation(target: str, cell: str, reverse: bool) -> None:
+    rng, W = np.random.default_rng(0), LANES[target]
+    for T, B, I, H in ((1, 1, 3, 5), (1, 9, 4, W + 1), (3, 2, 4, 2 * W), (4, 5, 6, W - 1), (4, W + 3, 3, 3 * W + 2)):
+        for offset, bias in ((0, False), (1, True)):
+            Case(rng, cell, T=T, B=B, I=I, H=H, layer_norm=True, offset=offset, bias=bias).check(target, reverse)
+        lengths = [int(n) for n in rng.integers(0, T + 1, size=B)]
+        for everything in (False, True):
+            case = Case(rng, cell, T=T, B=B, I=I, H=H, lengths=lengths, layer_norm=True, everything=everything)
+            case.check(target, reverse)
+    for T, B, I, H in LARGER:
+        for threads in (1, 3):
+            Case(rng, cell, T=T, B=B, I=I, H=H, layer_norm=True).check(target, reverse, threads)
+    for T, B in ((0, 3), (2, 0)):
+        Case(rng, cell, T=T, B=B, I=2, H=5, layer_norm=True).check(target, reverse)
+
+
+@DIRECTIONS
+@EVERY_CELL
 def test_packed_sequences_are_padded_ones(target: str, cell: str, reverse: bool) -> None:
     rng = np.random.default_rng(0)
     case = Case(rng, cell, T=5, B=4, I=3, H=LANES[target] + 1, lengths=[5, 3, 3, 1])
@@ -437,9 +515,6 @@ def test_packed_sequences_are_padded_ones(target: str, cell: str, reverse: bool)
         close(getattr(gradients, name), getattr(wanted, name), 1e-6, name)
 
 
-LARGER = [(9, 2, 40, 200), (6, 33, 64, 64), (5, 20, 30, 130)]
-
-
 @DIRECTIONS
 @EVERY_CELL
 def test_several_threads_and_larger_sizes(target: str, cell: str, reverse: bool) -> None:
@@ -457,7 +532,11 @@ def test_inference_gives_the_same_bits_for_any_threads_and_batch(target: str, ce
     rng = np.random.default_rng(0)
     for T, B, I, H in [(3, 7, 5, 9), (6, 33, 64, 64), (5, 20, 30, 130), (4, 13, 128, 256)]:
         lengths = [T, *(int(n) for n in rng.integers(0, T + 1, size=B - 1))]
-        for case in (Case(rng, cell, T=T, B=B, I=I, H=H), Case(rng, cell, T=T, B=B, I=I, H=H, lengths=lengths)):
+        for case in (
+            Case(rng, cell, T=T, B=B, I=I, H=H),
+            Case(rng, cell, T=T, B=B, I=I, H=H, lengths=lengths),
+            Case(rng, cell, T=T, B=B, I=I, H=H, lengths=lengths, layer_norm=True),
+        ):
             whole = case.forward(reverse, target=target)
             packed = native.pack(cell, case.weights, target)
             again = [
@@ -475,6 +554,7 @@ def test_inference_gives_the_same_bits_for_any_threads_and_batch(target: str, ce
                         case.weights,
                         state,
                         sequences=Sequences(reverse=reverse),
+                        options=case.options,
                         threads=threads,
                         target=target,
                     )
@@ -503,7 +583,8 @@ def test_no_state_and_no_gradient_are_zeros(target: str, cell: str) -> None:
     zeros, none = np.zeros_like(given.y), [np.zeros_like(s) for s in case.state]
     a = native.backward(cell, case.x, case.weights, given, zeros, case.state, none, target=target)
     b = native.backward(cell, case.x, case.weights, missing, None, target=target)
-    for left, right in zip(a, b, strict=True):
+    assert a.gains is b.gains is None
+    for left, right in zip(a[:-1], b[:-1], strict=True):
         assert same(left, right)
         assert left is None or not left.any()
 
@@ -642,12 +723,13 @@ def test_sizes_and_names_that_cannot_be_are_refused() -> None:
     library = native.library()
     assert library is not None
     good = native.Shape(3, 2, 4, 5, None, None, None, 3, 0, 1, -1)
-    assert library.ls_saved_floats(ctypes.byref(good)) > 0
+    assert library.ls_saved_floats(ctypes.byref(good), 0) > 0
+    assert library.ls_saved_floats(ctypes.byref(good), 1) > library.ls_saved_floats(ctypes.byref(good), 0)
     for name, value in (("T", -1), ("H", 0), ("cell", 9), ("target", 99)):
         shape = native.Shape(3, 2, 4, 5, None, None, None, 3, 0, 1, -1)
         setattr(shape, name, value)
-        assert library.ls_saved_floats(ctypes.byref(shape)) == -1
-    assert library.ls_saved_floats(None) == -1
+        assert library.ls_saved_floats(ctypes.byref(shape), 0) == -1
+    assert library.ls_saved_floats(None, 0) == -1
     assert library.ls_packed_floats(3, 4, 5, -1) > 0
     for bad in ((4, 4, 5, -1), (3, -1, 5, -1), (3, 4, 0, -1), (3, 4, 2**40, -1), (3, 4, 5, 99)):
         assert library.ls_packed_floats(*bad) == -1
@@ -671,6 +753,9 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     out = np.zeros((3, 2, 5), np.float32)
     read_only = out.copy()
     read_only.flags.writeable = False
+    gain, of_gru = np.ones(15, np.float32), Weights(weights.weight_ih[:15], weights.weight_hh[:15])
+    short = Options(gains=Gains(np.ones(20, np.float32), np.ones(20, np.float32)))
+    long = Options(gains=Gains(gain, gain, gain[:5], gain[:5]))
     overlapping = np.lib.stride_tricks.as_strided(np.zeros(99, np.float32), (3, 2, 5), (4, 4, 4))
     turned_out = np.zeros((3, 5, 2), np.float32).swapaxes(1, 2)
     ones: Any = np.ones(3)
@@ -697,6 +782,9 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         ("order must be a permutation", lambda: run("lstm", x, weights, sequences=Sequences(order=np.array([0, 0])))),
         ("zoneout must be from 0 to 1", lambda: run("lstm", x, weights, options=Options(zoneout=2.0))),
         ("resets must be a bool array", lambda: run("lstm", x, weights, options=Options(resets=zeros))),
+        ("layer normalisation of an lstm needs gamma_c", lambda: run("lstm", x, weights, options=short)),
+        ("gamma_c and beta_c are the lstm's", lambda: run("gru", x, of_gru, options=long)),
+        ("gamma_hh must have the shape", lambda: run("gru", x, of_gru, options=Options(gains=Gains(gain, gain[1:])))),
         ("h_mask must have the shape", lambda: run("lstm", x, weights, options=Options(h_mask=out[0, :1]))),
         ("function must be one of", lambda: native.apply("cosh", x)),
         ("save=True", lambda: native.backward("lstm", x, weights, run("lstm", x, weights), None)),

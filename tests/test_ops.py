@@ -136,10 +136,13 @@ def test_nan_and_infinity_pass() -> None:
             torch.testing.assert_close(a.nan_to_num(), b.nan_to_num(), rtol=0, atol=1e-5)
 
 
-def arguments_of(cell: str, D: int, *, lengths: bool, masks: bool, grad: bool) -> tuple[Any, ...]:
+def arguments_of(
+    cell: str, D: int, *, lengths: bool, masks: bool, grad: bool, layer_norm: bool = False
+) -> tuple[Any, ...]:
     torch.manual_seed(0)
     G, H, I, T, B = native.GATES[cell], 5, 3, 4, 2
-    shapes = [shape for _ in range(D) for shape in ((G * H, I), (G * H, H), (G * H,), (G * H,))]
+    gains = [(G * H,), (G * H,), *[(H,)] * (2 if cell == "lstm" else 0)] if layer_norm else []
+    shapes = [shape for _ in range(D) for shape in ((G * H, I), (G * H, H), (G * H,), (G * H,), *gains)]
     weights = [torch.randn(shape).mul(0.3).requires_grad_(grad) for shape in shapes]
     x, h_0 = torch.randn(T, B, I).requires_grad_(grad), torch.randn(D, B, H).requires_grad_(grad)
     c_0 = torch.randn(D, B, H).requires_grad_(grad) if cell == "lstm" else None
@@ -148,24 +151,26 @@ def arguments_of(cell: str, D: int, *, lengths: bool, masks: bool, grad: bool) -
     zoneout: list[Tensor | None] = [torch.rand(T, B, H) for _ in range(D)] if masks else []
     resets: list[Tensor | None] = [torch.rand(T, B) < 0.3 for _ in range(D)] if masks else []
     rest = (cell, H, D, True, False, counts, order, B if lengths else 0, False, h_masks, zoneout, 0.0, resets, -1)
-    return (x, h_0, c_0, weights, *rest, grad)
+    return (x, h_0, c_0, weights, *rest, layer_norm, grad)
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("lengths", [False, True])
 @pytest.mark.parametrize("D", [1, 2])
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
-def test_opcheck(cell: str, D: int, lengths: bool, masks: bool) -> None:
+def test_opcheck(cell: str, D: int, lengths: bool, masks: bool, layer_norm: bool) -> None:
     layer, backward = torch.ops.longshort.layer, torch.ops.longshort.layer_backward
     for grad in (False, True):
-        torch.library.opcheck(layer, arguments_of(cell, D, lengths=lengths, masks=masks, grad=grad))
-    arguments = arguments_of(cell, D, lengths=lengths, masks=masks, grad=True)
+        settings = {"lengths": lengths, "masks": masks, "layer_norm": layer_norm}
+        torch.library.opcheck(layer, arguments_of(cell, D, **settings, grad=grad))
+    arguments = arguments_of(cell, D, **settings, grad=True)
     with torch.no_grad():
         y, h_n, c_n, saved = layer(*arguments)
     detached = [a.detach() if isinstance(a, Tensor) else a for a in arguments[: graph._NUM_LAYER]]
     detached[3] = [weight.detach() for weight in arguments[3]]
     gradients = (torch.randn_like(y), torch.randn_like(h_n), torch.randn_like(c_n) if cell == "lstm" else None)
-    wanted = [True] * (1 + (2 if cell == "lstm" else 1) + 4 * D)
+    wanted = [True] * (1 + (2 if cell == "lstm" else 1) + len(arguments[3]))
     torch.library.opcheck(
         backward,
         (*detached, y, saved, *gradients, wanted),

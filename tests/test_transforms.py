@@ -114,6 +114,8 @@ def test_tracing_and_scripting_get_torchs_own_layer(ours: Any, theirs: Any) -> N
             script(ours(3, 4, layer_norm=True))
         rich = ours(3, 4, layer_norm=True)
         same(trace(rich, (x,))(x), rich(x))
+        slow = ours(3, 4, zoneout=0.1).eval()
+        same(trace(slow, (x,))(x + 1), slow(x + 1))
 
 
 @pytest.mark.parametrize(("ours", "theirs"), CELL_PAIRS)

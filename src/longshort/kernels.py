@@ -174,6 +174,8 @@ def _native_lacks(cell: str, needs: frozenset[str], x: Tensor | None) -> str:
         return ""
     if x.dtype is not torch.float32 or not x.is_cpu:
         return f"they run float32 on a CPU, not {str(x.dtype).removeprefix('torch.')} on {x.device.type}"
+    if exporting():
+        return "PyTorch is tracing or exporting, and sees no more than its own operations"
     if torch.compiler.is_compiling():
         return ""
     if torch._C._is_any_autocast_enabled():

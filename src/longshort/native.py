@@ -571,12 +571,9 @@ def backward(
     args.dweight_ih, args.dweight_hh = _address(weight_ih), _address(weight_hh)
     args.dbias_ih, args.dbias_hh = _address(bias_ih), _address(bias_hh)
     args.dh0, args.dc0 = _address(h0), _address(c0)
-    gains = (
-        None
-        if options.gains is None
-        else Gains(*[None if g is None else np.empty(g.shape, np.float32) for g in call.gains])
-    )
-    if gains is not None:
+    gains: Gains | None = None
+    if options.gains is not None:
+        gains = Gains(*(None if gain is None else np.empty_like(gain) for gain in call.gains))  # type: ignore[arg-type]
         args.dgamma_ih, args.dgamma_hh, args.dgamma_c, args.dbeta_c = map(_address, gains)
     _check_status(found.ls_backward(ctypes.byref(args)))
     return Gradients(dx, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, gains)

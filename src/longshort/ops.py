@@ -292,8 +292,8 @@ def forward(
         call: the layer.
         x: (T, B, I), (B, T, I) or packed (N, I).
         state: h_0 and for the LSTM c_0, (D, B, H) and contiguous; zeros if None.
-        weights: of each direction weight_ih, weight_hh, the biases and the gains of layer normalisation if there are any,
-            contiguous.
+        weights: of each direction weight_ih, weight_hh, and if there are any the biases and the gains of layer
+            normalisation, contiguous.
         saved: filled with what `backward` needs: `saved_floats` for each direction; nothing is saved if there are none.
         keep_packed: whether the weights may be packed for later calls too.
 
@@ -479,28 +479,28 @@ def _by_equations(
 
 
 def join_gains(directions: int, weights: Sequence[Tensor], options: Sequence[Options]) -> tuple[list[Tensor], bool]:
-    """Return a layer's weights, each direction's followed by its gains of layer normalisation; and whether it has any."""
-    if not (options and options[0].gamma_ih is not None):
-        return [weight.contiguous() for weight in weights], False
-    joined: list[Tensor] = []
-    n = len(weights) // directions
-    for d, having in enumerate(options):
-        joined += (*weights[d * n : (d + 1) * n], *having.gains)
-    return [weight.contiguous() for weight in joined], True
+    """Return a layer's weights, each direction's followed by its gains of layer normalisation; whether it has any."""
+    layer_norm = bool(options) and options[0].gamma_ih is not None
+    if layer_norm:
+        n = len(weights) // directions
+        joined = ((*weights[d * n : (d + 1) * n], *having.gains) for d, having in enumerate(options))
+        weights = [tensor for own in joined for tensor in own]
+    return [weight.contiguous() for weight in weights], layer_norm
 
 
-def part_gains(call: Call, weights: Sequence[Tensor]) -> tuple[list[Tensor], tuple[Options, ...]]:
+def part_gains(call: Call, weights: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Options]]:
     """Return a layer's weights without gains, and its options with them."""
     if not call.layer_norm:
-        return list(weights), tuple(call.options)
+        return list(weights), call.options
     n = len(weights) // call.directions
-    plain, options = [], []
+    plain: list[Tensor] = []
+    options = []
     for d in range(call.directions):
         own = weights[d * n : (d + 1) * n]
         plain += own[: call.num_plain]
-        having = call.options[d] if call.options else Options()
-        options.append(replace(having, **dict(zip(GAINS, own[call.num_plain :], strict=False))))
-    return plain, tuple(options)
+        gains: dict[str, Any] = dict(zip(GAINS, own[call.num_plain :], strict=False))
+        options.append(replace(call.options[d] if call.options else Options(), **gains))
+    return plain, options
 
 
 def run_native(
