@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import longshort
 from longshort import graph, kernels, native, ops
-from recurrent import PAIRS, flat, same
+from recurrent import PAIRS, flat, same, seeded
 
 pytestmark = pytest.mark.skipif(not native.targets(), reason="there are no native kernels here")
 
@@ -80,17 +80,27 @@ def test_packed_weights_go_when_their_layer_goes() -> None:
     assert not ops._packed
 
 
-@given(st.sampled_from(PAIRS), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.booleans(), st.booleans())
+@given(
+    st.sampled_from(PAIRS),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([{}, {"layer_norm": True}, {"zoneout": 0.2, "recurrent_dropout": 0.1}]),
+    st.booleans(),
+)
 def test_the_short_way_gives_the_same_bits(
-    pair: Any, T: int, B: int, batch_first: bool, bias: bool, with_state: bool
+    pair: Any, T: int, B: int, batch_first: bool, bias: bool, with_state: bool, options: Any, training: bool
 ) -> None:
-    layer = pair[0](3, 17, batch_first=batch_first, bias=bias)
+    layer = pair[0](3, 17, batch_first=batch_first, bias=bias, **options).train(training)
+    assert (layer._quick[training] is None) == (training and "zoneout" in options)
     x = torch.randn(*((B, T) if batch_first else (T, B)), 3)
     state = torch.randn(1, B, 17)
     hx = ((state, state + 1) if pair[0] is longshort.LSTM else state) if with_state else None
     for mode in (torch.no_grad(), torch.enable_grad()):
         with mode:
-            short, general = layer(x, hx), layer._call(x, hx)
+            short, general = seeded(0, layer, x, hx), seeded(0, layer._call, x, hx)
         assert all(torch.equal(a, b) for a, b in zip(flat(short), flat(general), strict=True))
 
 

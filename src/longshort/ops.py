@@ -183,22 +183,27 @@ def _pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
 
 
 class Quick:
-    """One plain layer in one direction, with as little Python as can be.
+    """One layer in one direction, with as little Python as can be.
 
     A step from Python costs more in checks than in arithmetic: this makes the usual call, and leaves every other to the
     general path.
 
     Args:
         stack: one layer, one direction, without projection.
-        names: of its weights among the module's parameters.
+        names: of its weights among the module's parameters, and of its gains of layer normalisation.
         batch_first: as in the layer.
+        zoneout: the share of h that stays in every step.
     """
 
-    def __init__(self, stack: Stack, names: Sequence[str], batch_first: bool) -> None:
-        self._names, self._batch_first = tuple(names), batch_first
+    def __init__(self, stack: Stack, names: Sequence[str], batch_first: bool, zoneout: float = 0.0) -> None:
+        self._names, self._batch_first, self._zoneout = tuple(names), batch_first, zoneout
         self._code, self._I, self._H = native.CELLS[stack.cell], stack.input_size, stack.hidden_size
-        self._lstm, self._shapes = stack.cell == "lstm", stack.weight_shapes
-        self._call = Call(stack.cell, self._H, 1, stack.bias, batch_first, None, (), -1)
+        self._lstm = stack.cell == "lstm"
+        self._num_plain, G = len(stack.weight_shapes), stack.gate_size
+        gains = [(size,) for size in (G, G, self._H, self._H)][: len(names) - self._num_plain]
+        self._shapes = (*stack.weight_shapes, *gains)
+        options = (Options(zoneout=zoneout),) if zoneout else ()
+        self._call = Call(stack.cell, self._H, 1, stack.bias, batch_first, None, options, -1, bool(gains))
 
     def __call__(self, parameters: Mapping[str, Tensor | None], x: Any, hx: Any, target: int) -> Any:
         """Return what the layer returns, or None where this is not the usual call."""
@@ -231,7 +236,7 @@ class Quick:
             weights.append(weight)
         call = self._call if target < 0 else self._call._replace(target=target)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, x, *state)):
-            if target < 0 and is_slower(call.cell, T, H, grad=True):
+            if target < 0 and not (call.options or call.layer_norm) and is_slower(call.cell, T, H, grad=True):
                 return None
             y, *after = _Layer.apply(call, x, *(state or (None,) * (1 + self._lstm)), *weights)  # type: ignore[no-untyped-call]
             return y, tuple(after) if self._lstm else after[0]
@@ -244,8 +249,9 @@ class Quick:
         y_step, y_row = (H, T * H) if self._batch_first else (B * H, H)
         h_n = torch.empty((1, B, H))
         c_n = torch.empty((1, B, H)) if self._lstm else None
+        gains = (*[gain.data_ptr() for gain in weights[self._num_plain :]], 0, 0, 0, 0)[:4]
         fields = _FORWARD.pack(
-            *(T, B, I, H, 0, 0, 0, self._code, 0, torch.get_num_threads(), target, 0, 0, 0.0, *(0,) * 6),
+            *(T, B, I, H, 0, 0, 0, self._code, 0, torch.get_num_threads(), target, 0, 0, self._zoneout, 0, 0, *gains),
             *(x.data_ptr(), step, row, 0, 0, 0, 0, packed.data_ptr(), h_0, c_0, y.data_ptr(), y_step, y_row),
             *(h_n.data_ptr(), 0 if c_n is None else c_n.data_ptr(), 0),
         )

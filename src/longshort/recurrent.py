@@ -84,10 +84,15 @@ class RecurrentLayer(StandIn, nn.RNNBase):
         return frozenset(self.options.given.keys() - {"forget_bias"})
 
     @cached_property
-    def _quick(self) -> ops.Quick | None:
-        """The short way of a plain call to the native kernels, where there is one."""
-        plain = self._stock and self.num_layers == 1 and not (self.bidirectional or self.proj_size)
-        return ops.Quick(self._stack, self._flat_weights_names, self.batch_first) if plain and ops.TARGETS else None
+    def _quick(self) -> tuple[ops.Quick | None, ops.Quick | None]:
+        """The short way of the usual call to the native kernels, in evaluation and in training, where there is one."""
+        options, given = self.options, self.options.given.keys()
+        single = self.num_layers == 1 and not (self.bidirectional or self.proj_size)
+        if not (single and ops.TARGETS and given <= {"layer_norm", "recurrent_dropout", "zoneout", "forget_bias"}):
+            return None, None
+        names = [*self._flat_weights_names, *self._option_names[0].values()]
+        quick = ops.Quick(self._stack, names, self.batch_first, options.zoneout)
+        return quick, None if options.recurrent_dropout or options.zoneout else quick
 
     @cached_property
     def _needs(self) -> tuple[frozenset[str], frozenset[str]]:
@@ -151,7 +156,7 @@ class RecurrentLayer(StandIn, nn.RNNBase):
                 argument too, its exception.
             UsageError: arguments that do not go together.
         """
-        quick = self._quick
+        quick = self._quick[self.training]
         if quick is not None and not arguments and (target := kernels.quick_target()) is not None:
             found = quick(self._parameters, input, hx, target)
             if found is not None:
