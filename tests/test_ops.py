@@ -225,12 +225,20 @@ assert os.waitpid(child, 0)[1] == 0
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=60)
 
 
-def test_one_step_of_many_units_goes_where_it_is_fastest() -> None:
-    layer, x = longshort.GRU(4, 512), torch.randn(1, 2, 4)
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(("ours", "theirs", "size"), [(longshort.GRU, nn.GRU, 512), (longshort.RNN, nn.RNN, 5)])
+def test_one_step_with_gradients_goes_where_it_is_fastest(ours: Any, theirs: Any, size: int, batch_first: bool) -> None:
+    layer, peer = (make(4, size, batch_first=batch_first) for make in (ours, theirs))
+    peer.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 1, 4) if batch_first else torch.randn(1, 2, 4)
     assert kernels.explain(layer, x).name == "torch"
     assert "faster" in kernels.explain(layer, x).reason
-    assert kernels.explain(layer, torch.randn(2, 2, 4)).name == native.active_target()
+    assert type(layer(x)[0].grad_fn) is type(peer(x)[0].grad_fn)
+    for hx in (None, torch.randn(1, 2, size)):
+        assert all(torch.equal(a, b) for a, b in zip(layer(x, hx), peer(x, hx), strict=True))
     with torch.no_grad():
-        assert kernels.explain(layer, x).name == native.active_target()
-    with kernels.use("native"):
-        assert kernels.explain(layer, x).name == native.active_target()
+        assert kernels.explain(layer, x).name in native.targets()
+        same(layer(x), peer(x))
+    with kernels.use(native.targets()[0]):
+        assert kernels.explain(layer, x).name == native.targets()[0]
+        same(layer(x), peer(x))

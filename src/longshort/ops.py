@@ -48,7 +48,7 @@ SUPPORTED = native.targets()
 
 def is_slower(cell: str, steps: int | None, hidden_size: int, grad: bool) -> bool:
     """Return whether PyTorch's kernel was measured to be faster: docs/log.md has the figures."""
-    return grad and steps == 1 and hidden_size >= 512 and cell != "lstm"
+    return grad and steps == 1 and (cell in ("rnn", "rnn_relu") or (cell == "gru" and hidden_size >= 512))
 
 
 class Call(NamedTuple):
@@ -237,11 +237,12 @@ class Quick:
         call = self._call if target < 0 else self._call._replace(target=target)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, x, *state)):
             if target < 0 and not (call.options or call.layer_norm) and is_slower(call.cell, T, H, grad=True):
-                return None
+                h_0 = state[0] if state else x.new_zeros(1, B, H)
+                run = backends.TORCH_OPS[call.cell]
+                return run(x, h_0, weights, call.bias, 1, 0.0, False, False, self._batch_first)
             y, *after = _Layer.apply(call, x, *(state or (None,) * (1 + self._lstm)), *weights)  # type: ignore[no-untyped-call]
             return y, tuple(after) if self._lstm else after[0]
-        h_0 = state[0].data_ptr() if state else 0
-        c_0 = state[1].data_ptr() if state and self._lstm else 0
+        given = [tensor.data_ptr() for tensor in state] or [0, 0]
         packed = _pack(call, weights, I)
         if packed is None:
             return None
@@ -252,7 +253,7 @@ class Quick:
         gains = (*[gain.data_ptr() for gain in weights[self._num_plain :]], 0, 0, 0, 0)[:4]
         fields = _FORWARD.pack(
             *(T, B, I, H, 0, 0, 0, self._code, 0, torch.get_num_threads(), target, 0, 0, self._zoneout, 0, 0, *gains),
-            *(x.data_ptr(), step, row, 0, 0, 0, 0, packed.data_ptr(), h_0, c_0, y.data_ptr(), y_step, y_row),
+            *(x.data_ptr(), step, row, 0, 0, 0, 0, packed.data_ptr(), given[0], given[-1], y.data_ptr(), y_step, y_row),
             *(h_n.data_ptr(), 0 if c_n is None else c_n.data_ptr(), 0),
         )
         _check(_library.ls_forward(fields))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TypedDict
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -193,16 +194,18 @@ def read_lengths(lengths: Tensor | Sequence[int], steps: int, rows: int) -> Sequ
     if lengths_B.shape != (rows,):
         raise ValueError(f"lengths: Expected {rows}, one for each row of the batch, got shape {tuple(lengths_B.shape)}")
     lengths_B = lengths_B.long()
-    if not torch.compiler.is_compiling():
-        if (lengths_B == steps).all():
-            return None
-        wrong_B = (lengths_B < 0) | (lengths_B > steps)
-        if wrong_B.any():
-            b = int(wrong_B.nonzero()[0])
-            raise ValueError(f"lengths: Expected 0 to {steps}, got {int(lengths_B[b])} for row {b}")
-    order = lengths_B.argsort(descending=True, stable=True)
-    counts = (torch.arange(steps).unsqueeze(1) < lengths_B).sum(1)
-    return Sequences(counts, order, rows)
+    if torch.compiler.is_compiling():
+        order = lengths_B.argsort(descending=True, stable=True)
+        return Sequences((torch.arange(steps).unsqueeze(1) < lengths_B).sum(1), order, rows)
+    array = lengths_B.numpy()  # a third of the time of PyTorch's operations on so few numbers
+    if (array == steps).all():
+        return None
+    wrong = (array < 0) | (array > steps)
+    if wrong.any():
+        b = int(wrong.argmax())
+        raise ValueError(f"lengths: Expected 0 to {steps}, got {array[b]} for row {b}")
+    counts = rows - np.bincount(array, minlength=steps + 1).cumsum()[:steps]
+    return Sequences(torch.from_numpy(counts), torch.from_numpy((-array).argsort(kind="stable")), rows)
 
 
 def read_resets(resets: Tensor, shape: tuple[int, ...]) -> Tensor:
