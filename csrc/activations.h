@@ -11,33 +11,39 @@
 namespace ls {
 namespace LS_TARGET {
 
-/* x = n ln 2 + r; gives e^r - 1 and n. |x| must be below 2^20. */
-static inline V expm1_reduced(V x, VI* n) {
+/* x = n ln 2 + r, for |x| below 2^20. */
+struct Reduced {
+  V whole;     /* n */
+  V shifted;   /* n in the low bits, above those of 1.5 * 2^23 */
+  V r, q;      /* e^r = 1 + r + r^2 q */
+};
+
+static inline Reduced reduce(V x) {
   const float kRound = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer in the low bits */
-  V shifted = x * 1.44269504f + kRound;
-  VI bits;
-  __builtin_memcpy(&bits, &shifted, sizeof bits);
-  *n = bits - 0x4B400000;
-  V whole = shifted - kRound;
+  Reduced v;
+  v.shifted = x * 1.44269504f + kRound;
+  v.whole = v.shifted - kRound;
   /* ln 2 in two parts, the first of so few bits that whole * 0.693359375 is exact. */
-  V r = x - whole * 0.693359375f;
-  r = r + whole * 2.12194440e-4f;
-  V q = r * 1.3882517e-3f + 8.3665475e-3f;
-  q = q * r + 4.1667200e-2f;
-  q = q * r + 1.6666543e-1f;
-  q = q * r + 4.9999997e-1f;
-  return r + (r * r) * q;
+  v.r = x - v.whole * 0.693359375f;
+  v.r = v.r + v.whole * 2.12194440e-4f;
+  v.q = v.r * 1.3882517e-3f + 8.3665475e-3f;
+  v.q = v.q * v.r + 4.1667200e-2f;
+  v.q = v.q * v.r + 1.6666543e-1f;
+  v.q = v.q * v.r + 4.9999997e-1f;
+  return v;
 }
 
 /* 2^n for n in -126..127. */
-static inline V power_of_two(VI n) {
-  VI bits = (n + 127) << 23;
+static inline V power_of_two(V shifted) {
+  VI bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits - (0x4B400000 - 127)) << 23;
   V v;
   __builtin_memcpy(&v, &bits, sizeof v);
   return v;
 }
 
-/* 1 / x for x in 1..2^60. */
+/* 1 / x for x in 1..2^127. */
 static inline V reciprocal(V x) {
 #if defined(__AVX512F__)
   /* 14 bits and one step of Newton's method: a third of the time of a division. */
@@ -48,46 +54,37 @@ static inline V reciprocal(V x) {
 #endif
 }
 
-static inline V absolute(V x) {
-  VI bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  bits &= 0x7FFFFFFF;
-  V v;
-  __builtin_memcpy(&v, &bits, sizeof v);
-  return v;
-}
-
+/* x in -87..88.8; beyond, the nearest of what these give, but 0 for a result that is subnormal. */
 static inline V exponential(V x) {
-  V clamped = x > 89.0f ? splat(89.0f) : x; /* beyond, infinity; a comparison with NaN is false, so NaN passes */
-  clamped = clamped < -104.0f ? splat(-104.0f) : clamped;
-  VI n;
-  V m = expm1_reduced(clamped, &n);
-  VI half = n >> 1; /* in two steps, since 2^n may lie outside the normal numbers where the result does not */
-  return ((1.0f + m) * power_of_two(half)) * power_of_two(n - half);
-}
-
-/* e^-|x|, for sigmoid: 0 where it is subnormal. */
-static inline V exp_minus(V magnitude) {
-  V clamped = magnitude > 87.5f ? splat(87.5f) : magnitude;
-  VI n;
-  V m = expm1_reduced(-clamped, &n);
-  return (1.0f + m) * power_of_two(n);
+  Reduced v = reduce(at_least(at_most(x, 89.0f), -104.0f));
+  V e = (v.q * v.r + 1.0f) * v.r + 1.0f;
+#if defined(__AVX512F__)
+  return (V)_mm512_maskz_scalef_ps(0xFFFF, (__m512)e, (__m512)v.whole);
+#else
+  V half = v.whole * 0.5f + 12582912.0f; /* in two steps, since 2^n may lie outside the normal numbers */
+  V rest = v.whole - (half - 12582912.0f) + 12582912.0f;
+  return (e * power_of_two(half)) * power_of_two(rest);
+#endif
 }
 
 static inline V sigmoid(V x) {
-  /* 1 / (1 + e^-x), and e^x / (1 + e^x) below 0: the denominator stays in 1..2. */
-  V e = exp_minus(absolute(x));
-  V y = reciprocal(1.0f + e);
-  return x < 0.0f ? e * y : y;
+  /* 1 / (1 + e^-x). Below -87.4 that is subnormal; above 87 it is 1. */
+  Reduced v = reduce(at_most(at_least(-x, -87.0f), 87.4f));
+  V e = (v.q * v.r + 1.0f) * v.r + 1.0f;
+#if defined(__AVX512F__)
+  e = (V)_mm512_maskz_scalef_ps(0xFFFF, (__m512)e, (__m512)v.whole);
+#else
+  e *= power_of_two(v.shifted);
+#endif
+  return reciprocal(1.0f + e);
 }
 
 static inline V tanh(V x) {
   /* (e^2x - 1) / (e^2x + 1); from 9.02 on the nearest float is 1. */
-  V clamped = x > 9.1f ? splat(9.1f) : x;
-  clamped = clamped < -9.1f ? splat(-9.1f) : clamped;
-  VI n;
-  V m = expm1_reduced(clamped + clamped, &n);
-  V p = power_of_two(n);
+  x = at_least(at_most(x, 9.1f), -9.1f);
+  Reduced v = reduce(x + x);
+  V m = (v.r * v.r) * v.q + v.r; /* e^r - 1, whose digits count where x is small */
+  V p = power_of_two(v.shifted);
   V d = p * m + (p - 1.0f);
   return d * reciprocal(d + 2.0f);
 }

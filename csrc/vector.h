@@ -74,6 +74,27 @@ static inline V first_lanes(V v, int n) {
   return lane < n ? v : V{};
 }
 
+/* The smaller, the larger of x and a limit; NaN where x is NaN. */
+static inline V at_most(V x, float limit) {
+#if defined(__AVX512F__)
+  return (V)_mm512_maskz_min_ps(0xFFFF, (__m512)splat(limit), (__m512)x); /* of a pair with NaN it gives the second */
+#elif defined(__AVX2__)
+  return (V)_mm256_min_ps((__m256)splat(limit), (__m256)x);
+#else
+  return x > limit ? splat(limit) : x;
+#endif
+}
+
+static inline V at_least(V x, float limit) {
+#if defined(__AVX512F__)
+  return (V)_mm512_maskz_max_ps(0xFFFF, (__m512)splat(limit), (__m512)x);
+#elif defined(__AVX2__)
+  return (V)_mm256_max_ps((__m256)splat(limit), (__m256)x);
+#else
+  return x < limit ? splat(limit) : x;
+#endif
+}
+
 static inline float sum_lanes(V v) {
   typedef float Quarter __attribute__((vector_size(16)));
   float lanes[W];
