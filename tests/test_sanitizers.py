@@ -50,7 +50,7 @@ def runtime(name: str) -> str:
 
 def test_memory_and_undefined_behaviour() -> None:
     place = build("address,undefined")
-    tests = "not environment" if EVERYTHING else "(sizes or lengths or threads or refused) and not rnn"
+    tests = "not environment" if EVERYTHING else "(sizes or lengths or normalisation or threads or refused) and not rnn"
     run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_native.py", "-k", tests],
         LD_PRELOAD=runtime("libasan.so"),

@@ -53,7 +53,7 @@ struct Call {
     f.bias_ih = f.bias_hh = bias.data();
     f.y = y.data(), f.y_step = B * H, f.y_row = H;
     if (backward) {
-      saved.resize(size_t(ls_saved_floats(&f.shape)));
+      saved.resize(size_t(ls_saved_floats(&f.shape, 0)));
       f.saved = saved.data();
     }
     if (ls_forward(&f) != LS_OK) return {};
