@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from longshort import checkpoint
+from longshort import checkpoint, documents
 from longshort.checkpoint import Run, Saved, create_run, is_run, load_model, open_run, save_model
 from longshort.durable import set_aside
 from longshort.errors import CheckpointError, LongshortError, OutputError, UsageError
@@ -390,7 +390,7 @@ def test_reading_while_training_goes_on(run: Run) -> None:
 def test_a_checkpoint_deleted_while_it_is_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     save(run, 1)
     read: list[str] = []
-    real = checkpoint.read
+    real = documents.read
 
     def read_while_training_goes_on(path: Path, limit: int) -> bytes:
         read.append(path.name)

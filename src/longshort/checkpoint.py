@@ -333,9 +333,13 @@ def create_run(path: str | Path, config: Json, tokenizer_json: str) -> Run:
     """
     run, config_bytes = Run(Path(path)), seal(config)
     _refuse_existing(path)
-    require_writable_directory(run.path / _CHECKPOINTS)
-    write_file(run.path / _TOKENIZER, tokenizer_json.encode())
-    write_file(run.path / _CONFIG, config_bytes)  # last, as it makes the directory a run
+    try:
+        require_writable_directory(run.path / _CHECKPOINTS)
+        write_file(run.path / _TOKENIZER, tokenizer_json.encode())
+        write_file(run.path / _CONFIG, config_bytes)  # last, as it makes the directory a run
+    except BaseException:
+        shutil.rmtree(run.path, ignore_errors=True)  # nothing was in it
+        raise
     return run
 
 
@@ -532,12 +536,16 @@ def _load_directory(directory: Path) -> Saved:
         refuse(directory / _MANIFEST, f"it does not name exactly {', '.join(_OF_MODELS)}, or these and training's")
     files = {name: _read_verified(directory / name, entries[name]) for name in (_CONFIG, _TOKENIZER, _WEIGHTS)}
     config = parse(files[_CONFIG], directory / _CONFIG)
+    try:
+        tokenizer_json = files[_TOKENIZER].decode()
+    except UnicodeDecodeError as error:
+        refuse(directory / _TOKENIZER, "it is not UTF-8", error)
     _check_config(config, files[_TOKENIZER], directory)
     model, step = config.pop("model"), config.pop("step")
     for key in ("format_version", "model_type", "longshort_version", "vocab_size", "tokenizer_sha256"):
         config.pop(key, None)
     weights = _decode_weights(files.pop(_WEIGHTS), directory / _WEIGHTS)
-    return Saved(directory, weights, model, files[_TOKENIZER].decode(), step, config)
+    return Saved(directory, weights, model, tokenizer_json, step, config)
 
 
 def _check_config(config: dict[str, Any], tokenizer: bytes, directory: Path) -> None:
