@@ -118,7 +118,7 @@ def test_every_cut_is_exact(text_file: Path, tmp_path: Path) -> None:
 def test_more_steps_are_those_of_the_longer_schedule_and_repeat(text_file: Path, tmp_path: Path) -> None:
     for name in "ab":
         train(text_file, tmp_path / name)
-    shutil.copytree(tmp_path / "a", tmp_path / "before")
+    shutil.copytree(tmp_path / "b", tmp_path / "before")
     resume(tmp_path / "a", 70)
     assert isinstance(resume(tmp_path / "b", 70, stop=after(9)), training.Stopped)
     finished = resume(tmp_path / "b")
@@ -177,6 +177,8 @@ def test_who_looks_at_events_does_not_disturb_the_random_numbers(text_file: Path
 def test_logs_are_cut_to_the_checkpoint(text_file: Path, tmp_path: Path) -> None:
     train(text_file, tmp_path / "whole")
     train(text_file, tmp_path / "run", after(15))
+    left = tmp_path / "run" / ".latest.json.0123456789abcdef.tmp"
+    left.touch()
     for name in ("metrics.jsonl", "timing.jsonl"):
         path = tmp_path / "run" / name
         kept = path.read_bytes()
@@ -184,6 +186,7 @@ def test_logs_are_cut_to_the_checkpoint(text_file: Path, tmp_path: Path) -> None
         next(events := training.resume(tmp_path / "run"))
         events.close()
         assert path.read_bytes() == kept
+        assert not left.exists()
     resume(tmp_path / "run")
     assert state_of(tmp_path / "run") == state_of(tmp_path / "whole")
 
@@ -503,11 +506,13 @@ def test_a_disk_that_fills_up_costs_the_spare_checkpoint_then_stops_the_run(
     train(text_file, tmp_path / "whole")
     # Room for what is kept, and one more where only two are there.
     full(monkeypatch, lambda: 10**9 if len(list(run.glob("checkpoints/*"))) < 2 else 0)
-    train(text_file, run)
+    with pytest.warns(UserWarning, match=r"The disk is nearly full: the next checkpoint needs \d\.\d MB"):
+        train(text_file, run)
     assert state_of(run) == state_of(tmp_path / "whole")
     shutil.rmtree(run)
     full(monkeypatch, lambda: 10**9 if len(list(run.glob("checkpoints/step-000012"))) < 1 else 0)
-    with pytest.raises(OutputError, match=r"No space for a checkpoint: need .* MB, have 0\.0 MB at .*checkpoints"):
+    needs = r"No space for a checkpoint: need .* MB, have 0\.0 MB at .*checkpoints"
+    with pytest.warns(UserWarning, match="nearly full"), pytest.raises(OutputError, match=needs):
         train(text_file, run)
     assert load_model(run).step == 12
     with pytest.raises(OutputError, match="No space"):

@@ -18,7 +18,6 @@ at a time writes to a run (`Run.lock`); any number may read it meanwhile.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -58,6 +57,7 @@ _OF_MODELS = (_WEIGHTS, _CONFIG, _TOKENIZER)
 _LIMITS = {_WEIGHTS: 1 << 40, _CONFIG: JSON_LIMIT, _TOKENIZER: 64 << 20, _STATE: 1 << 40, _POSITION: JSON_LIMIT}
 """The files that a manifest names (the last two in a run's checkpoints), each with the most bytes read of it."""
 _OURS = re.compile(r"step-\d{6,}|\.step-\d{6,}\..*")  # a checkpoint, or what a killed save left of one
+_LEFT = re.compile(r"\.\w+\.jsonl?\.[0-9a-f]{16}\.tmp")  # what a killed write of a file of the run left
 
 Json = Mapping[str, Any]
 Arrays = Mapping[str, NDArray[Any]]
@@ -105,6 +105,8 @@ class Run:
     ) -> Path:
         """Publish a checkpoint and return its directory; delete those that are no longer kept.
 
+        A warning tells when there would be no room for another one.
+
         Args:
             step: number of training steps done.
             weights: float32 or float16 arrays by name.
@@ -130,6 +132,9 @@ class Run:
         for pointer in (_LATEST, _BEST) if best else (_LATEST,):
             self._point(pointer, step)
         self._delete_superseded()
+        if not has_space(path.parent, size):
+            needs = f"the next checkpoint needs {size / 1e6:.1f} MB"
+            warnings.warn(f"The disk is nearly full: {needs}, more than is free at {path.parent}.", stacklevel=3)
         return path
 
     def recover(self) -> tuple[Saved, Training]:
@@ -167,12 +172,17 @@ class Run:
     def rewind(self, saved: Saved, training: Training, best_step: int) -> None:
         """Bring the run back to what it was when `saved` was its latest checkpoint: pointers, logs, tokenizer.
 
+        What a killed process was writing beside them is deleted.
+
         Args:
             saved: from `recover`.
             training: the same.
             best_step: the best checkpoint at that time. Where it is gone, the latest is taken for it.
         """
         step = saved.step or 0
+        for entry in self.path.iterdir():
+            if _LEFT.fullmatch(entry.name):
+                entry.unlink(missing_ok=True)
         self._point(_LATEST, step)
         if best_step in self._steps():
             self._point(_BEST, best_step)
@@ -200,7 +210,15 @@ class Run:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep other processes from writing to this run; OutputError where one does already."""
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            import fcntl
+        except ImportError:  # a system without
+            yield
+            return
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise OutputError(f"Cannot open {self.path}: {error.strerror}.", "Look at the disk.") from error
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -63,7 +63,7 @@ class Interruption:
         if threading.current_thread() is not threading.main_thread():
             return self
         for number in _SIGNALS:
-            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            if number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # as under nohup, which wants just that
             self._before[number] = signal.signal(number, self._receive)
         # Python runs a handler only between two of its own instructions, and a step in the kernels may be long. The

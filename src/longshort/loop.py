@@ -264,7 +264,8 @@ class Loop:
         """Publish a checkpoint of where training is; what is not finite never gets there."""
         at, text = self.position, self.prepared.text
         weights = self.model.weights()
-        taken = snapshot.take(at, self.stepper.named_parameters, self.stepper.optimizer, self.stepper.state)
+        state = None if self.sampler.batch(at.step).starts_fresh else self.stepper.state
+        taken = snapshot.take(at, self.stepper.named_parameters, self.stepper.optimizer, state)
         for name, array in {**weights, **taken.arrays}.items():
             if not np.isfinite(array).all():
                 raise self._diverged(f"{name} holds numbers that are not finite at step {at.step}")

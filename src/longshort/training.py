@@ -287,7 +287,7 @@ def resume(
         if content != {**saved_config, "longshort_version": longshort.__version__}:
             run.write_config(content)
         stepper, sampler = Stepper(model, config, legs[-1][1]), prepared.sampler(config)
-        like = model.zero_state(sampler.rows.stop - sampler.rows.start)
+        like = model.zero_state(config.batch_size)
         stepper.state = snapshot.put_back(training, stepper.named_parameters, stepper.optimizer, like)
         yield from Loop(config, legs, prepared, sampler, stepper, run, stop, position).events()
 
@@ -377,7 +377,7 @@ def _require_same_text(text: Text, sha256: str, run: str) -> None:
     if text.sha256 != sha256:
         raise UsageError(
             f"The text of {run} has changed: it was {sha256[:12]}, it is {text.sha256[:12]} (SHA-256).",
-            "Restore the text, or evaluate the model on a file: longshort eval MODEL TEXT",
+            "Restore the text. The model itself can be used on another: longshort eval, or train --from",
         )
 
 
