@@ -13,7 +13,7 @@ BIN := .venv/bin
 export LONGSHORT_REQUIRE_NATIVE ?= $(shell command -v $(CXX) >/dev/null 2>&1 && echo 1 || echo 0)
 NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test style types pytest native sanitize clean
+.PHONY: demo test campaign style types pytest native sanitize clean
 
 demo: .venv/installed
 	$(BIN)/longshort demo
@@ -29,6 +29,10 @@ types: .venv/installed
 
 pytest: .venv/installed
 	$(BIN)/pytest -n auto
+
+# The long tests: kills, cuts, faults, flipped bits, hostile files. Results go to docs/campaign.md.
+campaign: .venv/installed
+	LONGSHORT_CAMPAIGN=1 $(BIN)/pytest -s -m campaign
 
 # Compile the kernels anew after a change in csrc, showing every warning; needs CMake.
 native:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from longshort import checkpoint
+from longshort import checkpoint, documents
 from longshort.checkpoint import Run, Saved, create_run, is_run, load_model, open_run, save_model
 from longshort.durable import set_aside
 from longshort.errors import CheckpointError, LongshortError, OutputError, UsageError
@@ -112,7 +112,10 @@ def within_seconds(seconds: int) -> Iterator[None]:
 def test_layout_of_a_run(run: Run) -> None:
     assert save(run, 500) == run.path / "checkpoints" / "step-000500"
     assert names(run.path) == ["best.json", "checkpoints", "config.json", "latest.json", "tokenizer.json"]
-    assert (run.path / "config.json").read_text() == '{\n  "format_version": 1,\n  "seed": 1,\n  "lr": 0.5\n}\n'
+    content = json.loads((run.path / "config.json").read_text())
+    assert list(content.items())[:3] == [("format_version", 1), ("seed", 1), ("lr", 0.5)]
+    unsealed = '{\n  "format_version": 1,\n  "seed": 1,\n  "lr": 0.5\n}\n'
+    assert content["sha256"] == hashlib.sha256(unsealed.encode()).hexdigest()
     for pointer in ("best.json", "latest.json"):
         content = json.loads((run.path / pointer).read_text())
         assert content == {"format_version": 1, "checkpoint": "step-000500", "step": 500}
@@ -201,13 +204,14 @@ def test_what_could_not_be_loaded_is_not_saved(run: Run, changed: dict[str, Any]
 def test_old_checkpoints_are_deleted_but_best_and_latest_stay(run: Run) -> None:
     checkpoints = run.path / "checkpoints"
     (checkpoints / "my-favourite").mkdir()
-    for step, best, left in [(1, False, [1]), (2, True, [2]), (3, False, [2, 3]), (4, False, [2, 4])]:
+    kept = [(1, False, [1]), (2, True, [1, 2]), (3, False, [2, 3]), (4, False, [2, 3, 4]), (5, False, [2, 4, 5])]
+    for step, best, left in kept:
         save(run, step, best=best)
         assert names(checkpoints) == ["my-favourite", *(f"step-{number:06d}" for number in left)]
         assert run.latest() == checkpoints / f"step-{step:06d}"
     assert load_model(run.path).step == 2
     save(run, 1_234_567)
-    assert names(checkpoints) == ["my-favourite", "step-1234567"]
+    assert names(checkpoints) == ["my-favourite", "step-000005", "step-1234567"]
     assert load_model(run.path).step == 1_234_567
 
 
@@ -352,7 +356,7 @@ for trial in range(12):
         assert path == run.path or saved.step >= first
         newest = max(newest, saved.step)
 save(run, newest + 3)
-assert len(os.listdir(run.path / "checkpoints")) <= 2, os.listdir(run.path / "checkpoints")
+assert len(os.listdir(run.path / "checkpoints")) <= 3, os.listdir(run.path / "checkpoints")
 print(newest)
 """
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
@@ -386,16 +390,17 @@ def test_reading_while_training_goes_on(run: Run) -> None:
 def test_a_checkpoint_deleted_while_it_is_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     save(run, 1)
     read: list[str] = []
-    real = checkpoint._read
+    real = documents.read
 
     def read_while_training_goes_on(path: Path, limit: int) -> bytes:
         read.append(path.name)
         if path.name == "tokenizer.json" and read.count("tokenizer.json") == 1:
             save(run, 2)
+            save(run, 3)  # the first is no longer kept then
         return real(path, limit)
 
-    monkeypatch.setattr(checkpoint, "_read", read_while_training_goes_on)
-    assert load_model(run.path).step == 2  # and no warning: nothing is damaged
+    monkeypatch.setattr(checkpoint, "read", read_while_training_goes_on)
+    assert load_model(run.path).step == 3  # and no warning: nothing is damaged
 
 
 def test_no_space_for_a_checkpoint(run: Run) -> None:
@@ -508,8 +513,8 @@ def test_a_pointer_names_only_checkpoints(run: Run, what: Any) -> None:
     save(run, 1)
     for pointer in ("best.json", "latest.json"):
         run.write_json(pointer, {"checkpoint": what, "step": 1})
-    with pytest.raises(CheckpointError, match="names no checkpoint"):
-        load_model(run.path)
+    with pytest.warns(UserWarning, match=r"names no checkpoint.*Loaded .*step-000001 instead"):
+        assert load_model(run.path).step == 1
     with pytest.raises(CheckpointError, match="names no checkpoint"):
         run.latest()
 

@@ -54,7 +54,7 @@ def test_a_run_yields_events_and_keeps_everything(text_file: Path, tmp_path: Pat
     saved = checkpoint.open_run(out).config()
     assert TrainConfig.from_dict(saved["train"]) == events[0].config
     assert saved["train"]["steps"] == 12
-    assert len(list((out / "checkpoints").iterdir())) <= 2
+    assert len(list((out / "checkpoints").iterdir())) <= 3
 
 
 def test_a_run_repeats_exactly(text_file: Path, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite_stops_and_is_never_saved(text_file: Path, tmp
         run(text_file, tmp_path / "run", lr=1e38, optimizer="sgd", clip=None, steps=50)
     assert "lower --lr" in str(caught.value)
     assert not (tmp_path / "run").exists()  # nothing was saved, so nothing stays
-    with pytest.raises(TrainingError, match="diverged by step 1: the held-out text has"):
+    with pytest.raises(TrainingError, match="diverged at step 1: the held-out text has"):
         run(text_file, tmp_path / "run", lr=1e300, steps=1)  # the last update is the one that breaks it
     assert not (tmp_path / "run").exists()
 

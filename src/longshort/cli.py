@@ -1,20 +1,23 @@
 """The command line: one function a verb, and the only place that prints.
 
 Results go to standard output, everything else (progress, notes, errors) to standard error. Exit status: 0 done,
-1 failure, 2 usage, 130 interrupted.
+1 failure, 2 usage, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +28,7 @@ import longshort
 from longshort.config import TrainConfig
 from longshort.errors import LongshortError, MissingExtraError, OutputError, UsageError
 from longshort.flags import Corpus, DataDir, Int, Json, TrainFlags
+from longshort.interruption import Interrupted, Interruption
 
 app = App(
     name="longshort",
@@ -83,9 +87,28 @@ def train(
     if text:
         given["texts"] = text
     settings = recipes.combine(given, recipes.load_toml(config) if config else None, recipe)
-    run = _train(settings, minutes)
-    place = shlex.quote(str(run))
-    _say(f"Next: {_program()} generate {place}    {_program()} eval {place} --split valid")
+    _say_next(_train(settings, minutes))
+
+
+@app.command
+def resume(
+    run: Annotated[str, Parameter(help="A run directory.")],
+    /,
+    *text: Annotated[str, Parameter(help="Where the text is now, if it has moved.")],
+    steps: Annotated[
+        Int | None, Parameter(help="Steps in all, more or fewer than planned: the rate falls to its lowest there.")
+    ] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Go on with a run that was stopped, bit for bit; with --steps also with one that was finished."""
+    if steps is not None and steps < 1:
+        raise UsageError(f"--steps must be at least 1, not {steps}.")
+    _need_torch("resume")
+    from longshort import training
+
+    with Interruption() as interruption:
+        _show(training.resume(run, steps, text, data_dir, interruption.wanted), interruption)
+    _say_next(Path(run))
 
 
 @app.command(name="eval")
@@ -304,22 +327,40 @@ def _train(settings: Mapping[str, Any], minutes: float | None) -> Path:
     if config.out is not None:
         checkpoint.require_new_run(config.out)
     prepared = None
-    if minutes is not None:
-        begin = time.perf_counter()
-        recipes.check_budget(minutes, settings)
-        _say(f"Measuring this machine for a run of {minutes:g} minute{'' if minutes == 1 else 's'} ...")
-        prepared = training.Prepared(config)
-        plan = recipes.plan(minutes, settings, prepared, since=begin)
-        config = plan.config
-        _say(screen.describe_plan(plan))
-    view = screen.TrainView()
+    with Interruption() as interruption:
+        if minutes is not None:
+            begin = time.perf_counter()
+            recipes.check_budget(minutes, settings)
+            _say(f"Measuring this machine for a run of {minutes:g} minute{'' if minutes == 1 else 's'} ...")
+            prepared = training.Prepared(config)
+            plan = recipes.plan(minutes, settings, prepared, since=begin)
+            config = plan.config
+            _say(screen.describe_plan(plan))
+        return _show(training.train(config, prepared, interruption.wanted), interruption)
+
+
+def _show(events: Generator[Any, None, None], interruption: Interruption) -> Path:
+    """Show a training run as it goes on, and return its directory; Interrupted where it was stopped and has saved."""
+    from longshort import screen, training
+
     run = Path()
-    with view:
-        for event in training.train(config, prepared):
-            if isinstance(event, training.Started):
-                run = event.run
-            view.show(event)
+    with screen.TrainView() as view, contextlib.closing(events):
+        started = next(events)
+        with interruption.deferred():
+            for event in itertools.chain((started,), events):
+                view.show(event)
+                run = event.run if isinstance(event, training.Started) else run
+    if isinstance(event, training.Stopped):
+        place = shlex.quote(str(run))
+        saved = f"step {event.step:,} of {event.steps:,} is saved. Go on with: {_program()} resume {place}"
+        words = f"stopped; {saved if event.step else 'no step was made.'}"
+        raise Interrupted(interruption.signal or signal.SIGINT, words)
     return run
+
+
+def _say_next(run: Path) -> None:
+    place = shlex.quote(str(run))
+    _say(f"Next: {_program()} generate {place}    {_program()} eval {place} --split valid")
 
 
 def _generate(
@@ -477,6 +518,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except LongshortError as error:
         _complain(str(error))
+        return error.exit_code
+    except Interrupted as error:
+        _say(f"longshort: {error.words}")
         return error.exit_code
     except KeyboardInterrupt:
         _say("longshort: interrupted.")

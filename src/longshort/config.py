@@ -32,10 +32,16 @@ def option(
     below: float | None = None,
     most: float | None = None,
     choices: tuple[str, ...] = (),
+    flag: str | None = None,
 ) -> Any:
-    """Declare an option: its default, one line of help, and its range or choices."""
+    """Declare an option: its default, one line of help, its range or choices; its flag if not `--the-name`."""
     limits = {"least": least, "above": above, "below": below, "most": most}
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, **limits})
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "flag": flag, **limits})
+
+
+def flag_of(field: dataclasses.Field[Any]) -> str:
+    """Return the flag of an option on the command line."""
+    return field.metadata["flag"] or f"--{field.name.replace('_', '-')}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +103,10 @@ class Architecture(Options):
             )
 
 
+MODEL_OPTIONS = ("cell", "layers", "hidden", "embedding", "tied")
+"""The options that decide which weights a model has. Dropout is none of them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Architecture):
     """A language model: its architecture and the size of its vocabulary."""
@@ -119,6 +129,11 @@ class TrainConfig(Architecture):
     texts: tuple[str, ...] = option((), "Text files or directories.")
     corpus: str | None = option(None, "A named corpus instead of TEXT: builtin, timemachine or tinyshakespeare.")
     data_dir: str | None = option(None, "Directory that holds the named corpora, instead of a download.")
+    from_model: str | None = option(
+        None,
+        "Run or model to start from instead of new weights; it brings sizes and tokenizer.",
+        flag="--from",
+    )
     out: str | None = option(None, "Run directory to make; named after the text if not given.")
     tokenizer: str = option("char", "How the text is cut into symbols.", choices=("char", "byte"))
     heldout: float = option(0.1, "Share of the text, at its end, that is never trained on.", least=0, below=1)
@@ -154,6 +169,9 @@ class TrainConfig(Architecture):
     validate_every: int | None = option(None, "Steps between looks at held-out text; a tenth of all if unset.", least=1)
     eval_lanes: int | None = option(
         None, "Lanes in which the held-out text is read for the last figure; one, unless it is very long.", least=1
+    )
+    save_every: int | None = option(
+        None, "Steps between checkpoints, beside those at looks; every five minutes if unset.", least=1
     )
     patience: int | None = option(None, "Stop after this many looks without improvement.", least=1)
 

@@ -27,6 +27,10 @@ _SHORT_OF = {
 }
 
 
+_MARGIN = 1 << 16
+"""What a checkpoint takes on a disk beside the content of its files, with room to spare."""
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write `data` as the file `path`, replacing what was there, with mode 0666 less the umask.
 
@@ -109,6 +113,48 @@ def append_line(path: Path, line: str) -> None:
             os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Wait until all of the file `path` is on the disk; OutputError where it cannot get there."""
+    with _explained(path, 0):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def cut_file(path: Path, size: int) -> None:
+    """Leave the first `size` bytes of the file `path`; OutputError where it cannot be written."""
+    with _explained(path, size):
+        os.truncate(path, size)
+
+
+def has_space(directory: Path, size: int) -> bool:
+    """Return whether the disk of `directory` has `size` bytes free."""
+    return _free(directory) >= size + _MARGIN
+
+
+def require_space(directory: Path, size: int, what: str = "a checkpoint") -> None:
+    """Raise OutputError unless `has_space`; what a quota leaves shows only in writing."""
+    if not has_space(directory, size):
+        raise OutputError(
+            f"No space for {what}: need {_megabytes(size)} MB, have {_free(directory) / 1e6:.1f} MB at {directory}.",
+            "Free some space, or choose another place.",
+        )
+
+
+def _free(directory: Path) -> float:
+    """Return how many bytes are free on the disk of `directory`, infinity where that cannot be known."""
+    try:
+        return shutil.disk_usage(directory).free
+    except OSError:
+        return math.inf
+
+
+def _megabytes(size: int) -> float:
+    return math.ceil(size / 1e5) / 10
+
+
 def require_writable_directory(path: Path) -> None:
     """Make the directory `path` and its parents, and prove by a file, deleted again, that it can be written.
 
@@ -165,7 +211,7 @@ def _explained(path: Path, size: int) -> Iterator[None]:
             free = ""
             with suppress(OSError):
                 free = f", {shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free on the disk"
-            what = f"{_SHORT_OF[error.errno]} on {path}: needs {math.ceil(size / 1e5) / 10} MB{free}."
+            what = f"{_SHORT_OF[error.errno]} on {path}: needs {_megabytes(size)} MB{free}."
             hint = "Free some space, or choose another place."
         else:
             what = f"Cannot write {path}: {(error.strerror or str(error)).lower()}."

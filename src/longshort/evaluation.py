@@ -13,6 +13,7 @@ Its protocols, named in each result:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -59,7 +60,15 @@ class Evaluation:
         return asdict(self)
 
 
-def evaluate(model: Model, tokenizer: Tokenizer, text: str, *, lanes: int = 1, block: int | None = None) -> Evaluation:
+def evaluate(
+    model: Model,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    lanes: int = 1,
+    block: int | None = None,
+    pause: Callable[[], None] = lambda: None,
+) -> Evaluation:
     """Measure how well `model` predicts `text`.
 
     Args:
@@ -68,6 +77,7 @@ def evaluate(model: Model, tokenizer: Tokenizer, text: str, *, lanes: int = 1, b
         text: what to predict, at least two symbols.
         lanes: parts that are read side by side, state carried within each.
         block: if given, the state is zero at the start of every block of this many symbols.
+        pause: called every few thousand symbols; it may raise, to end a long evaluation.
 
     Raises:
         TextError: nothing in the text can be predicted.
@@ -88,14 +98,14 @@ def evaluate(model: Model, tokenizer: Tokenizer, text: str, *, lanes: int = 1, b
         protocol = f"zero state at the start of every block of {block} tokens"
         for start in range(0, len(inputs), block * 64):
             part = slice(start, start + block * 64)
-            total += _rows(model, tokenizer.size, inputs[part], targets[part], counted[part], block)
+            total += _rows(model, tokenizer.size, inputs[part], targets[part], counted[part], block, pause)
     else:
         length = -(-len(inputs) // lanes)
         lanes = -(-len(inputs) // length)
         protocol = (
             "state carried through the text, one lane" if lanes == 1 else f"state carried in each of {lanes} lanes"
         )
-        total = _rows(model, tokenizer.size, inputs, targets, counted, length)
+        total = _rows(model, tokenizer.size, inputs, targets, counted, length, pause)
     predicted = targets[counted]
     characters = tokenizer.characters(predicted.astype(np.int32))
     num_bytes = len(tokenizer.decode(predicted.tolist()).encode("utf-8", "surrogatepass"))
@@ -123,6 +133,7 @@ def _rows(
     targets: NDArray[np.int64],
     counted: NDArray[np.bool_],
     length: int,
+    pause: Callable[[], None],
 ) -> float:
     """Return the nats of all counted targets, the text being cut into rows of `length`, each from a zero state."""
     rows = -(-len(inputs) // length)
@@ -133,6 +144,7 @@ def _rows(
     total, state = 0.0, None
     window = max(min(_TOKENS_A_CALL, _LOGITS_A_CALL // size) // rows, 1)
     for first in range(0, length, window):
+        pause()
         part = slice(first, first + window)
         nats_TB, state = model.nats(
             np.ascontiguousarray(inputs_TB[part]), np.ascontiguousarray(targets_TB[part]), state

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import cyclopts
 from cyclopts import Parameter
 
-from longshort.config import TrainConfig
+from longshort.config import TrainConfig, flag_of
 
 
 def _whole_number(_: type, tokens: Sequence[cyclopts.Token]) -> int:
@@ -33,7 +33,9 @@ def _option_class(config: type, left_out: tuple[str, ...]) -> type:
             default = "" if field.default in (None, False) else f" (default: {field.default})"
             whole = int in (hints[field.name], *get_args(hints[field.name]))
             convert = _whole_number if whole else None
-            parameter = Parameter(help=field.metadata["help"] + default, converter=convert)
+            # An option with a flag of its own is known by its name too, as in TOML files.
+            names = tuple(dict.fromkeys((flag_of(field), f"--{field.name.replace('_', '-')}")))
+            parameter = Parameter(name=names, help=field.metadata["help"] + default, converter=convert)
             annotations[field.name] = Annotated[hints[field.name] | None, parameter]
     body = {"__annotations__": annotations, "__module__": __name__, **dict.fromkeys(annotations)}
     return dataclasses.dataclass(type(f"{config.__name__}Flags", (), body))

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longshort.config import TrainConfig
+from longshort import checkpoint
+from longshort.config import MODEL_OPTIONS, TrainConfig
 from longshort.errors import ConfigError, UsageError
+from longshort.text.tokenizers import from_json
 
 if TYPE_CHECKING:
     from longshort.training import Prepared
@@ -92,7 +94,30 @@ def combine(
         # One matrix serves both sides, so one width is enough to say.
         size = settings.get("hidden", settings.get("embedding", TrainConfig().hidden))
         settings = {"hidden": size, "embedding": size, **settings}
-    return settings
+    return with_model(settings) if settings.get("from_model") is not None else settings
+
+
+def with_model(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `settings` with the sizes, the dropout and the tokenizer of the model that they start from.
+
+    Raises:
+        UsageError: they ask for another model than that, or there is none.
+        CheckpointError: it is damaged.
+    """
+    source = settings["from_model"]
+    saved = checkpoint.load_model(source)
+    brought = {name: saved.model[name] for name in MODEL_OPTIONS if name in saved.model}
+    brought["tokenizer"] = from_json(saved.tokenizer_json).name
+    for name, value in brought.items():
+        if settings.get(name, value) != value:
+            raise UsageError(
+                f"{source} has {name} {value}, so {name} {settings[name]} does not go with --from.",
+                f"Leave out {name}, or train a new model.",
+            )
+    for name, harmless in (("init", "torch"), ("single_bias", False)):
+        if settings.get(name, harmless) != harmless:
+            raise UsageError(f"{name} makes new weights; --from brings its own.", f"Leave out {name}.")
+    return {"dropout": saved.model.get("dropout", 0.0), **brought, **settings}
 
 
 @dataclass(frozen=True, slots=True)

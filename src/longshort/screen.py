@@ -20,12 +20,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from longshort.config import flag_of
+
 if TYPE_CHECKING:
     from longshort.comparison import Row
     from longshort.config import TrainConfig
     from longshort.ledger import Row as BenchmarkRow
     from longshort.recipes import Plan
-    from longshort.training import Event, Finished, Looked, Progress, Started
+    from longshort.training import Event, Finished, Looked, Progress, Skipped, Started
 
 _SAMPLE_CHARACTERS = 240
 _SECONDS_BETWEEN_SAMPLES = 2.0
@@ -53,8 +55,22 @@ def describe_model(event: Started) -> str:
         f"{event.tokenizer.size} symbols, SHA-256 {text.sha256[:12]}\n"
         f"{config.cell.upper()} {config.layers} x {config.hidden}, {symbols}, {parameters};\n"
         f"{config.steps:,} steps of {config.batch_size} x {config.seq_len} ({epochs:.1f} epochs), "
-        f"{config.threads} thread{'' if config.threads == 1 else 's'}; {visible(str(event.run))}"
+        f"{config.threads} thread{'' if config.threads == 1 else 's'}; {visible(str(event.run))}{_origin(event)}"
     )
+
+
+def _origin(event: Started) -> str:
+    """Return a line on where training starts from, if not from new weights."""
+    config, words = event.config, []
+    if event.resumed_at is not None and event.resumed_at >= (config.steps or 0):
+        words.append("has made all its steps; a larger --steps goes on from there")
+    elif event.resumed_at is not None:
+        words.append(f"goes on after step {event.resumed_at:,}")
+    elif config.from_model is not None:
+        words.append(f"starts from {visible(config.from_model)}")
+        if event.unknown_tokens:
+            words.append(f"{event.unknown_tokens:,} tokens outside its vocabulary are read, never predicted")
+    return "\n" + "; ".join(words) if words else ""
 
 
 def describe_plan(plan: Plan) -> str:
@@ -73,8 +89,7 @@ def command_of(config: TrainConfig) -> str:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value != field.default and field.name not in ("texts", "out"):
-            flag = f"--{field.name.replace('_', '-')}"
-            words += [flag] if value is True else [flag, str(value)]
+            words += [flag_of(field)] if value is True else [flag_of(field), str(value)]
     return visible(shlex.join(words))
 
 
@@ -115,9 +130,12 @@ class TrainView:
             self._progress = event
         elif isinstance(event, training.Looked):
             self._looked = event
-        if isinstance(event, training.Finished):
+        elif isinstance(event, training.Skipped):
+            self._console.print(_skipped(event))
+        if isinstance(event, training.Finished | training.Stopped):
             self.__exit__(None, None, None)
-            self._console.print(self._last_words(event), markup=False)
+            if isinstance(event, training.Finished):
+                self._console.print(self._last_words(event), markup=False)
         elif self._live is not None:
             self._write_sample()
             self._live.update(self._display(), refresh=True)
@@ -174,6 +192,13 @@ class TrainView:
                 f"perplexity {h.perplexity:.4f}\n({h.tokens:,} tokens; {h.protocol})"
             )
         return words
+
+
+def _skipped(event: Skipped) -> str:
+    return (
+        f"step {event.step:,} was skipped: the loss is {event.nats_per_token:g} and the gradients' norm "
+        f"{event.gradient_norm:g} ({event.skipped_steps} skipped so far)"
+    )
 
 
 class Ticker:

@@ -2,6 +2,11 @@
 
     for event in train(TrainConfig(corpus="builtin", steps=500, out="my-run")):
         ...
+    for event in resume("my-run", steps=1000):
+        ...
+
+A run that was stopped and resumed, wherever and however often, ends with the bits of the run that never was: what a
+step reads and its rate are functions of its number, and everything else that it depends on is in `snapshot.py`.
 
 The state is carried from window to window and cut from the graph there (`detach`), so gradients reach back `seq_len`
 steps and no further; all gradients are scaled together so that their L2 norm is at most `clip` (Pascanu, Mikolov and
@@ -13,9 +18,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+import warnings
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,82 +27,56 @@ import torch
 import torch.nn.functional as F
 
 import longshort
-from longshort import checkpoint
-from longshort.config import TrainConfig
-from longshort.errors import CheckpointError, TextError, TrainingError, UsageError
-from longshort.evaluation import Evaluation, evaluate
+from longshort import checkpoint, durable, snapshot
+from longshort.config import MODEL_OPTIONS, ModelConfig, TrainConfig
+from longshort.errors import CheckpointError, TextError, UsageError
+from longshort.loop import LOOK_CHARACTERS as LOOK_CHARACTERS
+from longshort.loop import Event as Event
+from longshort.loop import Finished as Finished
+from longshort.loop import Legs, Loop, Stop
+from longshort.loop import Looked as Looked
+from longshort.loop import Progress as Progress
+from longshort.loop import Skipped as Skipped
+from longshort.loop import Started as Started
+from longshort.loop import Stopped as Stopped
 from longshort.model import LanguageModel
 from longshort.text import corpus
 from longshort.text.batches import IGNORED, SAMPLERS, Batch, ConsecutiveLanes, Sampler, split
 from longshort.text.corpus import Text
-from longshort.text.tokenizers import Tokenizer, train_tokenizer
+from longshort.text.tokenizers import Tokenizer, from_json, train_tokenizer
 
-_LOOK_LANES = 32
 TOKENS_A_LANE = 65_536
 """The last figure is taken in one lane, and in more where each has this many tokens: what a lane's first tokens lose
 from the zero state is then below 0.001 nats a token (docs/log.md has the measurement)."""
-LOOK_CHARACTERS = 131_072
-"""Looks during training read this much of the held-out text, in lanes; the last figure is of all of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """Everything is settled and the run directory exists."""
-
-    config: TrainConfig
-    run: Path
-    model: LanguageModel
-    tokenizer: Tokenizer
-    text: Text
-    train_tokens: int
-    steps_per_epoch: float
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """A number of steps were made."""
-
-    step: int
-    steps: int
-    nats_per_token: float
-    """Mean over the steps since the last such event."""
-    tokens_per_second: float
-    seconds_left: float
-
-
-@dataclass(frozen=True, slots=True)
-class Looked:
-    """The held-out text was looked at and a checkpoint saved."""
-
-    step: int
-    heldout: Evaluation
-    best: bool
-    model: LanguageModel
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """Training has ended; the best weights were measured once more, on all held-out text."""
-
-    step: int
-    best_step: int
-    heldout: Evaluation | None
-    seconds: float
-    stopped_early: bool
-
-
-Event = Started | Progress | Looked | Finished
+_CHECKPOINTS_AT_ONCE = 4
+"""The best, the latest, the one before, and the one that is being written."""
 
 
 class Prepared:
-    """A text, its tokenizer, and its training and held-out parts, as a configuration asks for them."""
+    """A text, its tokenizer, and its training and held-out parts, as a configuration asks for them.
 
-    def __init__(self, config: TrainConfig) -> None:
+    Args:
+        config: what to read, and how.
+        tokenizer: of the model that is trained on; otherwise that of `config.from_model`, or one made for the text.
+        sha256: what the text was when the run began.
+
+    Raises:
+        TextError, CorpusError, UsageError: the text cannot be used, or is not the one with that hash.
+    """
+
+    def __init__(self, config: TrainConfig, tokenizer: Tokenizer | None = None, sha256: str | None = None) -> None:
         data_dir = Path(config.data_dir) if config.data_dir else None
         self.text = corpus.load(config.texts, config.corpus, data_dir)
+        if sha256 is not None:
+            _require_same_text(self.text, sha256, str(config.out))
+        if tokenizer is None and config.from_model is not None:
+            tokenizer = from_json(checkpoint.load_model(config.from_model).tokenizer_json)
         train_text, self.heldout_text = split(self.text.content, config.heldout)
-        self.tokenizer = train_tokenizer(config.tokenizer, train_text)
+        self.tokenizer = tokenizer or train_tokenizer(config.tokenizer, train_text)
         self.train_ids = self.tokenizer.encode(train_text)
+        self.unknown_tokens = int((self.train_ids >= self.tokenizer.size).sum())
+        if not (self.train_ids[1:] < self.tokenizer.size).any():
+            raise TextError("The text shares no symbol with the vocabulary of the model.", "Train a new model on it.")
         heldout_ids = self.tokenizer.encode(self.heldout_text)
         self.heldout_tokens = len(heldout_ids)
         if self.heldout_tokens and not (heldout_ids[1:] < self.tokenizer.size).any():
@@ -153,7 +131,8 @@ class Stepper:
 
     def __init__(self, model: LanguageModel, config: TrainConfig, steps: int) -> None:
         self.model, self.config, self.steps = model, config, steps
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.named_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(self.named_parameters.values())
         self.device = model.output.bias.device
         self.state: Any = None
         self.optimizer: torch.optim.Optimizer
@@ -167,11 +146,11 @@ class Stepper:
     def step(self, number: int, batch: Batch) -> tuple[float, float, float]:
         """Make step `number` (0, 1, ...) on `batch`.
 
-        Returns:
-            The loss in nats a token, the norm of the gradients before clipping, the learning rate.
+        Targets outside the vocabulary count no more than `IGNORED` ones.
 
-        Raises:
-            TrainingError: the loss or a gradient is not finite; the weights are as they were.
+        Returns:
+            The loss in nats a token, the norm of the gradients before clipping, the learning rate. Where loss or
+            norm is not finite, the weights are as they were, and the next step starts from a zero state.
         """
         model, config = self.model, self.config
         model.train()
@@ -179,19 +158,21 @@ class Stepper:
             self.state = model.zero_state(batch.inputs_TB.shape[1])
         state = tuple(tensor.detach() for tensor in self.state)
         targets = torch.from_numpy(batch.targets_TB).to(self.device)
+        targets = targets.masked_fill(targets >= model.config.vocab_size, IGNORED)
         logits_TBV, self.state = model(torch.from_numpy(batch.inputs_TB).to(self.device), state)
-        loss = F.cross_entropy(logits_TBV.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        if (targets != IGNORED).any():
+            loss = F.cross_entropy(logits_TBV.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        else:
+            loss = 0.0 * logits_TBV.sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         most = math.inf if config.clip is None else config.clip
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, most, foreach=True).item()
         nats = loss.item()
-        if not math.isfinite(nats) or not math.isfinite(norm):
-            raise TrainingError(
-                f"Training diverged at step {number + 1}: the loss is {nats} and the gradients' norm {norm}.",
-                f"Try a lower --lr (it is {config.lr:g}); what was saved before, if anything, is intact.",
-            )
         rate = learning_rate(config, number, self.steps)
+        if not math.isfinite(nats) or not math.isfinite(norm):
+            self.state = None  # it may hold what is not finite
+            return nats, norm, rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -207,15 +188,18 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-def train(config: TrainConfig, prepared: Prepared | None = None) -> Iterator[Event]:
+def train(
+    config: TrainConfig, prepared: Prepared | None = None, stop: Stop = lambda: False
+) -> Generator[Event, None, None]:
     """Train a model as `config` says and keep it in a run directory.
 
     Args:
         config: what to read, the model, the training.
         prepared: the text, where it has been read already.
+        stop: asked after each step whether to stop there; `resume` goes on later.
 
     Yields:
-        `Started`, then `Progress` and `Looked` as they come, then `Finished`.
+        `Started`, then `Progress`, `Skipped` and `Looked` as they come, then `Finished` or `Stopped`.
 
     Raises:
         LongshortError: a text, a value or a place that cannot be used; nothing is left behind then.
@@ -227,95 +211,124 @@ def train(config: TrainConfig, prepared: Prepared | None = None) -> Iterator[Eve
     torch.set_num_threads(config.threads or 1)
     tokenizer = prepared.tokenizer
     model = make_model(config, tokenizer)
+    if config.from_model is not None:
+        _start_from(config.from_model, model)
     path = Path(config.out) if config.out else free_directory(f"{Path(prepared.text.name).stem}-run")
     # Absolute, so that the run finds its text again from wherever it is looked at.
-    texts = tuple(str(Path(text).absolute()) for text in config.texts)
-    data_dir = str(Path(config.data_dir).absolute()) if config.data_dir else None
-    config = dataclasses.replace(config, out=str(path), texts=texts, data_dir=data_dir)
-    saved_config: dict[str, Any] = {"longshort_version": longshort.__version__, "text_name": prepared.text.name}
-    saved_config |= {"text_sha256": prepared.text.sha256, "train": config.to_dict()}
-    run = checkpoint.create_run(path, saved_config, tokenizer.to_json())
+    config = _with_absolute_paths(dataclasses.replace(config, out=str(path)))
+    legs = [[0, config.steps or 1]]
+    run = checkpoint.create_run(path, _run_config(config, prepared.text, legs), tokenizer.to_json())
     try:
-        yield Started(config, path, model, tokenizer, prepared.text, len(prepared.train_ids), sampler.steps_per_epoch)
-        yield from _train(config, prepared, sampler, model, run)
+        with run.lock():
+            durable.require_space(
+                path, _CHECKPOINTS_AT_ONCE * _checkpoint_size(model, config), "the checkpoints of a run"
+            )
+            stepper = Stepper(model, config, config.steps or 1)
+            yield from Loop(config, legs, prepared, sampler, stepper, run, stop).events()
     finally:
         if run.latest() is None:  # whatever ended it, there is nothing in it that anyone could use
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _train(
-    config: TrainConfig, prepared: Prepared, sampler: Sampler, model: LanguageModel, run: checkpoint.Run
-) -> Iterator[Event]:
-    """Make all steps of a run that has been settled and started."""
-    start, tokenizer = time.perf_counter(), prepared.tokenizer
-    steps, look_every = config.steps or 1, config.validate_every or 1
-    stepper = Stepper(model, config, steps)
-    extra = {"text_name": prepared.text.name, "text_sha256": prepared.text.sha256}
-    look_text = prepared.heldout_text[:LOOK_CHARACTERS]
-    best, best_step, looks_without_gain, done = math.inf, 0, 0, 0
-    report_every = max(1, min(steps // 100, 50))
-    window = _Window()
-    while done < steps and not (config.patience and looks_without_gain >= config.patience):
-        batch = sampler.batch(done)
-        nats, norm, rate = stepper.step(done, batch)
-        done += 1
-        window.add(nats, batch.tokens)
-        if done % report_every == 0 or done == steps:
-            progress = window.progress(done, steps)
-            metrics = {"nats_per_token": progress.nats_per_token, "learning_rate": rate, "gradient_norm": norm}
-            run.log_metrics({"step": done, **metrics})
-            run.log_timing({"step": done, "tokens_per_second": progress.tokens_per_second})
-            yield progress
-            window = _Window()
-        if done % look_every == 0 or done == steps:
-            paused = time.perf_counter()
-            heldout = _look(model, tokenizer, look_text, _LOOK_LANES, done) if look_text else None
-            is_best = heldout is None or heldout.nats_per_token < best
-            if heldout is not None:
-                look = {"heldout_nats_per_token": heldout.nats_per_token, "protocol": heldout.protocol}
-                run.log_metrics({"step": done, **look})
-                best = min(best, heldout.nats_per_token)
-            best_step = done if is_best else best_step
-            looks_without_gain = 0 if is_best else looks_without_gain + 1
-            run.save(done, model.weights(), model.config.to_dict(), tokenizer.to_json(), extra, best=is_best)
-            if heldout is not None:
-                yield Looked(done, heldout, is_best, model)
-            window.start += time.perf_counter() - paused
-    final = None
-    if prepared.heldout_text:
-        model.load_weights(checkpoint.load_model(run.path).weights)
-        final = _look(model, tokenizer, prepared.heldout_text, config.eval_lanes or 1, best_step)
-    result = {"steps": done, "best_step": best_step, "heldout": final.to_dict() if final else None}
-    run.write_json("result.json", result)
-    yield Finished(done, best_step, final, time.perf_counter() - start, stopped_early=done < steps)
+def resume(
+    path: str | Path,
+    steps: int | None = None,
+    texts: Sequence[str] = (),
+    data_dir: str | None = None,
+    stop: Stop = lambda: False,
+) -> Generator[Event, None, None]:
+    """Go on with a run from its newest whole checkpoint, bit for bit as if it had never stopped.
+
+    Args:
+        path: the run directory.
+        steps: another number of steps in all than was planned. From the step that the run has reached, the learning
+            rate is then the one that a run of that many steps has there, and `patience` counts anew.
+        texts: where the text is now, if it has moved.
+        data_dir: where a named corpus is now.
+        stop: as in `train`.
+
+    Yields:
+        As `train`.
+
+    Raises:
+        UsageError: there is no run, its text has changed, or it has made more steps than `steps` already.
+        CheckpointError: no checkpoint of it is whole.
+        OutputError: it cannot be written, or another process trains it.
+        TrainingError: the loss is no longer finite.
+    """
+    config, run = run_config(Path(path)), checkpoint.open_run(path)
+    saved_config = run.config()
+    legs = [list(leg) for leg in saved_config["legs"]]
+    durable.require_writable_directory(run.path / "checkpoints")
+    with run.lock():
+        saved, training = run.recover()
+        position = snapshot.position_of(training)
+        if steps is not None and steps < position.step:
+            raise UsageError(f"{path} has made {position.step:,} steps already.", "Give --steps the number in all.")
+        config = dataclasses.replace(config, out=str(path))
+        if texts:
+            config = dataclasses.replace(config, texts=tuple(texts), corpus=None)
+        if data_dir is not None:
+            config = dataclasses.replace(config, data_dir=data_dir)
+        prepared = Prepared(config, from_json(saved.tokenizer_json), saved_config["text_sha256"])
+        config = _with_absolute_paths(config)
+        torch.set_num_threads(config.threads or 1)
+        if changed := snapshot.changes(training):
+            words = f"The environment has changed: {', '.join(changed)}."
+            warnings.warn(f"{words} Training goes on, but not with the bits it would have had.", stacklevel=2)
+        model = make_model(config, prepared.tokenizer)
+        model.load_weights(saved.weights)
+        durable.require_space(run.path / "checkpoints", _checkpoint_size(model, config))
+        run.rewind(saved, training, position.best_step)
+        if steps is not None and steps != legs[-1][1]:
+            legs = [leg for leg in legs if leg[0] < position.step] + [[position.step, steps]]
+        config = dataclasses.replace(config, steps=legs[-1][1])
+        content = _run_config(config, prepared.text, legs)
+        if content != {**saved_config, "longshort_version": longshort.__version__}:
+            run.write_config(content)
+        stepper, sampler = Stepper(model, config, legs[-1][1]), prepared.sampler(config)
+        like = model.zero_state(config.batch_size)
+        stepper.state = snapshot.put_back(training, stepper.named_parameters, stepper.optimizer, like)
+        yield from Loop(config, legs, prepared, sampler, stepper, run, stop, position).events()
 
 
-def _look(model: LanguageModel, tokenizer: Tokenizer, text: str, lanes: int, step: int) -> Evaluation:
-    """Evaluate, and refuse a figure that is not finite before anything is saved with it."""
-    found = evaluate(model, tokenizer, text, lanes=lanes)
-    if not math.isfinite(found.nats_per_token):
-        raise TrainingError(
-            f"Training diverged by step {step}: the held-out text has {found.nats_per_token} nats a token.",
-            "Try a lower --lr; what was saved before, if anything, is intact.",
-        )
-    return found
+def _start_from(source: str, model: LanguageModel) -> None:
+    """Give `model` the weights of the run or model `source`.
+
+    Raises:
+        UsageError: that is another model.
+    """
+    saved = checkpoint.load_model(source)
+    theirs, ours = ModelConfig.from_dict(saved.model, f"{saved.path}/config.json"), model.config
+    for name in MODEL_OPTIONS:
+        if getattr(theirs, name) != getattr(ours, name):
+            found, wanted = getattr(theirs, name), getattr(ours, name)
+            raise UsageError(f"{source} has {name} {found}, not {wanted}.", f"Leave out {name}: --from brings it.")
+    model.load_weights(saved.weights)
 
 
-class _Window:
-    """What has happened since the last report."""
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Return `config` with paths that hold wherever the run is looked at from."""
 
-    def __init__(self) -> None:
-        self.steps, self.nats, self.tokens, self.start = 0, 0.0, 0, time.perf_counter()
+    def absolute(path: str | None) -> str | None:
+        return str(Path(path).absolute()) if path else None
 
-    def add(self, nats_per_token: float, tokens: int) -> None:
-        self.steps += 1
-        self.nats += nats_per_token * tokens
-        self.tokens += tokens
+    texts = tuple(str(Path(text).absolute()) for text in config.texts)
+    data_dir, from_model = absolute(config.data_dir), absolute(config.from_model)
+    return dataclasses.replace(config, texts=texts, data_dir=data_dir, from_model=from_model)
 
-    def progress(self, done: int, steps: int) -> Progress:
-        seconds = time.perf_counter() - self.start
-        left = seconds / self.steps * (steps - done)
-        return Progress(done, steps, self.nats / self.tokens, self.tokens / seconds, left)
+
+def _run_config(config: TrainConfig, text: Text, legs: Legs) -> dict[str, Any]:
+    """Return what a run's config.json holds."""
+    content = {"longshort_version": longshort.__version__, "text_name": text.name, "text_sha256": text.sha256}
+    return {**content, "legs": [list(leg) for leg in legs], "train": config.to_dict()}
+
+
+def _checkpoint_size(model: LanguageModel, config: TrainConfig) -> int:
+    """Return about how many bytes a checkpoint takes: weights, what the optimizer keeps of each, and small files."""
+    copies = 3 if config.optimizer == "adamw" else 1
+    state = sum(tensor.numel() for tensor in model.zero_state(config.batch_size))
+    return 4 * (copies * sum(p.numel() for p in model.parameters()) + state) + (1 << 17)
 
 
 def run_config(run: Path) -> TrainConfig:
@@ -325,9 +338,19 @@ def run_config(run: Path) -> TrainConfig:
         UsageError, CheckpointError: there is no run, or its configuration is not one of ours.
     """
     saved = checkpoint.open_run(run).config()
-    if not isinstance(saved.get("train"), dict) or not isinstance(saved.get("text_sha256"), str):
+    train, sha256, legs = saved.get("train"), saved.get("text_sha256"), saved.get("legs")
+    if not isinstance(train, dict) or not isinstance(sha256, str) or not _are_legs(legs):
         raise CheckpointError(f"{run}/config.json is not the configuration of a training run.", "Restore the run.")
-    return TrainConfig.from_dict(saved["train"], f"{run}/config.json")
+    return TrainConfig.from_dict(train, f"{run}/config.json")
+
+
+def _are_legs(legs: Any) -> bool:
+    try:
+        return legs[0][0] == 0 and all(
+            type(number) is int and number >= 0 for first, steps in legs for number in (first, steps)
+        )
+    except (TypeError, ValueError, LookupError):
+        return False
 
 
 def heldout_text(run: Path, data_dir: Path | None = None) -> str:
@@ -343,15 +366,19 @@ def heldout_text(run: Path, data_dir: Path | None = None) -> str:
     config, sha256 = run_config(run), checkpoint.open_run(run).config()["text_sha256"]
     data_dir = data_dir or (Path(config.data_dir) if config.data_dir else None)
     text = corpus.load(config.texts, config.corpus, data_dir)
-    if text.sha256 != sha256:
-        raise UsageError(
-            f"The text of {run} has changed: it was {sha256[:12]}, it is {text.sha256[:12]} (SHA-256).",
-            "Restore the text, or evaluate the model on a file: longshort eval MODEL TEXT",
-        )
+    _require_same_text(text, sha256, str(run))
     _, heldout = split(text.content, config.heldout)
     if not heldout:
         raise UsageError(f"{run} held nothing out.", "Evaluate it on a text: longshort eval MODEL TEXT")
     return heldout
+
+
+def _require_same_text(text: Text, sha256: str, run: str) -> None:
+    if text.sha256 != sha256:
+        raise UsageError(
+            f"The text of {run} has changed: it was {sha256[:12]}, it is {text.sha256[:12]} (SHA-256).",
+            "Restore the text. The model itself can be used on another: longshort eval, or train --from",
+        )
 
 
 def free_directory(name: str) -> Path:

@@ -1,0 +1,148 @@
+"""What a checkpoint holds beside the model, so that training goes on bit for bit: taken, and put back.
+
+    arrays   optimizer.NAME.KEY    the optimizer's tensors of the parameter NAME
+             state.N               the recurrent state that the next step starts from
+             random.cpu, .cuda     PyTorch's generators of random numbers, which dropout draws from
+    values   `Position`, and the environment, since other versions and other kernels round otherwise
+
+What a step reads and its learning rate need no room: they are functions of the step's number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import longshort
+from longshort import kernels, machine, native
+from longshort.cells import State
+from longshort.checkpoint import Training
+from longshort.errors import CheckpointError
+
+_HINT = "Resume from another checkpoint, or start from its weights: longshort train TEXT --from MODEL"
+
+
+@dataclass(slots=True)
+class Position:
+    """How far a training run has come."""
+
+    step: int = 0
+    """Steps made, skipped ones included."""
+    good_step: int = 0
+    """The last one whose loss and gradients were finite."""
+    looked: int = 0
+    """The step after which the held-out text was last looked at."""
+    best_step: int = 0
+    best_nats: float | None = None
+    """Nats a token of the best look; None before the first."""
+    looks_without_gain: int = 0
+    skipped_steps: int = 0
+    window_steps: int = 0
+    """Steps since the last report, what they lost in nats, and their tokens."""
+    window_nats: float = 0.0
+    window_tokens: int = 0
+
+
+def take(
+    position: Position, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, state: State | None
+) -> Training:
+    """Return everything that training needs to go on from here, as a checkpoint keeps it.
+
+    Args:
+        position: how far it has come.
+        parameters: those that the optimizer has, in its order, by name.
+        optimizer: with its state.
+        state: what the next step starts from; None for zero.
+    """
+    arrays = {"random.cpu": torch.get_rng_state().numpy()}
+    for number, name in enumerate(parameters):
+        for key, value in optimizer.state_dict()["state"].get(number, {}).items():
+            arrays[f"optimizer.{name}.{key}"] = value.detach().cpu().numpy()
+    for number, tensor in enumerate(state or ()):
+        arrays[f"state.{number}"] = tensor.detach().cpu().numpy()
+    if any(parameter.is_cuda for parameter in parameters.values()):
+        arrays["random.cuda"] = torch.cuda.get_rng_state().numpy()
+    return Training(arrays, {"position": dataclasses.asdict(position), "environment": environment()})
+
+
+def position_of(training: Training) -> Position:
+    """Return how far training had come; CheckpointError where that does not make sense."""
+    values = training.values.get("position")
+    fields = dataclasses.fields(Position)
+    if not isinstance(values, dict) or values.keys() != {field.name for field in fields}:
+        raise CheckpointError("The checkpoint's training.json holds no position.", _HINT)
+    for name, value in values.items():
+        kinds = (int, float) if "nats" in name else (int,)
+        if not (value is None and name == "best_nats") and (type(value) not in kinds or value < 0):
+            raise CheckpointError(f"The checkpoint's training.json has {value!r:.40} as {name}.", _HINT)
+    return Position(**values)
+
+
+def put_back(
+    training: Training, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, like: State
+) -> State | None:
+    """Give optimizer and random numbers the state that `take` took, and return the recurrent state.
+
+    Args:
+        training: of a checkpoint.
+        parameters: as of `take`.
+        optimizer: new, of the same kind.
+        like: a state of the right shape.
+
+    Raises:
+        CheckpointError: the arrays are not those of this model and optimizer.
+    """
+    tensors = {name: torch.from_numpy(np.array(array)) for name, array in training.arrays.items()}
+    kept = {}
+    for number, (name, parameter) in enumerate(parameters.items()):
+        prefix = f"optimizer.{name}."
+        found = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+        if found:
+            kept[number] = found
+        for key, value in found.items():
+            if value.shape != (() if key == "step" else parameter.shape) or value.dtype != torch.float32:
+                raise CheckpointError(f"The checkpoint's {prefix}{key} has another shape than the weight.", _HINT)
+    state = [tensors.pop(f"state.{number}") for number in range(len(like)) if f"state.{number}" in tensors]
+    if state and [(t.shape, t.dtype) for t in state] != [(t.shape, t.dtype) for t in like]:
+        raise CheckpointError("The checkpoint's recurrent state has another shape than this model's.", _HINT)
+    try:
+        torch.set_rng_state(tensors.pop("random.cpu"))
+        cuda = tensors.pop("random.cuda", None)
+        if cuda is not None and like[0].is_cuda:
+            torch.cuda.set_rng_state(cuda)
+        wanted = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.AdamW) else set()
+        if tensors or any(entry.keys() != wanted for entry in kept.values()):
+            raise ValueError("arrays that do not belong to it")
+        optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"The checkpoint's training state cannot be used: {error!s:.200}.", _HINT) from error
+    return tuple(tensor.to(like[0].device) for tensor in state) or None
+
+
+def environment() -> dict[str, Any]:
+    """Return what the bits of a training step depend on beside the checkpoint."""
+    return {
+        "longshort": longshort.__version__,
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "processor": machine.processor(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "kernels": native.active_target() or "none",
+        "forced": kernels.active(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def changes(training: Training) -> list[str]:
+    """Return what is another environment now than it was, a phrase each."""
+    before, now = training.values.get("environment"), environment()
+    before = before if isinstance(before, dict) else {}
+    return [f"{name} {before.get(name)!s:.60} is now {now[name]}" for name in now if before.get(name) != now[name]]
