@@ -1,7 +1,7 @@
 """The recurrent part alone: its share of the machine's own matrix-product rate, at T=35 B=32 H=256 and H=512.
 
-The layers have an input of no columns here, and no gradients of weights are asked for: the loop over the steps is all that
-is left, 2 T B G H^2 operations in either direction. Packing W_hh is inside of the time in training.
+The layers have an input of no columns here, and no gradients of weights are asked for: the loop over the steps is all
+that is left, 2 T B G H^2 operations in either direction. Packing W_hh is inside of the time in training.
 
 python benchmarks/recurrent_share.py
 """
