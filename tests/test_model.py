@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longshort import cells, checkpoint, kernels
+from longshort import cells, checkpoint, kernels, native
 from longshort.config import ModelConfig, TrainConfig
 from longshort.decoder import Decoder, load_decoder
 from longshort.errors import CheckpointError, ConfigError, TextError, UsageError
@@ -82,12 +84,16 @@ def test_state_goes_in_and_comes_out(architecture: dict[str, Any], cut: int) -> 
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-@given(architecture=architectures, T=st.integers(1, 9), B=st.integers(1, 4), tied=st.booleans())
-def test_the_decoder_is_the_same_model_without_torch(architecture: dict[str, Any], T: int, B: int, tied: bool) -> None:
+@given(architecture=architectures, T=st.integers(1, 9), B=st.integers(1, 4), tied=st.booleans(), numpy=st.booleans())
+def test_the_decoder_is_the_same_model_without_torch(
+    architecture: dict[str, Any], T: int, B: int, tied: bool, numpy: bool
+) -> None:
     if tied:
         architecture |= {"tied": True, "embedding": architecture["hidden"]}
     model = model_of(**architecture)
-    decoder = Decoder(model.config, model.weights(), TOKENIZER)
+    with without_kernels() if numpy else nullcontext():
+        decoder = Decoder(model.config, model.weights(), TOKENIZER)
+    assert bool(decoder._native) == (not numpy and bool(native.targets()))
     rng = np.random.default_rng(0)
     inputs_TB, targets_TB = rng.integers(9, size=(T, B)), rng.integers(8, size=(T, B))
     ours, state = decoder.nats(inputs_TB, targets_TB, None)
@@ -98,6 +104,26 @@ def test_the_decoder_is_the_same_model_without_torch(architecture: dict[str, Any
     more = rng.integers(8, size=(3,))
     column = tuple(tensor[:, :1] for tensor in state), tuple(tensor[:, :1].contiguous() for tensor in torch_state)
     np.testing.assert_allclose(decoder.logits(more, column[0])[0], model.logits(more, column[1])[0], atol=4e-6)
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "ready", lambda: False)
+        yield
+
+
+@pytest.mark.skipif(not native.targets(), reason="there is no kernel library")
+def test_the_decoders_states_have_the_same_bits_alone_and_in_any_batch() -> None:
+    model = model_of(embedding=6, layers=2, hidden=40)
+    decoder = Decoder(model.config, model.weights(), TOKENIZER)
+    ids_TB = np.random.default_rng(0).integers(9, size=(12, 7))
+    together = decoder._run(ids_TB, None)
+    for b in range(7):
+        alone = decoder._run(ids_TB[:5, b : b + 1], None)[1]  # several steps: one alone runs on NumPy
+        outputs, state = decoder._run(ids_TB[5:, b : b + 1], alone)
+        assert np.array_equal(outputs[:, 0], together[0][5:, b])
+        assert all(np.array_equal(a[:, 0], whole[:, b]) for a, whole in zip(state, together[1], strict=True))
 
 
 def test_tied_weights_are_one_and_are_saved_once() -> None:

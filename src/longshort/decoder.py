@@ -1,9 +1,11 @@
-"""Runs a trained model without PyTorch: NumPy alone, for rnn, gru and lstm.
+"""Runs a trained model without PyTorch: on the native kernels or on NumPy; rnn, gru and lstm.
 
-    T  steps   B  rows   V  symbols   H  hidden units   G  gates times H
+    T  steps   B  rows   V  symbols   E  width of the embedding   H  hidden units   G  gates times H
 
-The first layer reads a table of V + 1 rows, the product of embedding and input weights with the bias added; its last
-row is the unknown symbol's. All in float32, probabilities in float64.
+The native kernels, where there are any, read rows of the embedding (of the identity where there is none), with weights
+that are packed once. On NumPy the first layer reads a table of V + 1 rows, the product of embedding and input weights
+with the bias added. A single step of one row runs on NumPy too: a call of the kernels costs more in checks than the
+arithmetic. The last row of either table is the unknown symbol's. All in float32, probabilities in float64.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from longshort import checkpoint
+from longshort import checkpoint, machine, native
 from longshort.config import ModelConfig
 from longshort.errors import CheckpointError, UsageError
 from longshort.text import tokenizers
@@ -101,8 +103,15 @@ class Decoder:
         table_VG = w["recurrent.weight_ih_l0"].T
         if config.embedding:
             table_VG = w["embedding.weight"] @ table_VG
-        unknown = np.zeros((1, table_VG.shape[1]), dtype=np.float32)
-        self._table = np.concatenate([table_VG, unknown]) + w["recurrent.bias_ih_l0"]
+        self._table = _with_unknown(table_VG) + w["recurrent.bias_ih_l0"]
+        self._native: list[tuple[native.Weights, Array]] = []
+        if config.cell in native.CELLS and native.ready():
+            self._target, self._threads = native.active_target(), machine.cores()
+            rows_VE = w["embedding.weight"] if config.embedding else np.eye(config.vocab_size, dtype=np.float32)
+            self._rows = _with_unknown(rows_VE)
+            for layer in range(config.layers):
+                own = native.Weights(*(w[f"recurrent.{name}_l{layer}"] for name in native.Weights._fields))
+                self._native.append((own, native.pack(config.cell, own, self._target)))
         self._output = np.ascontiguousarray(w["embedding.weight" if config.tied else "output.weight"].T)
 
     def _zero_state(self, batch_size: int) -> State:
@@ -111,8 +120,24 @@ class Decoder:
 
     def _run(self, ids_TB: NDArray[np.int64], state: State | None) -> tuple[Array, State]:
         """Return the last layer's outputs (T, B, H) and the state after the last step."""
+        before = self._zero_state(ids_TB.shape[1]) if state is None else state
+        if self._native and ids_TB.size > 1:
+            return self._run_native(ids_TB, before)
+        return self._run_numpy(ids_TB, before)
+
+    def _run_native(self, ids_TB: NDArray[np.int64], before: State) -> tuple[Array, State]:
+        h_TBH = self._rows[ids_TB]
+        after: list[State] = []
+        for layer, (weights, packed) in enumerate(self._native):
+            now = tuple(tensor[layer] for tensor in before)
+            h_TBH, h_BH, c_BH, _ = native.forward(
+                self.config.cell, h_TBH, weights, now, packed=packed, threads=self._threads, target=self._target
+            )
+            after.append((h_BH,) if c_BH is None else (h_BH, c_BH))
+        return h_TBH, tuple(np.stack(tensors) for tensors in zip(*after, strict=True))
+
+    def _run_numpy(self, ids_TB: NDArray[np.int64], before: State) -> tuple[Array, State]:
         w, (T, B) = self._weights, ids_TB.shape
-        before = self._zero_state(B) if state is None else state
         after: list[State] = []
         h_TBH = np.empty(0, dtype=np.float32)
         for layer in range(self.config.layers):
@@ -146,6 +171,11 @@ class Decoder:
         """Read `ids_T` and return the logits (V) of the symbol after the last, and the state there."""
         h_TBH, state = self._run(ids_T[:, None], state)
         return h_TBH[-1, 0] @ self._output + self._weights["output.bias"], state
+
+
+def _with_unknown(rows: Array) -> Array:
+    """Return `rows` with one of zeros below: the unknown symbol's."""
+    return np.concatenate([rows, np.zeros((1, rows.shape[1]), dtype=np.float32)])
 
 
 def weight_shapes(config: ModelConfig, num_gates: int) -> dict[str, tuple[int, ...]]:
