@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -28,9 +29,9 @@ from longshort.config import TrainConfig
 from longshort.errors import CheckpointError, TextError, TrainingError, UsageError
 from longshort.evaluation import Evaluation, evaluate
 from longshort.model import LanguageModel
-from longshort.text import corpus
-from longshort.text.batches import IGNORED, SAMPLERS, Batch, ConsecutiveLanes, Sampler, split
-from longshort.text.corpus import Text
+from longshort.text import corpus, encoding
+from longshort.text.batches import IGNORED, SAMPLERS, Batch, ConsecutiveLanes, Lines, Sampler
+from longshort.text.encoding import Part, Survey
 from longshort.text.tokenizers import Tokenizer, train_tokenizer
 
 _LOOK_LANES = 32
@@ -49,7 +50,7 @@ class Started:
     run: Path
     model: LanguageModel
     tokenizer: Tokenizer
-    text: Text
+    text: Survey
     train_tokens: int
     steps_per_epoch: float
 
@@ -91,17 +92,34 @@ Event = Started | Progress | Looked | Finished
 
 
 class Prepared:
-    """A text, its tokenizer, and its training and held-out parts, as a configuration asks for them."""
+    """A text, its tokenizer, and its training and held-out parts as ids, as a configuration asks for them.
 
-    def __init__(self, config: TrainConfig) -> None:
-        data_dir = Path(config.data_dir) if config.data_dir else None
-        self.text = corpus.load(config.texts, config.corpus, data_dir)
-        train_text, self.heldout_text = split(self.text.content, config.heldout)
-        self.tokenizer = train_tokenizer(config.tokenizer, train_text)
-        self.train_ids = self.tokenizer.encode(train_text)
-        heldout_ids = self.tokenizer.encode(self.heldout_text)
-        self.heldout_tokens = len(heldout_ids)
-        if self.heldout_tokens and not (heldout_ids[1:] < self.tokenizer.size).any():
+    Args:
+        config: which text, which tokenizer, what is held out.
+        tokenizer: of a model that is there already; a new one is made of the training part if None.
+    """
+
+    def __init__(self, config: TrainConfig, tokenizer: Tokenizer | None = None) -> None:
+        source = corpus.find(config.texts, config.corpus, Path(config.data_dir) if config.data_dir else None)
+        self.text = encoding.survey(source)
+        cut = encoding.place_of_cut(source, self.text, config.heldout, config.lines)
+        if tokenizer is None:
+            pieces = encoding.head(source.pieces(), cut)
+            tokenizer = train_tokenizer(
+                config.tokenizer,
+                encoding.closed(pieces) if config.lines else pieces,
+                min_freq=config.min_freq,
+                vocab_size=config.vocab_size,
+            )
+        self.tokenizer = tokenizer
+        self.train, self.heldout = encoding.encode(source, self.text, tokenizer, cut, config.lines)
+        self.heldout_tokens = len(self.heldout.ids) if self.heldout.breaks is None else self.heldout.tokens
+        self.look = self.heldout
+        """What looks during training read of the held-out part."""
+        if self.text.characters - cut > LOOK_CHARACTERS:
+            text = encoding.beginning(encoding.tail(source.pieces(), cut), LOOK_CHARACTERS, config.lines)
+            self.look = encoding.encode_text(tokenizer, text, config.lines)
+        if self.heldout_tokens and not (self.heldout.known and self.look.known):
             raise TextError(
                 "The held-out part, the end of the text, shares no symbol with the part that is trained on.",
                 "Put the texts in another order, or hold nothing out: --heldout 0",
@@ -109,13 +127,15 @@ class Prepared:
 
     def sampler(self, config: TrainConfig) -> Sampler:
         """Return the order in which `config` reads the training part."""
+        ids, rest = self.train.ids, (config.batch_size, config.seq_len, config.seed)
+        unknown = self.tokenizer.size
+        if self.train.breaks is not None:
+            return Lines(ids, *rest, breaks=self.train.breaks, unknown=unknown)
         if config.drop_incomplete:
             if config.sampler != "consecutive":
                 raise UsageError("drop_incomplete goes with the consecutive sampler.", "Leave out one of the two.")
-            return ConsecutiveLanes(
-                self.train_ids, config.batch_size, config.seq_len, config.seed, drop_incomplete=True
-            )
-        return SAMPLERS[config.sampler](self.train_ids, config.batch_size, config.seq_len, config.seed)
+            return ConsecutiveLanes(ids, *rest, drop_incomplete=True, unknown=unknown)
+        return SAMPLERS[config.sampler](ids, *rest, unknown=unknown)
 
 
 def settle(config: TrainConfig, steps_per_epoch: int, heldout_tokens: int) -> TrainConfig:
@@ -131,7 +151,9 @@ def settle(config: TrainConfig, steps_per_epoch: int, heldout_tokens: int) -> Tr
         epochs=None,
         validate_every=config.validate_every or max(1, -(-steps // 10)),
         threads=config.threads or torch.get_num_threads(),
-        eval_lanes=config.eval_lanes or max(1, min(heldout_tokens // TOKENS_A_LANE, 64)) if heldout_tokens else None,
+        eval_lanes=None
+        if config.lines or not heldout_tokens
+        else config.eval_lanes or max(1, min(heldout_tokens // TOKENS_A_LANE, 64)),
     )
 
 
@@ -177,15 +199,10 @@ class Stepper:
         model.train()
         if batch.starts_fresh or self.state is None:
             self.state = model.zero_state(batch.inputs_TB.shape[1])
-        state = tuple(tensor.detach() for tensor in self.state)
-        targets = torch.from_numpy(batch.targets_TB).to(self.device)
-        logits_TBV, self.state = model(torch.from_numpy(batch.inputs_TB).to(self.device), state)
-        loss = F.cross_entropy(logits_TBV.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        nats = self._read(batch)
         most = math.inf if config.clip is None else config.clip
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, most, foreach=True).item()
-        nats = loss.item()
         if not math.isfinite(nats) or not math.isfinite(norm):
             raise TrainingError(
                 f"Training diverged at step {number + 1}: the loss is {nats} and the gradients' norm {norm}.",
@@ -196,6 +213,30 @@ class Stepper:
             group["lr"] = rate
         self.optimizer.step()
         return nats, norm, rate
+
+    def _read(self, batch: Batch) -> float:
+        """Add the gradients of the mean loss of `batch` and return it, in nats a token.
+
+        Lines longer than `seq_len` are read in windows of it, in which the rows that have ended, the last ones, are
+        left out: the loss is that of whole lines, gradients reach back as far as in any other text.
+        """
+        total, tokens, seq_len = 0.0, max(batch.tokens, 1), self.config.seq_len
+        counted_TB = batch.targets_TB != IGNORED
+        for first in range(0, len(batch.inputs_TB), seq_len):
+            going_on = np.flatnonzero(counted_TB[first:].any(axis=0))
+            if first and not len(going_on):
+                break
+            rows = slice(int(going_on[-1]) + 1 if first else None)
+            window = (slice(first, first + seq_len), rows)
+            inputs = torch.from_numpy(np.ascontiguousarray(batch.inputs_TB[window])).to(self.device)
+            targets = torch.from_numpy(np.ascontiguousarray(batch.targets_TB[window])).to(self.device)
+            state = tuple(tensor.detach()[:, rows] for tensor in self.state)
+            logits_TBV, self.state = self.model(inputs, state)
+            loss = F.cross_entropy(logits_TBV.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+            loss = loss / tokens
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        return total
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -236,7 +277,8 @@ def train(config: TrainConfig, prepared: Prepared | None = None) -> Iterator[Eve
     saved_config |= {"text_sha256": prepared.text.sha256, "train": config.to_dict()}
     run = checkpoint.create_run(path, saved_config, tokenizer.to_json())
     try:
-        yield Started(config, path, model, tokenizer, prepared.text, len(prepared.train_ids), sampler.steps_per_epoch)
+        tokens = prepared.train.tokens if config.lines else len(prepared.train.ids)
+        yield Started(config, path, model, tokenizer, prepared.text, tokens, sampler.steps_per_epoch)
         yield from _train(config, prepared, sampler, model, run)
     finally:
         if run.latest() is None:  # whatever ended it, there is nothing in it that anyone could use
@@ -251,7 +293,7 @@ def _train(
     steps, look_every = config.steps or 1, config.validate_every or 1
     stepper = Stepper(model, config, steps)
     extra = {"text_name": prepared.text.name, "text_sha256": prepared.text.sha256}
-    look_text = prepared.heldout_text[:LOOK_CHARACTERS]
+    look_part, look_lanes = prepared.look, 1 if config.lines else _LOOK_LANES
     best, best_step, looks_without_gain, done = math.inf, 0, 0, 0
     report_every = max(1, min(steps // 100, 50))
     window = _Window()
@@ -269,7 +311,7 @@ def _train(
             window = _Window()
         if done % look_every == 0 or done == steps:
             paused = time.perf_counter()
-            heldout = _look(model, tokenizer, look_text, _LOOK_LANES, done) if look_text else None
+            heldout = _look(model, tokenizer, look_part, look_lanes, done) if prepared.heldout_tokens else None
             is_best = heldout is None or heldout.nats_per_token < best
             if heldout is not None:
                 look = {"heldout_nats_per_token": heldout.nats_per_token, "protocol": heldout.protocol}
@@ -282,17 +324,17 @@ def _train(
                 yield Looked(done, heldout, is_best, model)
             window.start += time.perf_counter() - paused
     final = None
-    if prepared.heldout_text:
+    if prepared.heldout_tokens:
         model.load_weights(checkpoint.load_model(run.path).weights)
-        final = _look(model, tokenizer, prepared.heldout_text, config.eval_lanes or 1, best_step)
+        final = _look(model, tokenizer, prepared.heldout, config.eval_lanes or 1, best_step)
     result = {"steps": done, "best_step": best_step, "heldout": final.to_dict() if final else None}
     run.write_json("result.json", result)
     yield Finished(done, best_step, final, time.perf_counter() - start, stopped_early=done < steps)
 
 
-def _look(model: LanguageModel, tokenizer: Tokenizer, text: str, lanes: int, step: int) -> Evaluation:
+def _look(model: LanguageModel, tokenizer: Tokenizer, part: Part, lanes: int, step: int) -> Evaluation:
     """Evaluate, and refuse a figure that is not finite before anything is saved with it."""
-    found = evaluate(model, tokenizer, text, lanes=lanes)
+    found = evaluate(model, tokenizer, part, lanes=lanes)
     if not math.isfinite(found.nats_per_token):
         raise TrainingError(
             f"Training diverged by step {step}: the held-out text has {found.nats_per_token} nats a token.",
@@ -315,7 +357,7 @@ class _Window:
     def progress(self, done: int, steps: int) -> Progress:
         seconds = time.perf_counter() - self.start
         left = seconds / self.steps * (steps - done)
-        return Progress(done, steps, self.nats / self.tokens, self.tokens / seconds, left)
+        return Progress(done, steps, self.nats / max(self.tokens, 1), self.tokens / seconds, left)
 
 
 def run_config(run: Path) -> TrainConfig:
@@ -330,11 +372,12 @@ def run_config(run: Path) -> TrainConfig:
     return TrainConfig.from_dict(saved["train"], f"{run}/config.json")
 
 
-def heldout_text(run: Path, data_dir: Path | None = None) -> str:
-    """Return the held-out part of the text that `run` was trained on.
+def heldout_part(run: Path, tokenizer: Tokenizer, data_dir: Path | None = None) -> Part:
+    """Return the ids of the held-out part of the text that `run` was trained on.
 
     Args:
         run: the run directory.
+        tokenizer: the run's.
         data_dir: where a named corpus is now, if no longer where it was.
 
     Raises:
@@ -342,16 +385,17 @@ def heldout_text(run: Path, data_dir: Path | None = None) -> str:
     """
     config, sha256 = run_config(run), checkpoint.open_run(run).config()["text_sha256"]
     data_dir = data_dir or (Path(config.data_dir) if config.data_dir else None)
-    text = corpus.load(config.texts, config.corpus, data_dir)
-    if text.sha256 != sha256:
+    source = corpus.find(config.texts, config.corpus, data_dir)
+    found = encoding.survey(source)
+    if found.sha256 != sha256:
         raise UsageError(
-            f"The text of {run} has changed: it was {sha256[:12]}, it is {text.sha256[:12]} (SHA-256).",
+            f"The text of {run} has changed: it was {sha256[:12]}, it is {found.sha256[:12]} (SHA-256).",
             "Restore the text, or evaluate the model on a file: longshort eval MODEL TEXT",
         )
-    _, heldout = split(text.content, config.heldout)
-    if not heldout:
+    if not config.heldout:
         raise UsageError(f"{run} held nothing out.", "Evaluate it on a text: longshort eval MODEL TEXT")
-    return heldout
+    cut = encoding.place_of_cut(source, found, config.heldout, config.lines)
+    return encoding.encode(source, found, tokenizer, cut, config.lines)[1]
 
 
 def free_directory(name: str) -> Path:
