@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,19 @@ settings.register_profile("longshort", deadline=None, max_examples=60, derandomi
 settings.load_profile("longshort")
 
 ROOT = Path(__file__).parent.parent
+
+# The built-in text is parsed once for all sessions; what a session encodes must not serve the next one.
+CACHE = ROOT / ".pytest_cache" / "longshort"
+os.environ["LONGSHORT_CACHE"] = str(CACHE)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Delete what an earlier session encoded, before any worker begins."""
+    if not hasattr(session.config, "workerinput"):
+        shutil.rmtree(CACHE / "ids", ignore_errors=True)
+        shutil.rmtree(CACHE / "stdin", ignore_errors=True)
+
+
 SHARED_TEXTS = ROOT.parent / "shared" / "data"
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import gzip
 import hashlib
+import io
 import os
 import re
 import signal
@@ -19,7 +21,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from longshort.errors import CorpusError, LongshortError, MissingExtraError, TextError, UsageError
@@ -103,12 +105,13 @@ def test_line_ends_are_kept_and_byte_order_marks_dropped(tmp_path: Path) -> None
 
 
 def test_folder_stands_for_its_text_files_sorted_by_path(tmp_path: Path) -> None:
-    for name in ["b.txt", "a/z.txt", "a/deep/c.txt", "a.txt", "a/notes.md", "c.txt.gz"]:
+    for name in ["b.txt", "a/z.txt", "a/deep/c.txt", "a.txt", "a/notes.md", "d.gz"]:
         write(tmp_path / name, f"{name}\n".encode())
+    write(tmp_path / "c.txt.gz", gzip.compress(b"c.txt.gz\n"))
     (tmp_path / "d.txt").mkdir()
     (tmp_path / "round").symlink_to(tmp_path)
     text = read_files([tmp_path])
-    assert text.content.split() == ["a/deep/c.txt", "a/z.txt", "a.txt", "b.txt"]
+    assert text.content.split() == ["a/deep/c.txt", "a/z.txt", "a.txt", "b.txt", "c.txt.gz"]
     assert text.name == tmp_path.name
 
 
@@ -116,6 +119,68 @@ def test_hundred_megabytes_in_one_line(tmp_path: Path) -> None:
     path = write(tmp_path / "long.txt", b"x" * 100_000_000)
     assert read_files([path]).characters == 100_000_000
     path.unlink()  # pytest keeps the folder
+
+
+def test_gzip_is_unpacked_whatever_its_name(tmp_path: Path) -> None:
+    plain, packed = write(tmp_path / "a.txt", b"one\n"), write(tmp_path / "b.log", gzip.compress(b"two\n"))
+    several = write(tmp_path / "c.gz", gzip.compress(codecs.BOM_UTF8 + b"thr") + gzip.compress(b"ee\n"))
+    assert read_files([plain, packed, several]).content == "one\ntwo\nthree\n"
+    whole = gzip.compress(b"some text " * 1000)
+    for damaged in (whole[:-4], whole[:-1] + b"x", whole[:20], whole[:15] + b"\xff\xff\xff\xff" + whole[19:]):
+        with refused(TextError, r"'.*d\.gz' is a damaged gzip file", "unpack it"):
+            read_files([write(tmp_path / "d.gz", damaged)])
+    with refused(TextError, "0xff at offset 2, line 2"):
+        read_files([write(tmp_path / "e.gz", gzip.compress(b"a\n\xff"))])
+    with refused(TextError, "binary"):
+        read_files([write(tmp_path / "f.gz", gzip.compress(gzip.compress(b"a\0")))])
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(good=st.text(st.sampled_from("a\né€😀")), bad=st.sampled_from([b"\xff", b"\xe2\x82a", b"\xf0\x9f", b"\0", b""]))
+def test_what_is_wrong_is_found_wherever_the_blocks_end(tmp_path: Path, good: str, bad: bytes) -> None:
+    path = write(tmp_path / "x.txt", good.encode() + bad + (b"" if bad.startswith(b"\xf0") else b"tail"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "PIECE", 4)
+        if not bad:
+            assert read_files([path]).content == good + "tail"
+        elif bad == b"\0":
+            with refused(TextError, "binary"):
+                read_files([path])
+        else:
+            place = f"offset {len(good.encode())}, line {good.count(chr(10)) + 1}"
+            with refused(TextError, f"byte 0x{bad[0]:02x} at {place}"):
+                read_files([path])
+
+
+def test_files_are_read_again_as_often_as_wanted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", b"x" * 3_000_000)
+    found = corpus.find([path])
+    for _ in range(2):
+        assert [len(piece) for piece in found.pieces() if piece] == [1 << 20, 1 << 20, 3_000_000 - (2 << 20)]
+    assert load([path]).content == "x" * 3_000_000
+
+
+def test_standard_input_is_kept_as_a_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def given(content: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    given("some text é\n".encode())
+    [path, other] = corpus.keep_standard_input(["-", "other.txt"])
+    assert other == "other.txt"
+    assert Path(path).parent.parent == cache / "stdin"
+    assert Path(path).name == "stdin"
+    assert read_files([path]).content == "some text é\n"
+    for content, reason in (
+        (b"", "empty: standard input"),
+        (b"\xff", "'standard input' is not UTF-8"),
+        (b"a\0", "binary"),
+    ):
+        given(content)
+        with refused(TextError, reason):
+            corpus.keep_standard_input(["-"])
+    with refused(UsageError, "Standard input is given twice"):
+        corpus.keep_standard_input(["-", "-"])
+    assert len(list((cache / "stdin").iterdir())) == 1, "a text that was refused was kept"
 
 
 @pytest.mark.parametrize(

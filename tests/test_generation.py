@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from longshort.config import ModelConfig
 from longshort.errors import ConfigError, VocabularyError
 from longshort.generation import Sampling, choose, generate, philox4x32, prompt_ids, uniform
 from longshort.text.tokenizers import ByteTokenizer, CharTokenizer
@@ -23,6 +24,7 @@ class Scripted:
 
     def __init__(self, script: list[int], size: int) -> None:
         self.script, self.size, self.read = script, size, list[int]()
+        self.config = ModelConfig(vocab_size=size)
 
     def logits(self, ids_T: NDArray[np.int64], state: Any) -> tuple[NDArray[np.float32], int]:
         self.read += ids_T.tolist()

@@ -295,7 +295,7 @@ def test_bytes_and_characters_differ_where_the_text_is_not_ascii() -> None:
 
 
 def test_wrong_protocols_are_refused() -> None:
-    cases: list[dict[str, Any]] = [{"lanes": 0}, {"block": 0}, {"block": -1}, {"lanes": 2, "block": 5}]
-    for arguments in cases:
+    wrong: list[dict[str, Any]] = [{"lanes": 0}, {"block": 0}, {"block": -1}, {"lanes": 2, "block": 5}]
+    for arguments in wrong:
         with pytest.raises(ConfigError):
             evaluate(model_of(), TOKENIZER, "abc", **arguments)

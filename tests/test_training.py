@@ -17,6 +17,7 @@ from longshort.errors import ConfigError, TextError, TrainingError, UsageError
 from longshort.evaluation import evaluate
 from longshort.model import load_language_model
 from longshort.text import grammar
+from longshort.text.tokenizers import ByteTokenizer
 
 SMALL: dict[str, Any] = {"hidden": 16, "embedding": 16, "seq_len": 16, "batch_size": 8, "steps": 12, "threads": 1}
 
@@ -74,7 +75,7 @@ def test_the_last_figure_is_the_best_checkpoints_in_one_lane(text_file: Path, tm
     assert isinstance(finished, training.Finished)
     model = load_language_model(out)
     assert model.tokenizer is not None
-    again = evaluate(model, model.tokenizer, training.heldout_text(out))
+    again = evaluate(model, model.tokenizer, training.heldout_part(out, model.tokenizer))
     assert again == finished.heldout
     assert json.loads((out / "result.json").read_text(encoding="utf-8"))["heldout"] == again.to_dict()
 
@@ -119,14 +120,14 @@ def test_nothing_held_out_is_possible(text_file: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="need held-out text"):
             run(text_file, tmp_path / "other", heldout=0.0, **changes)
     with pytest.raises(UsageError, match="held nothing out"):
-        training.heldout_text(tmp_path / "run")
+        training.heldout_part(tmp_path / "run", ByteTokenizer())
 
 
 def test_a_changed_text_is_noticed(text_file: Path, tmp_path: Path) -> None:
     run(text_file, tmp_path / "run")
     text_file.write_text("something else, long enough to be split", encoding="utf-8")
     with pytest.raises(UsageError, match="has changed"):
-        training.heldout_text(tmp_path / "run")
+        training.heldout_part(tmp_path / "run", ByteTokenizer())
 
 
 def test_held_out_characters_do_not_enter_the_vocabulary(tmp_path: Path) -> None:

@@ -72,7 +72,9 @@ def demo(
 
 @app.command
 def train(
-    *text: Annotated[str, Parameter(help="Text files, or directories of .txt files; UTF-8.")],
+    *text: Annotated[
+        str, Parameter(help="Text files, UTF-8, or gzip of it; directories of .txt files; - for standard input.")
+    ],
     minutes: Annotated[
         float | None, Parameter(help="The one dial: measure this machine, choose size and steps for this time.")
     ] = None,
@@ -115,7 +117,7 @@ def resume(
 def evaluate(
     model: Annotated[str, Parameter(help="A run or a model directory.")],
     /,
-    *text: Annotated[str, Parameter(help="Text files or directories.")],
+    *text: Annotated[str, Parameter(help="Text files or directories; - for standard input.")],
     corpus: Corpus = None,
     data_dir: DataDir = None,
     split: Annotated[
@@ -129,6 +131,7 @@ def evaluate(
     from longshort import checkpoint
     from longshort.evaluation import evaluate
     from longshort.text import corpus as corpora
+    from longshort.text import encoding
 
     if lanes is not None and lanes < 1:
         raise UsageError(f"--lanes must be at least 1, not {lanes}.")
@@ -141,14 +144,18 @@ def evaluate(
         from longshort import training
 
         config = training.run_config(Path(model))
-        content, name = training.heldout_text(Path(model), _path(data_dir)), "held-out part"
+        if config.lines and (block or lanes):
+            raise UsageError(f"{model} was trained on lines: --block and --lanes do not go with --split valid.")
+        part, name = training.heldout_part(Path(model), torch_model.tokenizer, _path(data_dir)), "held-out part"
         lanes = lanes or (config.eval_lanes or 1 if block is None else 1)
         _set_threads(config.threads)
     else:
-        loaded = corpora.load(text, corpus, Path(data_dir) if data_dir else None)
-        content, name = loaded.content, loaded.name
+        source = corpora.find(corpora.keep_standard_input(text), corpus, _path(data_dir))
         torch_model = _language_model(model, required=False) or longshort.load(model)
-    found = evaluate(torch_model, torch_model.tokenizer, content, lanes=lanes or 1, block=block)
+        lines = torch_model.config.lines and not block and not lanes
+        part = encoding.encode(source, encoding.survey(source), torch_model.tokenizer, 0, lines)[1]
+        name = source.name
+    found = evaluate(torch_model, torch_model.tokenizer, part, lanes=lanes or 1, block=block)
     if json:
         _print_json({"model": model, "text": name, **found.to_dict()})
         return
@@ -320,12 +327,18 @@ def _train(settings: Mapping[str, Any], minutes: float | None) -> Path:
     """Train with everything that is set, show it, and return the run directory."""
     _need_torch("train")
     from longshort import checkpoint, recipes, screen, training
+    from longshort.text import corpus
 
     config = TrainConfig.from_dict(settings)
     if config.out == "":
         raise UsageError("--out is empty.", "An unset shell variable looks like this.")
     if config.out is not None:
         checkpoint.require_new_run(config.out)
+    if corpus.STDIN in config.texts:
+        texts = corpus.keep_standard_input(config.texts)
+        _say(f"What standard input gave is kept for the run: {texts[config.texts.index(corpus.STDIN)]}")
+        settings = {**settings, "texts": texts}
+        config = TrainConfig.from_dict(settings)
     prepared = None
     with Interruption() as interruption:
         if minutes is not None:

@@ -86,6 +86,7 @@ class Architecture(Options):
         128, "Width of the learned embedding; 0 feeds one-hot symbols, as the lecture does.", least=0, most=65536
     )
     dropout: float = option(0.0, "Share of each layer's outputs that training drops.", least=0, below=1)
+    lines: bool = option(False, "Each line of the text is a sequence of its own, from a zero state to its end mark.")
     tied: bool = option(False, "Use the embedding as the output layer's weights too (embedding = hidden).")
     bidirectional: bool = option(False, "Refused: a model that predicts the next symbol must not read it.")
 
@@ -135,7 +136,9 @@ class TrainConfig(Architecture):
         flag="--from",
     )
     out: str | None = option(None, "Run directory to make; named after the text if not given.")
-    tokenizer: str = option("char", "How the text is cut into symbols.", choices=("char", "byte"))
+    tokenizer: str = option("char", "How the text is cut into symbols.", choices=("char", "byte", "word", "bpe"))
+    min_freq: int | None = option(None, "word: how often a word must occur to be a symbol; once if unset.", least=1)
+    vocab_size: int | None = option(None, "bpe: symbols at most; 4096 if unset.", least=257, most=1_000_000)
     heldout: float = option(0.1, "Share of the text, at its end, that is never trained on.", least=0, below=1)
     sampler: str = option(
         "consecutive",
@@ -146,7 +149,9 @@ class TrainConfig(Architecture):
     steps: int | None = option(None, "Training steps (updates).", least=1)
     epochs: float | None = option(None, "Passes over the training text, instead of steps.", above=0, most=1e9)
     batch_size: int = option(32, "Rows that are trained on side by side.", least=1, most=1_000_000)
-    seq_len: int = option(64, "Steps of a window: how far gradients reach back.", least=1, most=1_000_000)
+    seq_len: int = option(
+        64, "Steps of a window: how far gradients reach back, also within a line.", least=1, most=1_000_000
+    )
     optimizer: str = option("adamw", "adamw, or sgd (plain gradient descent).", choices=("adamw", "sgd"))
     lr: float = option(4e-3, "Highest learning rate.", above=0)
     warmup: float = option(0.05, "Share of the steps over which the rate rises to its highest.", least=0, most=1)
@@ -174,6 +179,21 @@ class TrainConfig(Architecture):
         None, "Steps between checkpoints, beside those at looks; every five minutes if unset.", least=1
     )
     patience: int | None = option(None, "Stop after this many looks without improvement.", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, tokenizer in (("min_freq", "word"), ("vocab_size", "bpe")):
+            if getattr(self, name) is not None and self.tokenizer != tokenizer:
+                flag = name.replace("_", "-")
+                raise ConfigError(
+                    f"{name} is for the tokenizer {tokenizer}, but this run's is {self.tokenizer}.",
+                    f"Set --tokenizer {tokenizer}, or leave out --{flag}.",
+                )
+        if self.lines and (self.sampler != "consecutive" or self.drop_incomplete or self.eval_lanes is not None):
+            raise ConfigError(
+                "With lines, each is read alone: the options sampler, drop_incomplete and eval_lanes have no meaning.",
+                "Leave them out, or leave out --lines.",
+            )
 
     def model(self, vocab_size: int) -> ModelConfig:
         """Return the configuration of the model to train."""

@@ -86,6 +86,34 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty directory to fill, which becomes `path` when the block ends; for files too large to hold.
+
+    What fails within the block leaves nothing behind. Where `path` has come to be meanwhile, it stays as it is.
+
+    Raises:
+        OutputError: it cannot be written; also for an OSError within the block.
+    """
+    temporary = _temporary(path)
+    with _explained(path, 0):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.iterdir():
+                _sync(file)
+            _sync_directory(temporary)
+            try:
+                temporary.rename(path)
+            except OSError:
+                if not path.is_dir():
+                    raise
+            _sync_directory(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def set_aside(path: Path) -> Path:
     """Return where `write_directory` keeps the old directory `path` until the new one is in place."""
     return path.with_name(f".{path.name}.old")
@@ -190,6 +218,14 @@ def _write_all(descriptor: int, data: bytes) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -211,7 +247,8 @@ def _explained(path: Path, size: int) -> Iterator[None]:
             free = ""
             with suppress(OSError):
                 free = f", {shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free on the disk"
-            what = f"{_SHORT_OF[error.errno]} on {path}: needs {_megabytes(size)} MB{free}."
+            needed = f"needs {_megabytes(size)} MB" if size else "it needs more"
+            what = f"{_SHORT_OF[error.errno]} on {path}: {needed}{free}."
             hint = "Free some space, or choose another place."
         else:
             what = f"Cannot write {path}: {(error.strerror or str(error)).lower()}."

@@ -8,27 +8,37 @@ Its protocols, named in each result:
                    little worse than one lane, for looks during training
     blocks of N    the state is zero at the start of every block of N symbols: how models with a limited context
                    are measured
+    lines          each line from a zero state, after a newline; the line and its own newline are predicted: what a
+                   model trained on lines is measured by
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from longshort.config import ModelConfig
 from longshort.errors import ConfigError, TextError
+from longshort.text.encoding import Part, encode_text
 from longshort.text.tokenizers import Tokenizer
 
 _TOKENS_A_CALL = 4096
 _LOGITS_A_CALL = 2**22
+_LINES_TO_SORT = 4096
+_LINES_A_BATCH = 64
 
 
 class Model(Protocol):
     """What evaluation and generation ask of a model: the torch-free decoder and `LanguageModel` both have it."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the model is."""
 
     def nats(self, inputs_TB: NDArray[np.int64], targets_TB: NDArray[np.int64], state: Any) -> tuple[Any, Any]:
         """Return -log p of each target (T, B) and the state after the last input; `state` None is zero."""
@@ -63,10 +73,11 @@ class Evaluation:
 def evaluate(
     model: Model,
     tokenizer: Tokenizer,
-    text: str,
+    text: str | Part,
     *,
     lanes: int = 1,
     block: int | None = None,
+    lines: bool | None = None,
     pause: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Measure how well `model` predicts `text`.
@@ -74,80 +85,111 @@ def evaluate(
     Args:
         model: a decoder or a `LanguageModel`.
         tokenizer: the model's.
-        text: what to predict, at least two symbols.
+        text: what to predict, at least two symbols; or its ids, which may be more than the memory holds.
         lanes: parts that are read side by side, state carried within each.
         block: if given, the state is zero at the start of every block of this many symbols.
+        lines: whether each line is read from a zero state; if None, whether the model was trained so. Of a text that
+            is given as ids, whether they were made so.
         pause: called every few thousand symbols; it may raise, to end a long evaluation.
 
     Raises:
         TextError: nothing in the text can be predicted.
-        ConfigError: `lanes` or `block` is below one, or both are given.
+        ConfigError: `lanes` or `block` is below one, or several protocols are asked for.
     """
     if lanes < 1 or (block is not None and block < 1) or (block is not None and lanes > 1):
         raise ConfigError(f"lanes and block must be at least 1 and not both be given; not {lanes} and {block}.")
-    ids = tokenizer.encode(text).astype(np.int64)
-    inputs, targets = ids[:-1], ids[1:]
-    counted = targets < tokenizer.size
-    if not counted.any():
+    if isinstance(text, Part):
+        part = text
+    else:
+        carried = block is not None or lanes > 1
+        part = encode_text(tokenizer, text, not carried and model.config.lines if lines is None else lines)
+    if part.breaks is not None and (block is not None or lanes > 1):
+        raise ConfigError("Lines are read from a zero state each: lanes and block do not go with them.")
+    if not part.known:
         raise TextError(
-            f"The text has {len(text)} characters and no symbol that this model can predict.",
+            f"A text of {part.tokens} symbols after the first holds no symbol that this model can predict.",
             "Give at least two characters of the kind that the model was trained on.",
         )
-    total = 0.0
-    if block is not None:
+    size = tokenizer.size
+    if part.breaks is not None:
+        protocol = "each line from a zero state, after a newline"
+        total = _lines(model, size, part.ids, part.breaks, pause)
+    elif block is not None:
         protocol = f"zero state at the start of every block of {block} tokens"
-        for start in range(0, len(inputs), block * 64):
-            part = slice(start, start + block * 64)
-            total += _rows(model, tokenizer.size, inputs[part], targets[part], counted[part], block, pause)
+        starts = range(0, part.tokens, block * 64)
+        total = sum(_rows(model, size, part.ids[start : start + block * 64 + 1], block, pause) for start in starts)
     else:
-        length = -(-len(inputs) // lanes)
-        lanes = -(-len(inputs) // length)
+        length = -(-part.tokens // lanes)
+        lanes = -(-part.tokens // length)
         protocol = (
             "state carried through the text, one lane" if lanes == 1 else f"state carried in each of {lanes} lanes"
         )
-        total = _rows(model, tokenizer.size, inputs, targets, counted, length, pause)
-    predicted = targets[counted]
-    characters = tokenizer.characters(predicted.astype(np.int32))
-    num_bytes = len(tokenizer.decode(predicted.tolist()).encode("utf-8", "surrogatepass"))
-    if tokenizer.name == "byte":
-        num_bytes = len(predicted)
+        total = _rows(model, size, part.ids, length, pause)
     bits = total / math.log(2)
-    nats_per_token = total / len(predicted)
+    nats_per_token = total / part.known
     return Evaluation(
-        tokens=len(predicted),
+        tokens=part.known,
         nats_per_token=nats_per_token,
         perplexity=math.exp(min(nats_per_token, 700.0)),
-        bits_per_character=bits / max(characters, 1),
-        bits_per_byte=bits / max(num_bytes, 1),
-        characters=characters,
-        bytes=num_bytes,
-        skipped=int(len(targets) - len(predicted)),
+        bits_per_character=bits / max(part.characters, 1),
+        bits_per_byte=bits / max(part.bytes, 1),
+        characters=part.characters,
+        bytes=part.bytes,
+        skipped=part.tokens - part.known,
         protocol=protocol,
     )
 
 
-def _rows(
-    model: Model,
-    size: int,
-    inputs: NDArray[np.int64],
-    targets: NDArray[np.int64],
-    counted: NDArray[np.bool_],
-    length: int,
-    pause: Callable[[], None],
-) -> float:
-    """Return the nats of all counted targets, the text being cut into rows of `length`, each from a zero state."""
-    rows = -(-len(inputs) // length)
-    padding = rows * length - len(inputs)
-    inputs_TB = np.pad(inputs, (0, padding)).reshape(rows, length).T
-    counted_TB = np.pad(counted, (0, padding)).reshape(rows, length).T
-    targets_TB = np.where(counted_TB, np.pad(targets, (0, padding)).reshape(rows, length).T, 0)
-    total, state = 0.0, None
-    window = max(min(_TOKENS_A_CALL, _LOGITS_A_CALL // size) // rows, 1)
-    for first in range(0, length, window):
+def _rows(model: Model, size: int, ids: NDArray[Any], length: int, pause: Callable[[], None]) -> float:
+    """Return the nats of all symbols but the first, read in rows of `length`, each from a zero state."""
+    num_pairs = len(ids) - 1
+    starts_B = np.arange(0, num_pairs, length)
+    ends_B = np.minimum(starts_B + length, num_pairs)
+    total = 0.0
+    for nats_TB, counted_TB in read(model, size, ids, starts_B, ends_B):
         pause()
-        part = slice(first, first + window)
-        nats_TB, state = model.nats(
-            np.ascontiguousarray(inputs_TB[part]), np.ascontiguousarray(targets_TB[part]), state
-        )
-        total += float(nats_TB[counted_TB[part]].sum())
+        total += float(nats_TB[counted_TB].sum())
     return total
+
+
+def _lines(model: Model, size: int, ids: NDArray[Any], breaks: NDArray[np.uint64], pause: Callable[[], None]) -> float:
+    """Return the nats of all lines, those of similar length side by side."""
+    total = 0.0
+    for first in range(0, len(breaks) - 1, _LINES_TO_SORT):
+        places = breaks[first : first + _LINES_TO_SORT + 1].astype(np.int64)
+        order = np.argsort(np.diff(places), kind="stable")
+        for batch in range(0, len(order), _LINES_A_BATCH):
+            chosen = order[batch : batch + _LINES_A_BATCH]
+            pause()
+            for nats_TB, counted_TB in read(model, size, ids, places[chosen], places[chosen + 1]):
+                total += float(nats_TB[counted_TB].sum())
+    return total
+
+
+def read(
+    model: Model, size: int, ids: NDArray[Any], starts_B: NDArray[np.int64], ends_B: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
+    """Predict stretches of a text side by side, each from a zero state, window by window.
+
+    Args:
+        model: reads.
+        size: of the vocabulary.
+        ids: the text, which may be memory-mapped.
+        starts_B: place of each stretch's first id, which is only read.
+        ends_B: place of each stretch's last id, which is predicted.
+
+    Yields:
+        -log p of each symbol in nats, and whether it is one of the stretch that the vocabulary holds, (T, B) both.
+    """
+    state = None
+    longest = int((ends_B - starts_B).max())
+    window = max(min(_TOKENS_A_CALL, _LOGITS_A_CALL // size) // len(starts_B), 1)
+    for first in range(0, longest, window):
+        positions_TB = starts_B + np.arange(first, min(first + window, longest))[:, None]
+        inside_TB = positions_TB < ends_B
+        positions_TB = np.where(inside_TB, positions_TB, starts_B)
+        targets_TB = ids[positions_TB + 1].astype(np.int64)
+        counted_TB = inside_TB & (targets_TB < size)
+        inputs_TB = ids[positions_TB].astype(np.int64)
+        nats_TB, state = model.nats(inputs_TB, np.where(counted_TB, targets_TB, 0), state)
+        yield nats_TB, counted_TB

@@ -7,7 +7,6 @@ Philox4x32-10 (Salmon et al. 2011, *Parallel random numbers: as easy as 1, 2, 3*
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from longshort.config import Options, option
 from longshort.errors import VocabularyError
 from longshort.evaluation import Model
-from longshort.text.tokenizers import ByteTokenizer, Tokenizer
+from longshort.text.tokenizers import Tokenizer
 
 _MASK = 0xFFFFFFFF
 
@@ -43,6 +42,9 @@ def generate(
 ) -> Iterator[str]:
     """Yield text that continues `prompt`, piece by piece; their concatenation is the whole.
 
+    A model that was trained on lines begins each line, also one that the prompt began, as it learned to: from a zero
+    state after a newline.
+
     Args:
         model: a decoder or a `LanguageModel`.
         tokenizer: the model's.
@@ -55,18 +57,20 @@ def generate(
         VocabularyError: the prompt holds a symbol that the model never saw, and none that it did.
     """
     sampling = sampling or Sampling()
-    ids = prompt_ids(tokenizer, prompt)
-    logits_V, state = model.logits(ids, None)
-    # The bytes of one character may come one at a time; nothing is given out before the character is whole.
-    decoder = codecs.getincrementaldecoder("utf-8")("replace") if isinstance(tokenizer, ByteTokenizer) else None
+    newline = tokenizer.newline if model.config.lines else None
+    if newline is None:
+        logits_V, state = model.logits(prompt_ids(tokenizer, prompt), None)
+    else:
+        line = prompt.rpartition("\n")[2]
+        begun = prompt_ids(tokenizer, line) if line else np.empty(0, dtype=np.int64)
+        logits_V, state = model.logits(np.append(newline, begun), None)
+    writer = tokenizer.writer(prompt)
     for position in range(length):
         chosen = choose(logits_V, sampling, uniform(sampling.seed, stream, position))
-        if decoder is None:
-            yield tokenizer.decode([chosen])
-        elif piece := decoder.decode(bytes([chosen])):
+        if piece := writer.write(chosen):
             yield piece
-        logits_V, state = model.logits(np.array([chosen]), state)
-    if decoder is not None and (rest := decoder.decode(b"", final=True)):
+        logits_V, state = model.logits(np.array([chosen]), None if chosen == newline else state)
+    if rest := writer.close():
         yield rest
 
 

@@ -24,7 +24,7 @@ from longshort.evaluation import Evaluation, evaluate
 from longshort.model import LanguageModel
 from longshort.snapshot import Position
 from longshort.text.batches import IGNORED, Sampler
-from longshort.text.corpus import Text
+from longshort.text.encoding import Part, Survey
 from longshort.text.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Started:
     run: Path
     model: LanguageModel
     tokenizer: Tokenizer
-    text: Text
+    text: Survey
     train_tokens: int
     steps_per_epoch: float
     unknown_tokens: int = 0
@@ -146,7 +146,6 @@ class Loop:
         self.saved = position.step if position else None
         """The step of the latest checkpoint."""
         self.saved_at = self.window_start = time.perf_counter()
-        self.look_text = prepared.heldout_text[:LOOK_CHARACTERS]
 
     def events(self) -> Iterator[Event]:
         """Train to the end. Who looks at an event may draw random numbers without changing those of the training."""
@@ -164,7 +163,7 @@ class Loop:
             self.model,
             prepared.tokenizer,
             prepared.text,
-            len(prepared.train_ids),
+            prepared.train.tokens if config.lines else len(prepared.train.ids),
             self.sampler.steps_per_epoch,
             prepared.unknown_tokens,
             self.saved,
@@ -247,7 +246,7 @@ class Loop:
     def _look(self) -> Looked | None:
         """Look at the held-out text, if there is any, and save."""
         at, paused = self.position, time.perf_counter()
-        heldout = self._evaluate(self.look_text, _LOOK_LANES) if self.look_text else None
+        heldout = self._evaluate(self.prepared.look, _LOOK_LANES) if self.prepared.heldout_tokens else None
         is_best = heldout is None or at.best_nats is None or heldout.nats_per_token < at.best_nats
         if heldout is not None:
             look = {"heldout_nats_per_token": heldout.nats_per_token, "protocol": heldout.protocol}
@@ -276,25 +275,26 @@ class Loop:
 
     def _finish(self, begin: float) -> Finished:
         """Measure the best weights on all held-out text, unless that has been done already."""
-        at, text, early = self.position, self.prepared.heldout_text, self.position.step < self.legs[-1][1]
+        at, early = self.position, self.position.step < self.legs[-1][1]
         with suppress(CheckpointError):  # `resume` has told it
             found = self.run.result()
             if found is not None and found.get("steps") == at.step:
                 heldout = Evaluation(**found["heldout"]) if found["heldout"] else None
                 return Finished(at.step, found["best_step"], heldout, time.perf_counter() - begin, early)
         final, best_step = None, at.best_step
-        if text:
+        if self.prepared.heldout_tokens:
             best = checkpoint.load_model(self.run.path)
             best_step = best.step or at.best_step
             self.model.load_weights(best.weights)
-            final = self._evaluate(text, self.config.eval_lanes or 1)
+            final = self._evaluate(self.prepared.heldout, self.config.eval_lanes or 1)
         result = {"steps": at.step, "best_step": best_step, "skipped_steps": at.skipped_steps}
         self.run.write_result({**result, "heldout": final.to_dict() if final else None})
         return Finished(at.step, best_step, final, time.perf_counter() - begin, early)
 
-    def _evaluate(self, text: str, lanes: int) -> Evaluation:
+    def _evaluate(self, part: Part, lanes: int) -> Evaluation:
         """Evaluate, and refuse a figure that is not finite before anything is saved with it."""
-        found = evaluate(self.model, self.prepared.tokenizer, text, lanes=lanes, pause=self._stop_here)
+        lanes = 1 if self.config.lines else lanes
+        found = evaluate(self.model, self.prepared.tokenizer, part, lanes=lanes, pause=self._stop_here)
         if not math.isfinite(found.nats_per_token):
             raise self._diverged(f"the held-out text has {found.nats_per_token} nats a token")
         return found

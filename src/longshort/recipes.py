@@ -167,16 +167,20 @@ def plan(minutes: float, settings: Mapping[str, Any], prepared: Prepared, since:
     cores = torch.get_num_threads()
 
     def seconds_per_step(config: TrainConfig, threads: int) -> float:
-        """Median of a few steps of a model that is then thrown away."""
+        """Median of a few steps of a model that is then thrown away; of lines, which differ in length, their mean."""
         torch.set_num_threads(threads)
         stepper = training.Stepper(training.make_model(config, prepared.tokenizer), config, steps=100)
-        batch = prepared.sampler(config).batch(0)
-        times = []
-        for number in range(4):
+        sampler = prepared.sampler(config)
+        times, tokens = [], []
+        for number in range(8 if config.lines else 4):
+            batch = sampler.batch(number if config.lines else 0)
             begin = time.perf_counter()
             stepper.step(number, batch)
             times.append(time.perf_counter() - begin)
-        return sorted(times[1:])[1]  # the first step allocates and is slower
+            tokens.append(batch.tokens)
+        if config.lines:  # the first step allocates and is slower
+            return sum(times[1:]) / max(sum(tokens[1:]), 1) * prepared.train.tokens / sampler.steps_per_epoch
+        return sorted(times[1:])[1]
 
     def sized(hidden: int) -> TrainConfig:
         # A learned embedding learns much faster than one-hot input; the projected table makes it cost the same.
@@ -210,18 +214,18 @@ def plan(minutes: float, settings: Mapping[str, Any], prepared: Prepared, since:
 
     # What the looks at held-out text and the last figure cost.
     lanes, reserve = training.settle(chosen, 1, prepared.heldout_tokens).eval_lanes, 0.0
-    if lanes is not None:
+    if prepared.heldout_tokens:
         model = training.make_model(chosen, prepared.tokenizer)
         rates: dict[int, float] = {}
         for rows in (1, 64):
-            sample = prepared.heldout_text[: 2000 * rows]
+            sample = prepared.look.first(2000 * rows)
             begin = time.perf_counter()
-            evaluate(model, prepared.tokenizer, sample, lanes=rows)
-            rates[rows] = (time.perf_counter() - begin) / len(sample)
-        if "eval_lanes" not in settings and rates[1] * len(prepared.heldout_text) > 0.1 * seconds:
+            evaluate(model, prepared.tokenizer, sample, lanes=1 if base.lines else rows)
+            rates[rows] = (time.perf_counter() - begin) / max(sample.tokens, 1)
+        if lanes is not None and "eval_lanes" not in settings and rates[1] * prepared.heldout_tokens > 0.1 * seconds:
             lanes = max(lanes, min(prepared.heldout_tokens // FEWEST_TOKENS_A_LANE, 64))
-        looks = 10 * min(len(prepared.heldout_text), training.LOOK_CHARACTERS) * rates[64]
-        reserve = looks + len(prepared.heldout_text) * rates[1 if lanes == 1 else 64]
+        looks = 10 * prepared.look.tokens * rates[64]
+        reserve = looks + prepared.heldout_tokens * rates[1 if lanes == 1 and not base.lines else 64]
     left = seconds - (time.perf_counter() - since) - reserve
     steps = max(int(left / measured[chosen.hidden]), 1)
     # A text that is read many times is learned by heart; docs/log.md has what dropout gained.

@@ -23,6 +23,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -40,9 +41,9 @@ from longshort.loop import Skipped as Skipped
 from longshort.loop import Started as Started
 from longshort.loop import Stopped as Stopped
 from longshort.model import LanguageModel
-from longshort.text import corpus
-from longshort.text.batches import IGNORED, SAMPLERS, Batch, ConsecutiveLanes, Sampler, split
-from longshort.text.corpus import Text
+from longshort.text import corpus, encoding
+from longshort.text.batches import IGNORED, SAMPLERS, Batch, ConsecutiveLanes, Lines, Sampler
+from longshort.text.encoding import Part, Survey
 from longshort.text.tokenizers import Tokenizer, from_json, train_tokenizer
 
 TOKENS_A_LANE = 65_536
@@ -53,11 +54,12 @@ _CHECKPOINTS_AT_ONCE = 4
 
 
 class Prepared:
-    """A text, its tokenizer, and its training and held-out parts, as a configuration asks for them.
+    """A text, its tokenizer, and its training and held-out parts as ids, as a configuration asks for them.
 
     Args:
-        config: what to read, and how.
-        tokenizer: of the model that is trained on; otherwise that of `config.from_model`, or one made for the text.
+        config: which text, which tokenizer, what is held out.
+        tokenizer: of the model that is trained on; otherwise that of `config.from_model`, or one made of the training
+            part.
         sha256: what the text was when the run began.
 
     Raises:
@@ -65,21 +67,33 @@ class Prepared:
     """
 
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer | None = None, sha256: str | None = None) -> None:
-        data_dir = Path(config.data_dir) if config.data_dir else None
-        self.text = corpus.load(config.texts, config.corpus, data_dir)
+        source = corpus.find(config.texts, config.corpus, Path(config.data_dir) if config.data_dir else None)
+        self.text = encoding.survey(source)
         if sha256 is not None:
             _require_same_text(self.text, sha256, str(config.out))
         if tokenizer is None and config.from_model is not None:
             tokenizer = from_json(checkpoint.load_model(config.from_model).tokenizer_json)
-        train_text, self.heldout_text = split(self.text.content, config.heldout)
-        self.tokenizer = tokenizer or train_tokenizer(config.tokenizer, train_text)
-        self.train_ids = self.tokenizer.encode(train_text)
-        self.unknown_tokens = int((self.train_ids >= self.tokenizer.size).sum())
-        if not (self.train_ids[1:] < self.tokenizer.size).any():
+        cut = encoding.place_of_cut(source, self.text, config.heldout, config.lines)
+        if tokenizer is None:
+            pieces = encoding.head(source.pieces(), cut)
+            tokenizer = train_tokenizer(
+                config.tokenizer,
+                encoding.closed(pieces) if config.lines else pieces,
+                min_freq=config.min_freq,
+                vocab_size=config.vocab_size,
+            )
+        self.tokenizer = tokenizer
+        self.train, self.heldout = encoding.encode(source, self.text, tokenizer, cut, config.lines)
+        self.unknown_tokens = self.train.tokens - self.train.known
+        if not self.train.known:
             raise TextError("The text shares no symbol with the vocabulary of the model.", "Train a new model on it.")
-        heldout_ids = self.tokenizer.encode(self.heldout_text)
-        self.heldout_tokens = len(heldout_ids)
-        if self.heldout_tokens and not (heldout_ids[1:] < self.tokenizer.size).any():
+        self.heldout_tokens = len(self.heldout.ids) if self.heldout.breaks is None else self.heldout.tokens
+        self.look = self.heldout
+        """What looks during training read of the held-out part."""
+        if self.text.characters - cut > LOOK_CHARACTERS:
+            text = encoding.beginning(encoding.tail(source.pieces(), cut), LOOK_CHARACTERS, config.lines)
+            self.look = encoding.encode_text(tokenizer, text, config.lines)
+        if self.heldout_tokens and not (self.heldout.known and self.look.known):
             raise TextError(
                 "The held-out part, the end of the text, shares no symbol with the part that is trained on.",
                 "Put the texts in another order, or hold nothing out: --heldout 0",
@@ -87,13 +101,15 @@ class Prepared:
 
     def sampler(self, config: TrainConfig) -> Sampler:
         """Return the order in which `config` reads the training part."""
+        ids, rest = self.train.ids, (config.batch_size, config.seq_len, config.seed)
+        unknown = self.tokenizer.size
+        if self.train.breaks is not None:
+            return Lines(ids, *rest, breaks=self.train.breaks, unknown=unknown)
         if config.drop_incomplete:
             if config.sampler != "consecutive":
                 raise UsageError("drop_incomplete goes with the consecutive sampler.", "Leave out one of the two.")
-            return ConsecutiveLanes(
-                self.train_ids, config.batch_size, config.seq_len, config.seed, drop_incomplete=True
-            )
-        return SAMPLERS[config.sampler](self.train_ids, config.batch_size, config.seq_len, config.seed)
+            return ConsecutiveLanes(ids, *rest, drop_incomplete=True, unknown=unknown)
+        return SAMPLERS[config.sampler](ids, *rest, unknown=unknown)
 
 
 def settle(config: TrainConfig, steps_per_epoch: int, heldout_tokens: int) -> TrainConfig:
@@ -109,7 +125,9 @@ def settle(config: TrainConfig, steps_per_epoch: int, heldout_tokens: int) -> Tr
         epochs=None,
         validate_every=config.validate_every or max(1, -(-steps // 10)),
         threads=config.threads or torch.get_num_threads(),
-        eval_lanes=config.eval_lanes or max(1, min(heldout_tokens // TOKENS_A_LANE, 64)) if heldout_tokens else None,
+        eval_lanes=None
+        if config.lines or not heldout_tokens
+        else config.eval_lanes or max(1, min(heldout_tokens // TOKENS_A_LANE, 64)),
     )
 
 
@@ -156,19 +174,10 @@ class Stepper:
         model.train()
         if batch.starts_fresh or self.state is None:
             self.state = model.zero_state(batch.inputs_TB.shape[1])
-        state = tuple(tensor.detach() for tensor in self.state)
-        targets = torch.from_numpy(batch.targets_TB).to(self.device)
-        targets = targets.masked_fill(targets >= model.config.vocab_size, IGNORED)
-        logits_TBV, self.state = model(torch.from_numpy(batch.inputs_TB).to(self.device), state)
-        if (targets != IGNORED).any():
-            loss = F.cross_entropy(logits_TBV.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-        else:
-            loss = 0.0 * logits_TBV.sum()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        nats = self._read(batch)
         most = math.inf if config.clip is None else config.clip
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, most, foreach=True).item()
-        nats = loss.item()
         rate = learning_rate(config, number, self.steps)
         if not math.isfinite(nats) or not math.isfinite(norm):
             self.state = None  # it may hold what is not finite
@@ -177,6 +186,30 @@ class Stepper:
             group["lr"] = rate
         self.optimizer.step()
         return nats, norm, rate
+
+    def _read(self, batch: Batch) -> float:
+        """Add the gradients of the mean loss of `batch` and return it, in nats a token.
+
+        Lines longer than `seq_len` are read in windows of it, in which the rows that have ended, the last ones, are
+        left out: the loss is that of whole lines, gradients reach back as far as in any other text.
+        """
+        total, tokens, seq_len = 0.0, max(batch.tokens, 1), self.config.seq_len
+        counted_TB = batch.targets_TB != IGNORED
+        for first in range(0, len(batch.inputs_TB), seq_len):
+            going_on = np.flatnonzero(counted_TB[first:].any(axis=0))
+            if first and not len(going_on):
+                break
+            rows = slice(int(going_on[-1]) + 1 if first else None)
+            window = (slice(first, first + seq_len), rows)
+            inputs = torch.from_numpy(np.ascontiguousarray(batch.inputs_TB[window])).to(self.device)
+            targets = torch.from_numpy(np.ascontiguousarray(batch.targets_TB[window])).to(self.device)
+            state = tuple(tensor.detach()[:, rows] for tensor in self.state)
+            logits_TBV, self.state = self.model(inputs, state)
+            loss = F.cross_entropy(logits_TBV.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+            loss = loss / tokens
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        return total
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -313,12 +346,12 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     def absolute(path: str | None) -> str | None:
         return str(Path(path).absolute()) if path else None
 
-    texts = tuple(str(Path(text).absolute()) for text in config.texts)
+    texts = tuple(text if text == corpus.STDIN else str(Path(text).absolute()) for text in config.texts)
     data_dir, from_model = absolute(config.data_dir), absolute(config.from_model)
     return dataclasses.replace(config, texts=texts, data_dir=data_dir, from_model=from_model)
 
 
-def _run_config(config: TrainConfig, text: Text, legs: Legs) -> dict[str, Any]:
+def _run_config(config: TrainConfig, text: Survey, legs: Legs) -> dict[str, Any]:
     """Return what a run's config.json holds."""
     content = {"longshort_version": longshort.__version__, "text_name": text.name, "text_sha256": text.sha256}
     return {**content, "legs": [list(leg) for leg in legs], "train": config.to_dict()}
@@ -353,11 +386,12 @@ def _are_legs(legs: Any) -> bool:
         return False
 
 
-def heldout_text(run: Path, data_dir: Path | None = None) -> str:
-    """Return the held-out part of the text that `run` was trained on.
+def heldout_part(run: Path, tokenizer: Tokenizer, data_dir: Path | None = None) -> Part:
+    """Return the ids of the held-out part of the text that `run` was trained on.
 
     Args:
         run: the run directory.
+        tokenizer: the run's.
         data_dir: where a named corpus is now, if no longer where it was.
 
     Raises:
@@ -365,15 +399,16 @@ def heldout_text(run: Path, data_dir: Path | None = None) -> str:
     """
     config, sha256 = run_config(run), checkpoint.open_run(run).config()["text_sha256"]
     data_dir = data_dir or (Path(config.data_dir) if config.data_dir else None)
-    text = corpus.load(config.texts, config.corpus, data_dir)
-    _require_same_text(text, sha256, str(run))
-    _, heldout = split(text.content, config.heldout)
-    if not heldout:
+    source = corpus.find(config.texts, config.corpus, data_dir)
+    found = encoding.survey(source)
+    _require_same_text(found, sha256, str(run))
+    if not config.heldout:
         raise UsageError(f"{run} held nothing out.", "Evaluate it on a text: longshort eval MODEL TEXT")
-    return heldout
+    cut = encoding.place_of_cut(source, found, config.heldout, config.lines)
+    return encoding.encode(source, found, tokenizer, cut, config.lines)[1]
 
 
-def _require_same_text(text: Text, sha256: str, run: str) -> None:
+def _require_same_text(text: Survey, sha256: str, run: str) -> None:
     if text.sha256 != sha256:
         raise UsageError(
             f"The text of {run} has changed: it was {sha256[:12]}, it is {text.sha256[:12]} (SHA-256).",

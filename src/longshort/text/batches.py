@@ -1,4 +1,4 @@
-"""The order in which training reads a text: the lecture's two samplers.
+"""The order in which training reads a text: the lecture's two samplers, and lines.
 
     T  steps of a window      B  rows of a batch (all processes together)      N  pairs (id, next id) of the text
 
@@ -9,18 +9,28 @@ function of (seed, s, rank, world size): there is no position to save, and none 
     consecutive lanes   the ring is cut into B lanes; row k of a batch continues row k of the batch before, so the
                         state is carried from step to step and zero at the start of an epoch
     random windows      the ring is cut into windows of T, which are read in random order from a zero state
+
+The third sees the text as lines:
+
+    lines               each from the newline before it to its own, from a zero state; lines of similar length share a
+                        batch, the longest first, and what is padding counts nowhere
+
+The ids may be memory-mapped and larger than the memory: a batch is all that is read, and no list of all windows or
+lines is made.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longshort.errors import ConfigError, TextError
-from longshort.text.tokenizers import Ids
+from longshort.text.encoding import Places
+from longshort.text.permutation import Permutation
 
 IGNORED = -1
 """Target of a place that holds no token; the loss leaves it out."""
@@ -53,6 +63,7 @@ class Sampler(ABC):
         seed: decides every offset and order.
         rank: this process reads rows rank * B / world_size and following.
         world_size: number of processes.
+        unknown: the id of what the vocabulary does not hold, which is never a target.
 
     Raises:
         TextError: the text has fewer than two ids.
@@ -60,7 +71,15 @@ class Sampler(ABC):
     """
 
     def __init__(
-        self, ids: Ids, batch_size: int, seq_len: int, seed: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        ids: NDArray[Any],
+        batch_size: int,
+        seq_len: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        unknown: int | None = None,
     ) -> None:
         if len(ids) < 2:
             raise TextError(f"Training needs a text of at least 2 tokens; this one has {len(ids)}.")
@@ -72,6 +91,7 @@ class Sampler(ABC):
         self.batch_size = batch_size
         self.seq_len = seq_len
         self.seed = seed
+        self.unknown = -1 if unknown is None else unknown
         self.num_pairs = len(ids) - 1
         rows = batch_size // world_size
         self.rows = slice(rank * rows, (rank + 1) * rows)
@@ -89,9 +109,13 @@ class Sampler(ABC):
 
     def _gather(self, pairs_TB: NDArray[np.int64], counts_TB: NDArray[np.bool_]) -> tuple[NDArray[np.int64], ...]:
         positions_TB = pairs_TB[:, self.rows] % self.num_pairs
-        inputs_TB = self.ids[positions_TB].astype(np.int64)
-        targets_TB = np.where(counts_TB[:, self.rows], self.ids[positions_TB + 1], IGNORED).astype(np.int64)
-        return inputs_TB, targets_TB
+        return self._read(positions_TB, counts_TB[:, self.rows])
+
+    def _read(self, positions_TB: NDArray[np.int64], counts_TB: NDArray[np.bool_]) -> tuple[NDArray[np.int64], ...]:
+        """Return the ids at these positions, and those that follow where they count and can be predicted."""
+        targets_TB = self.ids[positions_TB + 1].astype(np.int64)
+        counted_TB = counts_TB & (targets_TB != self.unknown)
+        return self.ids[positions_TB].astype(np.int64), np.where(counted_TB, targets_TB, IGNORED)
 
 
 class ConsecutiveLanes(Sampler):
@@ -103,16 +127,18 @@ class ConsecutiveLanes(Sampler):
 
     def __init__(
         self,
-        ids: Ids,
+        ids: NDArray[Any],
         batch_size: int,
         seq_len: int,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
         drop_incomplete: bool = False,
+        *,
+        unknown: int | None = None,
     ) -> None:
         self.drop_incomplete = drop_incomplete
-        super().__init__(ids, batch_size, seq_len, seed, rank, world_size)
+        super().__init__(ids, batch_size, seq_len, seed, rank, world_size, unknown=unknown)
 
     def _count_steps(self) -> int:
         if not self.drop_incomplete:
@@ -162,8 +188,9 @@ class RandomWindows(Sampler):
         epoch, number = divmod(step, self.steps_per_epoch)
         generator = self._generator(epoch)
         offset = int(generator.integers(self.num_pairs))
-        order = generator.permutation(self._num_windows())
-        chosen = order[number * self.batch_size : (number + 1) * self.batch_size]
+        windows = self._num_windows()
+        order = Permutation(windows, generator)
+        chosen = order[np.arange(number * self.batch_size, min((number + 1) * self.batch_size, windows))]
         # A row that is not needed starts past the last pair, where nothing counts.
         starts_B = np.full(self.batch_size, self.num_pairs)
         starts_B[: len(chosen)] = chosen * self.seq_len
@@ -172,28 +199,66 @@ class RandomWindows(Sampler):
         return Batch(inputs_TB, targets_TB, epoch, starts_fresh=True)
 
 
-SAMPLERS: dict[str, type[Sampler]] = {"consecutive": ConsecutiveLanes, "random": RandomWindows}
+class Lines(Sampler):
+    """Lines of similar length side by side, each from a zero state.
 
-
-def split(text: str, heldout: float = 0.1) -> tuple[str, str]:
-    """Return the training part and the held-out tail of `text`, cut between two characters.
+    An epoch reads every line once, in a new order: the lines of `BATCHES_TO_SORT` batches in that order are sorted
+    by length and cut into batches, which are read in random order.
 
     Args:
-        text: the whole text.
-        heldout: share of the characters that is held out, 0 <= heldout < 1.
-
-    Raises:
-        ConfigError: `heldout` is outside its range.
-        TextError: a part would be too short to train on (2 characters) or to evaluate on (2, or 0 if none is
-            asked for).
+        ids, batch_size, seq_len, seed, rank, world_size, unknown: as of every sampler; here `seq_len` bounds what one
+            product of a step sees, not the lines.
+        breaks: places in `ids` of the newline before the first line and of that after each line.
     """
-    if not 0 <= heldout < 1:
-        raise ConfigError(f"The held-out share must be in [0, 1), not {heldout}.")
-    cut = int(len(text) * (1 - heldout)) if heldout else len(text)
-    if cut < 2 or (heldout and len(text) - cut < 2):
-        raise TextError(
-            f"The text has {len(text)} character{'s' if len(text) != 1 else ''}: too few to train on "
-            f"{1 - heldout:.0%} and hold out {heldout:.0%}.",
-            "Give a longer text; a few thousand characters are the least that teaches a model anything.",
-        )
-    return text[:cut], text[cut:]
+
+    BATCHES_TO_SORT = 64
+
+    def __init__(
+        self,
+        ids: NDArray[Any],
+        batch_size: int,
+        seq_len: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        breaks: Places,
+        unknown: int | None = None,
+    ) -> None:
+        self.breaks = breaks
+        super().__init__(ids, batch_size, seq_len, seed, rank, world_size, unknown=unknown)
+
+    def _count_steps(self) -> int:
+        return -(-self.num_lines // self.batch_size)
+
+    @property
+    def num_lines(self) -> int:
+        """Lines of the text."""
+        return len(self.breaks) - 1
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of `step`: the longest line first; rows without a line hold ignored targets."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        generator = self._generator(epoch)
+        order = Permutation(self.num_lines, generator)
+        stretch, place = divmod(number, self.BATCHES_TO_SORT)
+        first = stretch * self.BATCHES_TO_SORT
+        batches = min(self.BATCHES_TO_SORT, self.steps_per_epoch - first)
+        last_line = min((first + batches) * self.batch_size, self.num_lines)
+        lines = order[np.arange(first * self.batch_size, last_line)]
+        starts = self.breaks[lines].astype(np.int64)
+        lengths = self.breaks[lines + 1].astype(np.int64) - starts
+        # A stable sort, as equal lengths must come in the same order everywhere.
+        by_length = np.argsort(-lengths, kind="stable")
+        chosen = int(Permutation(batches, generator)[np.array([place])][0])
+        chosen_B = by_length[chosen * self.batch_size : (chosen + 1) * self.batch_size]
+        starts_B, lengths_B = np.zeros(self.batch_size, dtype=np.int64), np.zeros(self.batch_size, dtype=np.int64)
+        starts_B[: len(chosen_B)], lengths_B[: len(chosen_B)] = starts[chosen_B], lengths[chosen_B]
+        columns_T1 = np.arange(lengths_B.max())[:, None]
+        counts_TB = columns_T1 < lengths_B
+        positions_TB = np.where(counts_TB, starts_B + columns_T1, starts_B)
+        inputs_TB, targets_TB = self._read(positions_TB[:, self.rows], counts_TB[:, self.rows])
+        return Batch(inputs_TB, targets_TB, epoch, starts_fresh=True)
+
+
+SAMPLERS: dict[str, type[Sampler]] = {"consecutive": ConsecutiveLanes, "random": RandomWindows}

@@ -1,9 +1,10 @@
 """Where a text comes from: the user's own files, the built-in text, or a named corpus.
 
-    load(paths)                    any UTF-8 files, and folders of `*.txt` files
+    load(paths)                    any UTF-8 files, and folders of `*.txt` files; gzip is unpacked
     load(corpus="builtin")         English that ships inside Python; needs no network (see `builtin.py`)
     load(corpus="timemachine")     downloaded once, checked by SHA-256, kept in the cache directory
     load(corpus=..., data_dir=D)   the same file from a folder of the user's; never touches the network
+    find(...)                      the same without reading files whole: a text that is read in pieces
 
 Environment: `LONGSHORT_CACHE` names another cache directory, and `LONGSHORT_CORPUS_URL` another place to
 download from (a mirror or a test server), to which `/timemachine.txt` or `/tinyshakespeare.txt` is added.
@@ -13,14 +14,20 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import gzip
 import hashlib
 import logging
 import os
 import stat
-from collections.abc import Iterable, Sequence
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import BinaryIO, Protocol, cast
 
+from longshort import durable
 from longshort.errors import CorpusError, LongshortError, MissingExtraError, TextError, UsageError
 
 _GITHUB = "https://raw.githubusercontent.com"
@@ -37,6 +44,10 @@ SOURCES = {
 }
 CORPORA = ("builtin", *SOURCES)
 TIMEOUT = 20.0  # seconds to wait for a connection, and for each next piece of the file
+PIECE = 1 << 20  # bytes of a file that are read at a time
+STDIN = "-"
+_GZIP = b"\x1f\x8b"
+_ENDINGS = (".txt", ".txt.gz")  # of the files that a folder stands for
 
 # English text in an encoding of wide characters: which of four neighbouring bytes are mostly zero.
 _WIDE_PATTERNS = {
@@ -71,6 +82,41 @@ class Text:
         """Length in characters (Unicode code points)."""
         return len(self.content)
 
+    def pieces(self) -> Iterator[str]:
+        """Yield the content in pieces."""
+        for start in range(0, len(self.content), PIECE):
+            yield self.content[start : start + PIECE]
+
+
+class Source(Protocol):
+    """A text that can be read from its start as often as wanted, without ever being held whole."""
+
+    @property
+    def name(self) -> str:
+        """Of a corpus, or of the files."""
+
+    def pieces(self) -> Iterator[str]:
+        """Yield the text in pieces, as they come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """UTF-8 files as one text, in the given order, every character as it stands in them.
+
+    Args:
+        files: regular files, some packed with gzip, each once.
+        name: their names.
+    """
+
+    files: tuple[Path, ...]
+    name: str
+
+    def pieces(self) -> Iterator[str]:
+        """Yield the text; TextError where a file cannot be read as text."""
+        for file in self.files:
+            with _open(file) as stream:
+                yield from _decode(_blocks(stream, file), file)
+
 
 def load(paths: Sequence[str | Path] = (), corpus: str | None = None, data_dir: Path | None = None) -> Text:
     """The text that the user asked for: files, or else a named corpus.
@@ -86,10 +132,25 @@ def load(paths: Sequence[str | Path] = (), corpus: str | None = None, data_dir: 
         CorpusError: a corpus that cannot be had.
         MissingExtraError: a download is needed and pooch is not installed.
     """
+    found = find(paths, corpus, data_dir)
+    if isinstance(found, Text):
+        return found
+    content = "".join(found.pieces())
+    if not content:
+        raise empty(found)
+    return Text.of(content, found.name)
+
+
+def find(paths: Sequence[str | Path] = (), corpus: str | None = None, data_dir: Path | None = None) -> Text | Files:
+    """The text that `load` would give: a corpus, or files of which only the kind has been looked at.
+
+    Raises:
+        As `load`; what is wrong inside of files is noticed when they are read.
+    """
     if data_dir is not None and corpus not in SOURCES:
         raise UsageError("A data directory holds named corpora.", f"It goes with --corpus {' or '.join(SOURCES)}.")
     if corpus is None:
-        return read_files(paths)
+        return _find_files(paths)
     if paths:
         raise UsageError("Both text files and a corpus were given.", "Give the files or --corpus, not both.")
     _check_name(corpus, CORPORA)
@@ -103,13 +164,55 @@ def load(paths: Sequence[str | Path] = (), corpus: str | None = None, data_dir: 
 def read_files(paths: Sequence[str | Path]) -> Text:
     """UTF-8 files as one text, in the given order, every character as it stands in them.
 
-    A folder stands for all `*.txt` files in it and below it, sorted by path. Line ends are kept; only a
-    byte order mark at the start of a file is dropped.
+    A folder stands for all `*.txt` and `*.txt.gz` files in it and below it, sorted by path. What begins as gzip
+    does is unpacked, whatever its name. Line ends are kept; only a byte order mark at the start of a file is dropped.
 
     Raises:
         UsageError: no path, or one that does not exist.
         TextError: a path that is no UTF-8 text file, or nothing in all of them together.
     """
+    return load(paths)
+
+
+def keep_standard_input(paths: Sequence[str]) -> tuple[str, ...]:
+    """Return `paths` with `-` replaced by a new file in the cache directory that holds what standard input gave.
+
+    A text is read several times, and again when a run is resumed or evaluated, which a pipe does not allow. Nothing
+    deletes the file: it belongs to the run that is made of it.
+
+    Raises:
+        UsageError: `-` is given twice.
+        TextError: standard input is no UTF-8 text.
+        OutputError, CorpusError: it cannot be kept.
+    """
+    if paths.count(STDIN) > 1:
+        raise UsageError("Standard input is given twice.", "Give each text once.")
+    return tuple(_kept(sys.stdin.buffer) if path == STDIN else path for path in paths)
+
+
+def _kept(stream: BinaryIO) -> str:
+    folder = cache_directory() / "stdin" / os.urandom(8).hex()
+
+    def copied(file: BinaryIO) -> Iterator[bytes]:
+        for block in _blocks(stream, Path("standard input")):
+            file.write(block)
+            yield block
+
+    with durable.new_directory(folder) as made, (made / "stdin").open("wb") as file:
+        # Decoded on the way, so that what is no text, such as a device that never ends, is refused at once.
+        if not sum(len(piece) for piece in _decode(copied(file), Path("standard input"))):
+            raise TextError("The text is empty: standard input.", "Pipe some text into it.")
+    return str(folder / "stdin")
+
+
+def empty(source: Source) -> TextError:
+    """The error to raise for a text that has no character."""
+    name = _quoted(source.files[0]) if isinstance(source, Files) else source.name
+    more = f" and {len(source.files) - 1} more" if isinstance(source, Files) and len(source.files) > 1 else ""
+    return TextError(f"The text is empty: {name}{more}.", "Give a file with text in it.")
+
+
+def _find_files(paths: Sequence[str | Path]) -> Files:
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     if not given:
         raise UsageError("No text was given.", f"Give text files or folders, or --corpus {'|'.join(CORPORA)}.")
@@ -117,13 +220,9 @@ def read_files(paths: Sequence[str | Path]) -> Text:
         raise UsageError("One of the paths is empty.", "An unset shell variable looks like this.")
     files = [file for path in given for file in _files(Path(path))]
     _refuse_repeated(files)
-    content = "".join(_decode(_read(file), file) for file in files)
-    if not content:
-        more = f" and {len(given) - 1} more" if len(given) > 1 else ""
-        raise TextError(f"The text is empty: {_quoted(given[0])}{more}.", "Give a file with text in it.")
     names = [Path(path).name or Path(path).resolve().name or "text" for path in given]
     name = "+".join(names) if len(names) <= 3 else f"{names[0]}+{len(names) - 1}-more"
-    return Text.of(content, name if name.isprintable() else repr(name))
+    return Files(tuple(files), name if name.isprintable() else repr(name))
 
 
 def _refuse_repeated(files: Sequence[Path]) -> None:
@@ -159,13 +258,13 @@ def download(
         data = _read_exactly(path, sha256)
         if data is None:
             raise CorpusError(f"There is no {_quoted(path)} with SHA-256 {sha256}.", f"Download it from {url}")
-        return Text.of(_decode(data, path), name)
+        return Text.of("".join(_decode([data], path)), name)
     path = (cache_dir or cache_directory()) / f"{name}.txt"
     base_url = base_url or os.environ.get("LONGSHORT_CORPUS_URL")
     if base_url:
         url = f"{base_url.rstrip('/')}/{name}.txt"
     data = _read_exactly(path, sha256) or _fetch(name, url, sha256, path)
-    return Text.of(_decode(data, path), name)
+    return Text.of("".join(_decode([data], path)), name)
 
 
 def cache_directory() -> Path:
@@ -223,7 +322,7 @@ def _kind(path: Path) -> int:
 
 
 def _files(path: Path) -> list[Path]:
-    """The file `path`, or all `*.txt` files of the folder `path`."""
+    """The file `path`, or all `*.txt` and `*.txt.gz` files of the folder `path`."""
     if _kind(path) != stat.S_IFDIR:
         return [path]
 
@@ -232,23 +331,53 @@ def _files(path: Path) -> list[Path]:
 
     # `os.walk` follows no symbolic links to folders, and unlike `rglob` passes over no folder silently.
     walk = os.walk(path, onerror=refuse)
-    files = sorted(Path(folder) / name for folder, _, names in walk for name in names if name.endswith(".txt"))
+    files = sorted(Path(folder) / name for folder, _, names in walk for name in names if name.endswith(_ENDINGS))
     if not files:
         raise TextError(f"There are no *.txt files in the folder {_quoted(path)}.", "Give the files by name.")
     return files
 
 
-def _read(path: Path) -> bytes:
+def _open(path: Path) -> BinaryIO:
+    """Open a regular file, unpacked if it is gzip."""
     # Opening a pipe would wait for ever and a device may never end, so the kind is looked at first.
     if _kind(path) != stat.S_IFREG:
         raise TextError(
             f"{_quoted(path)} is no regular file but a pipe, a socket or a device.",
-            "Save the text to a file first.",
+            "Save the text to a file first, or pipe it in and give - as its name.",
         )
     try:
-        return path.read_bytes()
+        file = path.open("rb")
+        packed = file.peek(2).startswith(_GZIP)
     except OSError as error:
         raise _refusal(path, error) from error
+    return cast(BinaryIO, _Unpacked(file)) if packed else file
+
+
+class _Unpacked(gzip.GzipFile):
+    """A gzip file that closes the file below it too."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(fileobj=file, mode="rb")
+        self._below = file
+
+    def close(self) -> None:
+        super().close()
+        self._below.close()
+
+
+def _blocks(stream: BinaryIO, path: Path) -> Iterator[bytes]:
+    try:
+        while block := stream.read(PIECE):
+            yield block
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise TextError(f"{_quoted(path)} is a damaged gzip file: {error}.", "Pack it anew, or unpack it.") from error
+    except OSError as error:
+        raise _refusal(path, error) from error
+
+
+def _read(path: Path) -> bytes:
+    with _open(path) as stream:
+        return b"".join(_blocks(stream, path))
 
 
 def _wide_encoding(data: bytes) -> str | None:
@@ -262,22 +391,29 @@ def _wide_encoding(data: bytes) -> str | None:
     return _WIDE_PATTERNS.get((a, b, c, d))
 
 
-def _decode(data: bytes, path: Path) -> str:
+def _decode(blocks: Iterable[bytes], path: Path) -> Iterator[str]:
+    """Yield the text of a file that comes in blocks, the first of at least four bytes if it has so many."""
     convert = "Convert it first: iconv -f {} -t UTF-8 OLD.txt > NEW.txt"
-    wide = _wide_encoding(data)
-    if wide:
-        raise TextError(f"{_quoted(path)} looks like {wide} text; UTF-8 is wanted.", convert.format(wide))
-    if b"\0" in data:
-        raise TextError(f"{_quoted(path)} looks like a binary file.", "Give a plain text file in UTF-8.")
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        start = error.start
-        line = data.count(b"\n", 0, start) + 1
-        raise TextError(
-            f"{_quoted(path)} is not UTF-8: byte 0x{data[start]:02x} at offset {start}, line {line}.",
-            convert.format("WINDOWS-1252") + " (or whatever its encoding is)",
-        ) from error
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    read = lines = 0  # bytes and newlines in the blocks before
+    for block in chain(blocks, [b""]):
+        if not read and (wide := _wide_encoding(block)):
+            raise TextError(f"{_quoted(path)} looks like {wide} text; UTF-8 is wanted.", convert.format(wide))
+        if b"\0" in block:
+            raise TextError(f"{_quoted(path)} looks like a binary file.", "Give a plain text file in UTF-8.")
+        try:
+            piece = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            start, data = error.start, error.object  # of a character that was cut, and the block
+            line = lines + data.count(b"\n", 0, start) + 1
+            offset = read + len(block) - len(data) + start
+            raise TextError(
+                f"{_quoted(path)} is not UTF-8: byte 0x{data[start]:02x} at offset {offset}, line {line}.",
+                convert.format("WINDOWS-1252") + " (or whatever its encoding is)",
+            ) from error
+        yield piece if read else piece.removeprefix("\ufeff")
+        read += len(block)
+        lines += block.count(b"\n")
 
 
 def _read_exactly(path: Path, sha256: str) -> bytes | None:

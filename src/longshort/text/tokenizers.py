@@ -1,21 +1,22 @@
-"""Tokenizers: text to ids and back. `char` and `byte` are look-ups in NumPy.
+"""Tokenizers: text to ids and back. `char` and `byte` are look-ups in NumPy; `words.py` has `word` and `bpe`.
 
-A tokenizer has `size` output symbols, ids 0 .. size-1. A character that training never saw gets the id
+A tokenizer has `size` output symbols, ids 0 .. size-1. A symbol that training never saw gets the id
 `size`: it may be an input of a model (where it is embedded as the zero vector), never an output, and it is
 never counted in `size`. So *The Time Machine* of the lecture has 43 symbols here as there.
 
-Both are saved as a `tokenizer.json` that Hugging Face `tokenizers` reads and that encodes the same there;
-The format has a version of its own (`version`).
+All are saved as a `tokenizer.json` that Hugging Face `tokenizers` reads and that encodes the same there;
+the format has a version of its own (`version`).
 `from_json` reads only what `to_json` wrote, so no code and no regular expression of a stranger ever runs.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +28,24 @@ Ids = NDArray[np.int32]
 UNKNOWN = "<unk>"
 
 
+class Writer(Protocol):
+    """Turns ids that come one by one into text; nothing is given out before its characters are whole."""
+
+    def write(self, symbol: int) -> str:
+        """Return what the symbol adds to the text."""
+
+    def close(self) -> str:
+        """Return what is still held back."""
+
+
 class Tokenizer(ABC):
     """What every tokenizer offers."""
 
     name: ClassVar[str]
     size: int
     """Number of output symbols."""
+    has_unknown: ClassVar[bool] = True
+    """Whether `encode` can give the id `size`."""
 
     @abstractmethod
     def encode(self, text: str) -> Ids:
@@ -47,8 +60,30 @@ class Tokenizer(ABC):
         """Return the content of `tokenizer.json`."""
 
     @abstractmethod
-    def characters(self, ids: Ids) -> int:
-        """Return how many characters of the original text `ids` stand for."""
+    def lengths(self, text: str, ids: Ids) -> tuple[Ids, Ids]:
+        """Return how many characters, and how many UTF-8 bytes, of `text` each of its `ids` stands for."""
+
+    def writer(self, after: str = "") -> Writer:
+        """Return what writes ids as text that goes on where the text `after` ends."""
+        return _SymbolWriter(self)
+
+    def whole(self, pieces: Iterable[str]) -> Iterator[str]:
+        """Return the same text in pieces that can be encoded one by one: their ids, joined, are the whole's."""
+        yield from pieces
+
+    def encode_lines(self, text: str) -> Ids:
+        """Return the ids of lines that each end in a newline, which is a symbol of its own then."""
+        return self.encode(text)
+
+    @property
+    def newline(self) -> int:
+        """The id of a newline alone."""
+        return int(self.encode("\n")[0])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The smallest unsigned integers that hold every id."""
+        return np.dtype(np.min_scalar_type(self.size if self.has_unknown else self.size - 1))
 
     @property
     def sha256(self) -> str:
@@ -76,10 +111,12 @@ class CharTokenizer(Tokenizer):
         self._id_of[code_points] = np.arange(self.size, dtype=np.int32)
 
     @classmethod
-    def train(cls, text: str) -> CharTokenizer:
-        """Return the tokenizer of all characters in `text`."""
-        code_points = np.unique(_code_points(text))
-        return cls(chr(code_point) for code_point in code_points.tolist())
+    def train(cls, text: str | Iterable[str]) -> CharTokenizer:
+        """Return the tokenizer of all characters in `text`, whole or in pieces."""
+        seen = np.zeros(0x110000, dtype=np.bool_)
+        for piece in as_pieces(text):
+            seen[_code_points(piece)] = True
+        return cls(map(chr, np.flatnonzero(seen).tolist()))
 
     def encode(self, text: str) -> Ids:
         """Return one id a character."""
@@ -91,9 +128,11 @@ class CharTokenizer(Tokenizer):
         size, symbols = self.size, self.symbols
         return "".join(symbols[i] if 0 <= i < size else "\N{REPLACEMENT CHARACTER}" for i in ids)
 
-    def characters(self, ids: Ids) -> int:
-        """Return `len(ids)`: an id is a character."""
-        return len(ids)
+    def lengths(self, text: str, ids: Ids) -> tuple[Ids, Ids]:
+        """Return ones, and the UTF-8 bytes of each character."""
+        points = _code_points(text)
+        sizes = 1 + (points > 0x7F).astype(np.int32) + (points > 0x7FF) + (points > 0xFFFF)
+        return np.ones(len(ids), dtype=np.int32), sizes
 
     def to_json(self) -> str:
         """Return a WordLevel model over single characters."""
@@ -105,7 +144,7 @@ class CharTokenizer(Tokenizer):
             "invert": False,
         }
         model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": UNKNOWN}
-        return _tokenizer_json(split, {"type": "Fuse"}, model)
+        return tokenizer_json(split, {"type": "Fuse"}, model)
 
 
 class ByteTokenizer(Tokenizer):
@@ -113,6 +152,7 @@ class ByteTokenizer(Tokenizer):
 
     name = "byte"
     size = 256
+    has_unknown = False
 
     def encode(self, text: str) -> Ids:
         """Return one id a UTF-8 byte."""
@@ -130,13 +170,17 @@ class ByteTokenizer(Tokenizer):
         """Return the bytes themselves."""
         return np.fromiter(ids, dtype=np.uint8).tobytes()
 
-    def characters(self, ids: Ids) -> int:
-        """Return the number of characters that begin in `ids` (bytes that do not continue one)."""
-        return int(np.count_nonzero((np.asarray(ids) & 0xC0) != 0x80))
+    def lengths(self, text: str, ids: Ids) -> tuple[Ids, Ids]:
+        """Return 1 for each byte that begins a character (0 for one that continues it), and ones."""
+        return ((np.asarray(ids) & 0xC0) != 0x80).astype(np.int32), np.ones(len(ids), dtype=np.int32)
+
+    def writer(self, after: str = "") -> Writer:
+        """Return what writes a character when its last byte has come."""
+        return BytesWriter([bytes([value]) for value in range(256)])
 
     def to_json(self) -> str:
         """Return a byte-level BPE model without merges."""
-        vocabulary = {symbol: i for i, symbol in enumerate(_byte_level_alphabet())}
+        vocabulary = {symbol: i for i, symbol in enumerate(byte_level_alphabet())}
         byte_level = {
             "type": "ByteLevel",
             "add_prefix_space": False,
@@ -144,18 +188,71 @@ class ByteTokenizer(Tokenizer):
             "use_regex": False,
         }
         model = {"type": "BPE", "vocab": vocabulary, "merges": []}
-        return _tokenizer_json(byte_level, byte_level, model)
+        return tokenizer_json(byte_level, byte_level, model)
 
 
-TOKENIZERS = {CharTokenizer.name: CharTokenizer, ByteTokenizer.name: ByteTokenizer}
+class _SymbolWriter:
+    """Of a tokenizer whose symbols stand for whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def write(self, symbol: int) -> str:
+        return self._tokenizer.decode([symbol])
+
+    def close(self) -> str:
+        return ""
 
 
-def train_tokenizer(name: str, text: str) -> Tokenizer:
-    """Return the tokenizer called `name`, made for `text`, the training part alone."""
+class BytesWriter:
+    """Of a tokenizer whose symbols stand for bytes, which need not be whole characters.
+
+    Args:
+        symbols: the bytes of each id.
+    """
+
+    def __init__(self, symbols: list[bytes]) -> None:
+        self._symbols = symbols
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def write(self, symbol: int) -> str:
+        """Return the characters that are whole now."""
+        return self._decoder.decode(self._symbols[symbol])
+
+    def close(self) -> str:
+        """Return U+FFFD for a character that was never completed."""
+        return self._decoder.decode(b"", final=True)
+
+
+TOKENIZERS = ("char", "byte", "word", "bpe")
+
+
+def train_tokenizer(
+    name: str, text: str | Iterable[str], *, min_freq: int | None = None, vocab_size: int | None = None
+) -> Tokenizer:
+    """Return the tokenizer called `name`, made for `text`, the training part alone.
+
+    Args:
+        name: one of `TOKENIZERS`.
+        text: whole, or in pieces.
+        min_freq: of `word`: how often a word must occur to be a symbol; once if None.
+        vocab_size: of `bpe`: the number of symbols at most; 4,096 if None.
+
+    Raises:
+        UsageError: no such tokenizer.
+        TextError: a text without any symbol, or with more words than a model can have.
+        MissingExtraError: `bpe` without Hugging Face `tokenizers`.
+    """
     if name == CharTokenizer.name:
         return CharTokenizer.train(text)
     if name == ByteTokenizer.name:
         return ByteTokenizer()
+    from longshort.text.words import BpeTokenizer, WordTokenizer  # here, because `words.py` imports this module
+
+    if name == WordTokenizer.name:
+        return WordTokenizer.train(text, min_freq or 1)
+    if name == BpeTokenizer.name:
+        return BpeTokenizer.train(text, vocab_size or 4096)
     raise UsageError(f"There is no tokenizer called {name!r}.", f"Choose one of: {', '.join(TOKENIZERS)}.")
 
 
@@ -164,39 +261,64 @@ def from_json(content: str) -> Tokenizer:
 
     Raises:
         CheckpointError: `content` is not JSON, or is a tokenizer of another make.
+        MissingExtraError: it is a `bpe` tokenizer, and Hugging Face `tokenizers` is not installed.
     """
     try:
         read = json.loads(content)
-        model = read["model"]
-        tokenizer: Tokenizer
-        if model["type"] == "WordLevel":
-            symbols = [symbol for symbol in model["vocab"] if symbol != UNKNOWN]
-            if any(len(symbol) != 1 for symbol in symbols):
-                raise ValueError("symbols of more than one character")
-            tokenizer = CharTokenizer(symbols)
-        else:
-            tokenizer = ByteTokenizer()
+        tokenizer = _made_of(read)
         if read != json.loads(tokenizer.to_json()):
             raise ValueError("it differs from what longshort writes")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, TextError) as error:
         raise CheckpointError(
-            f"tokenizer.json is not a char or byte tokenizer written by longshort ({error}).",
+            f"tokenizer.json is not a tokenizer written by longshort ({error!s:.200}).",
             "Use the tokenizer.json that was saved with the model.",
         ) from error
     return tokenizer
 
 
-def _code_points(text: str) -> NDArray[np.uint32]:
+def _made_of(read: Any) -> Tokenizer:
+    """Return the tokenizer that the values in a `tokenizer.json` seem to describe."""
+    model = read["model"]
+    if not isinstance(model["vocab"], dict):
+        raise ValueError("its vocabulary is no table")
+    if model["type"] == "WordLevel" and read["normalizer"] is None:
+        symbols = [symbol for symbol in model["vocab"] if symbol != UNKNOWN]
+        if any(len(symbol) != 1 for symbol in symbols):
+            raise ValueError("symbols of more than one character")
+        return CharTokenizer(symbols)
+    if model["type"] == "BPE" and not read["pre_tokenizer"]["use_regex"]:
+        return ByteTokenizer()
+    from longshort.text.words import BpeTokenizer, WordTokenizer
+
+    if model["type"] == "WordLevel":
+        return WordTokenizer([word for word in model["vocab"] if word != model["unk_token"]])
+    return BpeTokenizer(list(model["vocab"]), [(left, right) for left, right in model["merges"]])
+
+
+def as_pieces(text: str | Iterable[str]) -> Iterable[str]:
+    """Return the pieces of a text that is given whole or in pieces."""
+    return [text] if isinstance(text, str) else text
+
+
+def _code_points(text: str) -> NDArray[np.unsignedinteger[Any]]:
+    if text.isascii():  # four times less to move
+        return np.frombuffer(text.encode("ascii"), dtype=np.uint8)
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
-def _tokenizer_json(pre_tokenizer: dict[str, Any], decoder: dict[str, Any], model: dict[str, Any]) -> str:
+def tokenizer_json(
+    pre_tokenizer: dict[str, Any],
+    decoder: dict[str, Any] | None,
+    model: dict[str, Any],
+    normalizer: dict[str, Any] | None = None,
+) -> str:
+    """Return the content of a `tokenizer.json`."""
     content: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [],
-        "normalizer": None,
+        "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
         "decoder": decoder,
@@ -205,7 +327,7 @@ def _tokenizer_json(pre_tokenizer: dict[str, Any], decoder: dict[str, Any], mode
     return json.dumps(content, ensure_ascii=True, indent=1) + "\n"
 
 
-def _byte_level_alphabet() -> list[str]:
+def byte_level_alphabet() -> list[str]:
     """Return the printable character that byte-level BPE writes for each byte value.
 
     Printable Latin-1 bytes stand for themselves; the others are numbered from U+0100 in byte order. (The
