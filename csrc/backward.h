@@ -240,18 +240,19 @@ struct Backward {
   template <bool kOptions>
   void run_step_rows(const Team& team, int64_t step, int64_t n, int64_t rows, int64_t at) {
     const int64_t next = odd(rows) * W; /* from one gate to the next */
-    for (int64_t block = first_block(team); block < last_block(team); ++block)
+    for (int64_t block = first_block(team); block < last_block(team); ++block) {
+      const Units u = units_at(step, block);
       for (int64_t row = 0; row < n; ++row) {
         V gates[G], input[G]; /* their gradients */
-        V dh = reach<kOptions>(step, row, block);
+        V dh = reach<kOptions>(u, row);
         if constexpr (kLstm) {
-          const float* g = saved_at(step, row, block);
+          const float* g = u.saved + row * saved_row;
           V o = load(g + 3 * W), tanh_c = tanh(load(g + 4 * W));
           V dc_row = load(dc + (block * Bp + row) * W) + dh * o * (1.0f - tanh_c * tanh_c);
           gates[3] = dh * tanh_c * o * (1.0f - o);
-          differentiate_lstm<kOptions>(step, row, block, dc_row, gates);
+          differentiate_lstm<kOptions>(u, row, dc_row, gates);
         } else {
-          differentiate<kOptions>(step, row, block, dh, gates, input);
+          differentiate<kOptions>(u, row, dh, gates, input);
         }
         float* out = dg + block * G * next + (at + row) * W;
         for (int gate = 0; gate < G; ++gate) store(out + gate * next, gates[gate]);
@@ -260,67 +261,80 @@ struct Backward {
           for (int gate = 0; gate < G; ++gate) store(out_input + gate * next, input[gate]);
         }
       }
+    }
   }
 
-  const float* saved_at(int64_t step, int64_t row, int64_t block) const {
-    return a.saved + saved_offset(sizes, saved_row, row_offset[step], steps.rows(step), block, row);
+  /* A block of units in one step, and what the forward pass saved of it in this step and the one before. */
+  struct Units {
+    int64_t step, time, block, n_before;
+    int count;
+    const float* saved;
+    const float* saved_before;
+  };
+
+  Units units_at(int64_t step, int64_t block) const {
+    int64_t n_before = step > 0 ? steps.rows(step - 1) : 0;
+    const float* before = nullptr;
+    if (step > 0) before = a.saved + saved_offset(sizes, saved_row, row_offset[step - 1], n_before, block, 0);
+    const float* saved = a.saved + saved_offset(sizes, saved_row, row_offset[step], steps.rows(step), block, 0);
+    return {step, steps.time(step), block, n_before, sizes.units(block), saved, before};
   }
 
   /* The gradient of what a step's cell made of h. With zoneout a share goes to h before it, past the cell: into `direct`, to
      which the GRU adds its own. */
   template <bool kOptions>
-  V reach(int64_t step, int64_t row, int64_t block) {
-    int64_t t = steps.time(step), state = (block * Bp + row) * W;
-    int units = sizes.units(block);
-    V dh = load(recurrent + r_at(block, row));
+  V reach(const Units& u, int64_t row) {
+    int64_t state = (u.block * Bp + row) * W;
+    V dh = load(recurrent + r_at(u.block, row));
     if (has_direct) dh += load(direct + state);
-    if (a.dy) dh += load_part(a.dy + steps.offset(t, row, a.dy_step, a.dy_row) + block * W, units);
+    if (a.dy) dh += load_part(a.dy + steps.offset(u.time, row, a.dy_step, a.dy_row) + u.block * W, u.count);
     V dh_before{};
     if constexpr (kOptions) {
       if (a.options.zoneout_mask || a.options.zoneout != 0.0f) {
         V zoneout = splat(a.options.zoneout);
         if (a.options.zoneout_mask)
-          zoneout = load_part(a.options.zoneout_mask + (t * B + steps.batch_row(row)) * H + block * W, units);
+          zoneout = load_part(a.options.zoneout_mask + (u.time * B + steps.batch_row(row)) * H + u.block * W, u.count);
         dh_before = zoneout * dh;
         dh -= dh_before;
       }
     }
-    if (has_direct) store(direct + state, kOptions && is_reset(step, row) ? V{} : dh_before);
+    if (has_direct) store(direct + state, kOptions && is_reset(u.step, row) ? V{} : dh_before);
     return dh;
   }
 
   /* Of i, f, g from that of c, which goes on to the step before. */
   template <bool kOptions>
-  void differentiate_lstm(int64_t step, int64_t row, int64_t block, V dc_row, V* gates) {
-    int64_t n_before = step > 0 ? steps.rows(step - 1) : 0, to = steps.batch_row(row) * H + block * W;
-    int units = sizes.units(block);
-    bool reset = kOptions && is_reset(step, row);
-    const float* saved = saved_at(step, row, block);
+  void differentiate_lstm(const Units& u, int64_t row, V dc_row, V* gates) {
+    int64_t to = steps.batch_row(row) * H + u.block * W;
+    bool reset = kOptions && is_reset(u.step, row);
+    const float* saved = u.saved + row * saved_row;
     V i = load(saved), f = load(saved + W), g = load(saved + 2 * W);
-    V c_before = row < n_before ? load(saved_at(step - 1, row, block) + 4 * W) : a.c0 ? load_part(a.c0 + to, units) : V{};
+    V c_before = row < u.n_before ? load(u.saved_before + row * saved_row + 4 * W)
+                 : a.c0           ? load_part(a.c0 + to, u.count)
+                                  : V{};
     if (reset) c_before = V{};
     gates[0] = dc_row * g * i * (1.0f - i);
     gates[1] = dc_row * c_before * f * (1.0f - f);
     gates[2] = dc_row * i * (1.0f - g * g);
     V dc_before = reset ? V{} : dc_row * f;
-    store(dc + (block * Bp + row) * W, dc_before);
-    if (a.dc0 && row >= n_before) store_part(a.dc0 + to, dc_before, units);
+    store(dc + (u.block * Bp + row) * W, dc_before);
+    if (a.dc0 && row >= u.n_before) store_part(a.dc0 + to, dc_before, u.count);
   }
 
   /* Of the gates from that of h: as W_hh h sees them, and for the GRU as W_ih x does. */
   template <bool kOptions>
-  void differentiate(int64_t step, int64_t row, int64_t block, V dh, V* gates, V* input) {
-    const float* saved = saved_at(step, row, block);
+  void differentiate(const Units& u, int64_t row, V dh, V* gates, V* input) {
+    const float* saved = u.saved + row * saved_row;
     if constexpr (kGru) {
-      bool reset = kOptions && is_reset(step, row);
+      bool reset = kOptions && is_reset(u.step, row);
       V r = load(saved), z = load(saved + W), n = load(saved + 2 * W), hidden = load(saved + 3 * W);
-      V before = reset ? V{} : h_before(step, row, step > 0 ? steps.rows(step - 1) : 0, block, sizes.units(block));
+      V before = reset ? V{} : h_before(u.step, row, u.n_before, u.block, u.count);
       V dn = dh * (1.0f - z) * (1.0f - n * n);
       gates[0] = input[0] = dn * hidden * r * (1.0f - r);
       gates[1] = input[1] = dh * (before - n) * z * (1.0f - z);
       gates[2] = dn * r;
       input[2] = dn;
-      float* to = direct + (block * Bp + row) * W;
+      float* to = direct + (u.block * Bp + row) * W;
       if (!reset) store(to, load(to) + dh * z);
     } else {
       V y = load(saved);
@@ -366,11 +380,11 @@ struct Backward {
     Through of_x, of_h, of_c;
     if constexpr (kLstm) {
       for (int64_t block = 0; block < U; ++block) {
-        int units = sizes.units(block);
-        const float* saved = saved_at(step, row, block);
-        V dh = reach<kOptions>(step, row, block);
-        V c_hat = (load(saved + 4 * W) - m[2]) * m[3], gamma = load_part(o.gamma_c + block * W, units);
-        V tanh_c = tanh(c_hat * gamma + load_part(o.beta_c + block * W, units)), gate = load(saved + 3 * W);
+        const Units u = units_at(step, block);
+        const float* saved = u.saved + row * saved_row;
+        V dh = reach<kOptions>(u, row);
+        V c_hat = (load(saved + 4 * W) - m[2]) * m[3], gamma = load_part(o.gamma_c + block * W, u.count);
+        V tanh_c = tanh(c_hat * gamma + load_part(o.beta_c + block * W, u.count)), gate = load(saved + 3 * W);
         V d = dh * gate * (1.0f - tanh_c * tanh_c);
         float* out = dg + block * G * next + at * W;
         store(out, d * gamma); /* until the whole row's are known */
@@ -382,23 +396,24 @@ struct Backward {
       of_c.close(H, m[3]);
     }
     for (int64_t block = 0; block < U; ++block) {
-      int units = sizes.units(block);
-      const float* saved = saved_at(step, row, block);
+      const Units u = units_at(step, block);
+      const float* saved = u.saved + row * saved_row;
       float* out = dg + block * G * next + at * W;
       float* out_input = dg_input + block * G * next + at * W;
       V gates[G], input[G];
       if constexpr (kLstm) {
         V dc_row = load(dc + (block * Bp + row) * W) + of_c(load(out), (load(saved + 4 * W) - m[2]) * m[3]);
-        differentiate_lstm<kOptions>(step, row, block, dc_row, gates);
+        differentiate_lstm<kOptions>(u, row, dc_row, gates);
         gates[3] = load(out + 3 * next);
       } else {
-        differentiate<kOptions>(step, row, block, reach<kOptions>(step, row, block), gates, input);
+        differentiate<kOptions>(u, row, reach<kOptions>(u, row), gates, input);
       }
       for (int gate = 0; gate < G; ++gate) {
         if (!kGru) input[gate] = gates[gate];
         int64_t unit = gate * H + block * W;
         V x_hat = load(saved + (Cell::kSaved + gate) * W), h_hat = load(saved + (Cell::kSaved + G + gate) * W);
-        V dx_hat = input[gate] * load_part(o.gamma_ih + unit, units), dh_hat = gates[gate] * load_part(o.gamma_hh + unit, units);
+        V dx_hat = input[gate] * load_part(o.gamma_ih + unit, u.count);
+        V dh_hat = gates[gate] * load_part(o.gamma_hh + unit, u.count);
         add_to(part(sums, 0, gate, block), input[gate] * x_hat);
         add_to(part(sums, 1, gate, block), gates[gate] * h_hat);
         add_to(part(sums, 2, gate, block), input[gate]);
@@ -412,7 +427,7 @@ struct Backward {
     of_x.close(G * H, m[0]);
     of_h.close(G * H, m[1]);
     for (int64_t block = 0; block < U; ++block) {
-      const float* saved = saved_at(step, row, block) + Cell::kSaved * W;
+      const float* saved = units_at(step, block).saved + row * saved_row + Cell::kSaved * W;
       float* out = dg + block * G * next + at * W;
       float* out_input = dg_input + block * G * next + at * W;
       for (int gate = 0; gate < G; ++gate) {
