@@ -241,7 +241,7 @@ def test_a_corpus_of_any_size_trains_in_little_memory(tmp_path: Path, options: s
     ids = next((tmp_path / "cache" / "ids").glob("*/ids"))
     assert ids.stat().st_size >= 0.99 * MEGABYTES * 1e6  # one byte a character, on disk
     assert most < 600
-    # Of what depends on the text, about three pieces of it are held: 13 MB each with their code points and places.
-    assert most - before < 120
+    # What depends on the text is a few pieces of it, with their code points and places.
+    assert most - before < 200
     path.unlink()
     ids.unlink()
