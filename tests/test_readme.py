@@ -65,6 +65,8 @@ def test_every_command_of_the_readme_runs(
         monkeypatch.setitem(SOURCES, name, ("http://127.0.0.1:9/", hashlib.sha256(content).hexdigest()))
         (place / "cache").mkdir(exist_ok=True)
         (place / "cache" / f"{name}.txt").write_bytes(content)
+    for name in ("app.log", "new.log"):
+        (place / name).write_text(english.replace(" (", "\n"), encoding="utf-8")
     ran = set()
     for command in COMMANDS:
         program, *arguments = shlex.split(command)
@@ -79,7 +81,7 @@ def test_every_command_of_the_readme_runs(
             (place / target).write_bytes((ROOT / source).read_bytes())
         else:
             assert program in ("git", "cd", "pip", "uv", "python"), command
-    assert ran == {"demo", "train", "resume", "eval", "generate", "compare", "doctor"}
+    assert ran == {"demo", "train", "resume", "eval", "generate", "score", "compare", "doctor"}
 
 
 def test_every_python_program_of_the_readme_runs(place: Path, english: str) -> None:

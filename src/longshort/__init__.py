@@ -4,7 +4,7 @@
     longshort.convert, longshort.to_torch        exchange them in a whole model, and back
     longshort.load(path)                         a trained model, without PyTorch; train=True gives a LanguageModel
     longshort.train(TrainConfig(...))            trains and yields events; longshort.resume(run) goes on
-    longshort.evaluate, longshort.generate       free functions on any model
+    longshort.evaluate, generate, score          free functions on any model
     longshort.kernels                            which implementation runs, and why
     longshort.scratch                            the textbook
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from longshort.layers import LSTM as LSTM
     from longshort.layers import RNN as RNN
     from longshort.model import LanguageModel as LanguageModel
+    from longshort.scoring import score as score
     from longshort.training import resume as resume
     from longshort.training import train as train
 
@@ -59,6 +60,7 @@ _HOME = {
     "convert": "conversion",
     "evaluate": "evaluation",
     "generate": "generation",
+    "score": "scoring",
     "to_torch": "conversion",
     "resume": "training",
     "train": "training",

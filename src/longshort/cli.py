@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import json as jsonlib
 import os
 import re
 import shlex
@@ -199,6 +200,36 @@ def generate(
 
 
 @app.command
+def score(
+    model: Annotated[str, Parameter(help="A run or a model directory.")],
+    file: Annotated[str, Parameter(help="A text file, or gzip of it; - for standard input.")] = "-",
+    /,
+    *,
+    top: Annotated[
+        Int | None, Parameter(help="Show only the N oddest lines, the oddest first, the odd part marked.")
+    ] = None,
+    ahead: Annotated[Int, Parameter(help="Most lines read before the first is answered; 1 for a live log.")] = 2048,
+    json: Annotated[
+        bool, Parameter(help="Print a JSON object a line and nothing else.", negative="", show_default=False)
+    ] = False,
+) -> None:
+    """Say how odd each line is: bits per character, each line from a zero state, in the order of the file."""
+    from longshort import scoring, screen
+    from longshort.text import corpus
+
+    if top is not None and top < 1:
+        raise UsageError(f"--top must be at least 1, not {top}.")
+    scored = scoring.score(_decoder(model), corpus.lines(file), ahead=ahead)
+    for found in scored if top is None else scoring.oddest(scored, top):
+        if json:
+            print(jsonlib.dumps(found.to_dict()))
+        elif top is None:
+            print(f"{found.bits_per_character:.4f}")
+        else:
+            print(screen.marked_line(found, colour=sys.stdout.isatty()))
+
+
+@app.command
 def compare(
     text: Annotated[str | None, Parameter(help="A text file; the built-in text if not given.")] = None,
     *,
@@ -334,9 +365,10 @@ def _train(settings: Mapping[str, Any], minutes: float | None) -> Path:
         raise UsageError("--out is empty.", "An unset shell variable looks like this.")
     if config.out is not None:
         checkpoint.require_new_run(config.out)
-    if corpus.STDIN in config.texts:
-        texts = corpus.keep_standard_input(config.texts)
-        _say(f"What standard input gave is kept for the run: {texts[config.texts.index(corpus.STDIN)]}")
+    texts = corpus.keep_standard_input(config.texts)
+    if texts != config.texts:
+        kept = next(path for path, before in zip(texts, config.texts, strict=True) if path != before)
+        _say(f"What standard input gave is kept for the run: {kept}")
         settings = {**settings, "texts": texts}
         config = TrainConfig.from_dict(settings)
     prepared = None
@@ -517,7 +549,10 @@ def main(arguments: list[str] | None = None) -> int:
     # Before PyTorch is loaded: a waiting thread spins briefly, then sleeps. GNU OpenMP's own choice (300,000 turns) is
     # ruinous beside a busy process, not spinning at all costs half the speed on a quiet machine (docs/log.md).
     # `bench` leaves it: PyTorch's layers are measured as their other users have them.
-    verb = (sys.argv[1:] if arguments is None else arguments)[:1]
+    given = sys.argv[1:] if arguments is None else arguments
+    verb = given[:1]
+    if verb in (["train"], ["eval"], ["score"]):  # the parser would take a lone hyphen for a flag without a name
+        given = ["/dev/stdin" if word == "-" else word for word in given]
     if "OMP_WAIT_POLICY" not in os.environ and verb != ["bench"]:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for stream in (sys.stdout, sys.stderr):
@@ -525,7 +560,7 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     warnings.showwarning = lambda message, *_args, **_kwargs: _complain(f"warning: {message}")
     try:
-        app(arguments, exit_on_error=False, print_error=False)
+        app(given, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         _complain(f"{error}\nSee: longshort --help")
         return 2

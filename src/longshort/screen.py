@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from longshort.config import TrainConfig
     from longshort.ledger import Row as BenchmarkRow
     from longshort.recipes import Plan
+    from longshort.scoring import LineScore
     from longshort.training import Event, Finished, Looked, Progress, Skipped, Started
 
 _SAMPLE_CHARACTERS = 240
@@ -42,6 +43,16 @@ _PICTURES |= dict.fromkeys(
 def visible(text: str) -> str:
     """Return `text` with every control character but newline and tab replaced by a picture of it."""
     return text.translate(_PICTURES)
+
+
+def marked_line(found: LineScore, colour: bool) -> str:
+    """Return the score of a line, its number and its text, the odd part marked by colour or by >>> and <<<."""
+    from longshort.scoring import odd_part
+
+    start, end = odd_part(found)
+    opened, closed = ("\x1b[1;31m", "\x1b[0m") if colour else (">>>", "<<<")
+    parts = [visible(part).replace("\n", "␊") for part in (found.text[:start], found.text[start:end], found.text[end:])]
+    return f"{found.bits_per_character:8.4f}  {found.line:>7}  {parts[0]}{opened}{parts[1]}{closed}{parts[2]}"
 
 
 def describe_model(event: Started) -> str:

@@ -346,7 +346,7 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     def absolute(path: str | None) -> str | None:
         return str(Path(path).absolute()) if path else None
 
-    texts = tuple(text if text == corpus.STDIN else str(Path(text).absolute()) for text in config.texts)
+    texts = tuple(text if text in corpus.STDIN else str(Path(text).absolute()) for text in config.texts)
     data_dir, from_model = absolute(config.data_dir), absolute(config.from_model)
     return dataclasses.replace(config, texts=texts, data_dir=data_dir, from_model=from_model)
 

@@ -45,7 +45,7 @@ SOURCES = {
 CORPORA = ("builtin", *SOURCES)
 TIMEOUT = 20.0  # seconds to wait for a connection, and for each next piece of the file
 PIECE = 1 << 20  # bytes of a file that are read at a time
-STDIN = "-"
+STDIN = ("-", "/dev/stdin")
 _GZIP = b"\x1f\x8b"
 _ENDINGS = (".txt", ".txt.gz")  # of the files that a folder stands for
 
@@ -185,9 +185,9 @@ def keep_standard_input(paths: Sequence[str]) -> tuple[str, ...]:
         TextError: standard input is no UTF-8 text.
         OutputError, CorpusError: it cannot be kept.
     """
-    if paths.count(STDIN) > 1:
+    if sum(path in STDIN for path in paths) > 1:
         raise UsageError("Standard input is given twice.", "Give each text once.")
-    return tuple(_kept(sys.stdin.buffer) if path == STDIN else path for path in paths)
+    return tuple(_kept(sys.stdin.buffer) if path in STDIN else path for path in paths)
 
 
 def _kept(stream: BinaryIO) -> str:
@@ -203,6 +203,37 @@ def _kept(stream: BinaryIO) -> str:
         if not sum(len(piece) for piece in _decode(copied(file), Path("standard input"))):
             raise TextError("The text is empty: standard input.", "Pipe some text into it.")
     return str(folder / "stdin")
+
+
+def lines(path: str) -> Iterator[str]:
+    """Yield the lines of a file, or of standard input for `-`, as they come; only a newline ends a line.
+
+    Raises:
+        UsageError, TextError: as `read_files`.
+    """
+    if path in STDIN:
+        # A pipe gives what it has: a live log is answered when its lines come.
+        blocks, name = iter(lambda: os.read(sys.stdin.fileno(), PIECE), b""), Path("standard input")
+        yield from _lines(_decode(blocks, name))
+        return
+    file = Path(path)
+    if _kind(file) == stat.S_IFDIR:
+        raise TextError(f"{_quoted(file)} is a folder.", "Give one file, or pipe several: cat FOLDER/*.txt | ... -")
+    with _open(file) as stream:
+        yield from _lines(_decode(_blocks(stream, file), file))
+
+
+def _lines(pieces: Iterable[str]) -> Iterator[str]:
+    rest: list[str] = []
+    for piece in pieces:
+        *whole, last = piece.split("\n")
+        if whole:
+            yield "".join([*rest, whole[0]])
+            yield from whole[1:]
+            rest = []
+        rest.append(last)
+    if end := "".join(rest):
+        yield end
 
 
 def empty(source: Source) -> TextError:

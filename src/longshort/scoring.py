@@ -1,0 +1,152 @@
+"""Bits per character of each line: how odd a line is to a model.
+
+    for scored in score(model, open("app.log")):
+        print(scored.line, scored.bits_per_character)
+
+Each line starts from a zero state after one newline; the line and the newline that closes it are predicted, and their
+bits divided by the line's characters + 1. What the vocabulary does not hold costs `UNKNOWN_BITS`, what it takes to name
+one of Unicode's code points: a symbol that training never saw is the oddest there is, and must not count as nothing.
+
+Lines are read ahead in a bounded window, and those of similar length share a batch of a fixed number of rows. Results
+come in the order of the lines, and are the same to about 1e-6 bits whatever stands beside a line.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longshort.errors import ConfigError
+from longshort.evaluation import Model, read
+from longshort.text.tokenizers import Tokenizer
+
+UNKNOWN_BITS = math.log2(0x110000)
+LINES_AHEAD = 2048
+CHARACTERS_AHEAD = 1 << 20
+ROWS = 64
+LONG = 4096
+"""A line of more symbols is read alone: beside it, short ones would be padding."""
+
+
+class LineModel(Model, Protocol):
+    """A model with its tokenizer, as `longshort.load` gives it."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the text that the model was trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class LineScore:
+    """What one line costs."""
+
+    line: int
+    """Number of the line, from 1."""
+    text: str
+    """Without its newline."""
+    characters: int
+    bits_per_character: float
+    unknown: int
+    """Symbols outside the vocabulary; each is in the bits with `UNKNOWN_BITS`."""
+    symbol_bits: NDArray[np.float32]
+    """Bits of each symbol, the closing newline's last."""
+    symbol_characters: NDArray[np.int32]
+    """How many characters each symbol stands for; their sum may be less than the line's where white space ends it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures by name, as JSON can hold them; without the text."""
+        figures = {"line": self.line, "characters": self.characters, "bits_per_character": self.bits_per_character}
+        return figures | {"unknown": self.unknown}
+
+
+def oddest(scored: Iterable[LineScore], number: int) -> list[LineScore]:
+    """Return the `number` lines with the most bits per character, the oddest first; only so many are held."""
+    return heapq.nlargest(number, scored, key=lambda found: (found.bits_per_character, -found.line))
+
+
+def score(model: LineModel, lines: Iterable[str], *, ahead: int = LINES_AHEAD) -> Iterator[LineScore]:
+    """Yield the score of each line, in order, holding at most `ahead` lines.
+
+    Args:
+        model: a decoder, or a `LanguageModel` with a tokenizer.
+        lines: each with or without the newline that ends it, as a file gives them.
+        ahead: most lines that are read before the first of them is given out.
+
+    Raises:
+        ConfigError: `ahead` is below one.
+    """
+    if ahead < 1:
+        raise ConfigError(f"ahead must be at least 1, not {ahead}.")
+    number, held, size = 1, list[str](), 0
+    for line in lines:
+        held.append(line.removesuffix("\n"))
+        size += len(line)
+        if len(held) >= ahead or size >= CHARACTERS_AHEAD:
+            yield from _window(model, held, number)
+            number, held, size = number + len(held), [], 0
+    yield from _window(model, held, number)
+
+
+def _window(model: LineModel, lines: list[str], number: int) -> Iterator[LineScore]:
+    """Score some lines together; `number` is the first one's."""
+    tokenizer = model.tokenizer
+    encoded = [tokenizer.encode_lines(f"{line}\n") for line in lines]
+    bits: list[NDArray[np.float32]] = [np.empty(0, dtype=np.float32)] * len(lines)
+    order = sorted(range(len(lines)), key=lambda i: len(encoded[i]))
+    short = [i for i in order if len(encoded[i]) <= LONG]
+    batches = [short[first : first + ROWS] for first in range(0, len(short), ROWS)]
+    for batch in [*batches, *([i] for i in order[len(short) :])]:
+        _score_batch(model, [encoded[i] for i in batch], bits, batch)
+    for i, line in enumerate(lines):
+        characters, _ = tokenizer.lengths(f"{line}\n", encoded[i])
+        total = float(bits[i].sum(dtype=np.float64)) / (len(line) + 1)
+        unknown = int(np.count_nonzero(encoded[i] >= tokenizer.size))
+        yield LineScore(number + i, line, len(line), total, unknown, bits[i], characters)
+
+
+def _score_batch(
+    model: LineModel, encoded: list[NDArray[np.int32]], bits: list[NDArray[np.float32]], places: list[int]
+) -> None:
+    """Score lines side by side into `bits`, at `places`."""
+    tokenizer = model.tokenizer
+    newline = np.array([tokenizer.newline])
+    ids = np.concatenate([part for line in encoded for part in (newline, line)])
+    ends = np.cumsum([len(line) + 1 for line in encoded]) - 1
+    starts = ends - [len(line) for line in encoded]
+    # Always as many rows: a product's last digits depend on how many it has.
+    rows = ROWS if len(encoded) > 1 or len(encoded[0]) <= LONG else 1
+    starts = np.append(starts, np.full(rows - len(encoded), starts[-1]))
+    stops = np.append(ends, np.full(rows - len(encoded), starts[-1] + 1))
+    found = [
+        np.where(counted_TB, nats_TB / math.log(2), UNKNOWN_BITS).astype(np.float32)
+        for nats_TB, counted_TB in read(model, tokenizer.size, ids, starts, stops)
+    ]
+    bits_TB = np.concatenate(found)
+    for row, (place, line) in enumerate(zip(places, encoded, strict=True)):
+        bits[place] = bits_TB[: len(line), row].copy()
+
+
+def odd_part(scored: LineScore) -> tuple[int, int]:
+    """Return the stretch of a line that is odder than the rest, as places of characters (start, end).
+
+    It is the stretch whose bits exceed twice the line's mean a symbol by the most in all; where even the closing
+    newline alone is the oddest (a line that ends early), the stretch is empty and lies at the end.
+    """
+    bits, sizes = scored.symbol_bits.astype(np.float64), scored.symbol_characters
+    excess = bits - 2 * bits.mean()
+    best, best_range, start, running = -math.inf, (0, 0), 0, 0.0
+    for i, value in enumerate(excess):  # the stretch of the largest sum (Kadane)
+        if running <= 0:
+            start, running = i, 0.0
+        running += float(value)
+        if running > best:
+            best, best_range = running, (start, i + 1)
+    ends = np.append(0, np.cumsum(sizes))
+    length = len(scored.text)
+    return min(int(ends[best_range[0]]), length), min(int(ends[best_range[1]]), length)
