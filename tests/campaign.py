@@ -72,7 +72,7 @@ def trials(name: str, *, short: int, long: int) -> Iterator[Trials]:
 
 def _report(found: Trials, seconds: float) -> None:
     print(f"\n{found.name}: {found.done:,} trials, {len(found.failures)} failures, {seconds:.0f} s", flush=True)
-    for failure in found.failures[:5]:
+    for failure in found.failures[:40]:
         print(f"    {failure:.300}")
     rows = dict(re.findall(r"^(\| ([^|]+?) \|.*)$", PAGE.read_text("utf-8"), re.MULTILINE)) if PAGE.exists() else {}
     kept = {name: row for row, name in rows.items() if name not in ("test", "---")}

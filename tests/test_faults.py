@@ -163,7 +163,7 @@ def test_a_run_survives_the_failure_of_any_call(tmp_path: Path) -> None:
                 except BaseException as error:
                     trials.failed(f"call {number}: {error!r}")
             try:
-                left = [path for path in tmp_path.rglob("*") if path.name.endswith((".tmp", ".old"))]
+                left = [path for path in tmp_path.rglob("*") if path.name.endswith((".tmp", ".old", ".gone"))]
                 assert not left, left
                 if run.exists():
                     assert verdict(run).startswith("whole"), verdict(run)

@@ -276,7 +276,7 @@ class Run:
                 kept |= {_step_name(step) for step in [s for s in self._steps() if s < latest][-1:]}
             for entry in (self.path / _CHECKPOINTS).iterdir():
                 if _OURS.fullmatch(entry.name) and entry.name not in kept:
-                    shutil.rmtree(entry, ignore_errors=True)
+                    _delete(entry)
 
     def _log_marks(self) -> dict[str, Any]:
         """Return size and hash of the logs as they are on the disk now."""
@@ -482,6 +482,15 @@ def _pointed(run: Path, pointer: str) -> Path:
     if type(step) is not int or content.get("checkpoint") != _step_name(step):
         refuse(run / pointer, "it names no checkpoint")
     return run / _CHECKPOINTS / _step_name(step)
+
+
+def _delete(directory: Path) -> None:
+    """Delete a checkpoint under a name that nobody takes for one, should a part of it stay."""
+    gone = directory if directory.name.startswith(".") else directory.with_name(f".{directory.name}.gone")
+    if gone != directory:
+        directory.rename(gone)
+    for _ in range(2):  # what fails once may not fail again; what stays goes with the next checkpoint
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _step_name(step: int) -> str:
