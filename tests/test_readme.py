@@ -33,6 +33,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, english: str) -> Path:
     folder = tmp_path_factory.mktemp("new-user")
     for name in ("my-text.txt", "tinyshakespeare.txt"):
         (folder / name).write_text(english + "ROMEO:" * 9, encoding="utf-8")
+    for name in ("app.log", "new.log"):
+        (folder / name).write_text(english.replace(". ", ".\n"), encoding="utf-8")
     return folder
 
 
@@ -79,7 +81,7 @@ def test_every_command_of_the_readme_runs(
             (place / target).write_bytes((ROOT / source).read_bytes())
         else:
             assert program in ("git", "cd", "pip", "uv", "python"), command
-    assert ran == {"demo", "train", "eval", "generate", "compare", "doctor"}
+    assert ran == {"score", "demo", "train", "eval", "generate", "compare", "doctor"}
 
 
 def test_every_python_program_of_the_readme_runs(place: Path, english: str) -> None:
