@@ -33,6 +33,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, english: str) -> Path:
     folder = tmp_path_factory.mktemp("new-user")
     for name in ("my-text.txt", "tinyshakespeare.txt"):
         (folder / name).write_text(english + "ROMEO:" * 9, encoding="utf-8")
+    for name in ("app.log", "new.log"):
+        (folder / name).write_text(english.replace(". ", ".\n"), encoding="utf-8")
     return folder
 
 
