@@ -199,7 +199,12 @@ class Run:
     def write_result(self, values: Json | None) -> None:
         """Write the last figure atomically; with None delete it, as training goes on."""
         if values is None:
-            (self.path / _RESULT).unlink(missing_ok=True)
+            try:
+                (self.path / _RESULT).unlink(missing_ok=True)
+            except OSError as error:
+                raise OutputError(
+                    f"Cannot delete {self.path / _RESULT}: {error.strerror}.", "Look at the disk."
+                ) from error
         else:
             write_file(self.path / _RESULT, seal(values))
 
