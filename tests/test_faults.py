@@ -178,14 +178,16 @@ def test_a_run_survives_the_failure_of_any_call(tmp_path: Path) -> None:
 
 
 @campaign.long
-@pytest.mark.parametrize("threads", [1, 2])
-def test_runs_that_are_cut_end_as_those_that_are_not(tmp_path: Path, threads: int) -> None:
+@pytest.mark.parametrize(("threads", "lines"), [(1, False), (2, False), (1, True)])
+def test_runs_that_are_cut_end_as_those_that_are_not(tmp_path: Path, threads: int, lines: bool) -> None:
     """SIGTERM or SIGKILL at a random moment, in the campaign twice, each time resumed in a new process."""
     text, pick = write_text(tmp_path / "text.txt", 20_000), random.Random(threads)
     options = flags(threads=threads, hidden=48, steps=500, save_every=9, batch_size=8, seq_len=24)
+    options += ["--lines"] if lines else []
     subprocess.run(command("train", text, "--out", tmp_path / "whole", *options), check=True, capture_output=True)
     whole, run = fingerprint(tmp_path / "whole"), tmp_path / "cut"
-    with campaign.trials(f"random cuts, resumed twice, {threads} thread(s)", short=1, long=20) as trials:
+    name = f"random cuts, resumed twice, {threads} thread(s){', lines' if lines else ''}"
+    with campaign.trials(name, short=1, long=20) as trials:
         for _ in trials:
             steps: list[int] = []
             cuts = 2 if campaign.SHARE else 1

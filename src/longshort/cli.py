@@ -404,8 +404,11 @@ def _show(events: Generator[Any, None, None], interruption: Interruption) -> Pat
 
 
 def _say_next(run: Path) -> None:
+    from longshort import training
+
     place = shlex.quote(str(run))
-    _say(f"Next: {_program()} generate {place}    {_program()} eval {place} --split valid")
+    use = f"score {place} FILE --top 5" if training.run_config(run).lines else f"generate {place}"
+    _say(f"Next: {_program()} {use}    {_program()} eval {place} --split valid")
 
 
 def _generate(
