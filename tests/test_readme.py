@@ -22,7 +22,7 @@ SESSIONS = re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS = [line[2:] for block in SESSIONS for line in block.splitlines() if line.startswith("$ ")]
 COMMANDS += [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 THREE_MINUTES = ROOT / "benchmarks" / "results" / "2026-11-23-tinyshakespeare-3-minutes.json"
-LAYERS = ROOT / "benchmarks" / "results" / "2026-11-24-layers-marks.json"
+LAYERS = ROOT / "benchmarks" / "results" / "2026-11-25-layers-marks.json"
 NATIVE = ROOT / "benchmarks" / "results" / "2026-11-24-lecture-native.json"
 LECTURE = ROOT / "benchmarks" / "results" / "2026-11-23-lecture-timemachine.json"
 
