@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+from failing import nth_call_fails
 from longshort import checkpoint, documents
 from longshort.checkpoint import Run, Saved, create_run, is_run, load_model, open_run, save_model
 from longshort.durable import set_aside
@@ -74,25 +75,6 @@ def run(tmp_path: Path) -> Run:
 def model(tmp_path: Path) -> Path:
     save_model(tmp_path / "model", weights(), MODEL, TOKENIZER, {})
     return tmp_path / "model"
-
-
-@contextmanager
-def nth_call_fails(number: int, code: int) -> Iterator[list[str]]:
-    calls: list[str] = []
-
-    def failing(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
-            if len(calls) == number:
-                raise OSError(code, os.strerror(code))
-            return real(*args, **kwargs)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("open", "write", "fsync", "replace", "rename", "mkdir"):
-            patch.setattr(os, name, failing(name, getattr(os, name)))
-        yield calls
 
 
 @contextmanager

@@ -13,31 +13,11 @@ from typing import Any
 
 import pytest
 
+from failing import nth_call_fails
 from longshort.durable import append_line, require_writable_directory, set_aside, write_directory, write_file
 from longshort.errors import OutputError
 
-FAILING = ("open", "write", "fsync", "replace", "rename", "mkdir")
 OLD, NEW = {"a": b"old"}, {"a": b"new", "b": b"more"}
-
-
-@contextmanager
-def nth_call_fails(number: int, code: int) -> Iterator[list[str]]:
-    """Let the `number`-th call of those in FAILING raise OSError; yields the names of the calls made."""
-    calls: list[str] = []
-
-    def failing(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
-            if len(calls) == number:
-                raise OSError(code, os.strerror(code))
-            return real(*args, **kwargs)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in FAILING:
-            patch.setattr(os, name, failing(name, getattr(os, name)))
-        yield calls
 
 
 @contextmanager

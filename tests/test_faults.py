@@ -17,8 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import torch
 
 import campaign
 import longshort
+from failing import FAILING, nth_call_fails
 from longshort import checkpoint, snapshot, training
 from longshort.config import TrainConfig
 from longshort.errors import LongshortError, OutputError
@@ -121,32 +121,13 @@ def verdict(run: Path) -> str:
 # ---------------------------------------------------------------------------------------------- failing system calls
 
 
-@contextmanager
-def nth_call_fails(number: int, code: int) -> Iterator[list[str]]:
-    """Let the `number`-th call to the system that changes files raise OSError; yields the names of all."""
-    calls: list[str] = []
-
-    def failing(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
-            if len(calls) == number:
-                raise OSError(code, os.strerror(code))
-            return real(*args, **kwargs)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("open", "write", "fsync", "replace", "rename", "mkdir", "truncate", "unlink"):
-            patch.setattr(os, name, failing(name, getattr(os, name)))
-        yield calls
-
-
 @campaign.long
 def test_a_run_survives_the_failure_of_any_call(tmp_path: Path) -> None:
     """A fault at the Nth open, write, fsync, rename ... of a whole run: it stops, and is resumed bit for bit."""
     text = write_text(tmp_path / "text.txt", 600)
     given: dict[str, Any] = {"steps": 4, "validate_every": 2, "save_every": 1}
-    with nth_call_fails(0, 0) as calls:
+    names = (*FAILING, "truncate", "unlink")
+    with nth_call_fails(0, 0, names) as calls:
         train(text, tmp_path / "whole", **given)
     whole, total = fingerprint(tmp_path / "whole"), len(calls)
     assert total > 100
@@ -155,7 +136,7 @@ def test_a_run_survives_the_failure_of_any_call(tmp_path: Path) -> None:
             number = 1 + (trial % total if campaign.SHARE else trial * total // trials.count)
             code = (errno.EIO, errno.ENOSPC, errno.EINTR)[trial // total % 3]
             run = tmp_path / "run"
-            with nth_call_fails(number, code):
+            with nth_call_fails(number, code, names):
                 try:
                     train(text, run, **given)
                 except OutputError:
