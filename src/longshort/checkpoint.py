@@ -39,6 +39,7 @@ from longshort.documents import HINT, JSON_LIMIT, json_bytes, parse, read, read_
 from longshort.durable import (
     append_line,
     cut_file,
+    delete_file,
     has_space,
     require_space,
     require_writable_directory,
@@ -182,12 +183,12 @@ class Run:
         step = saved.step or 0
         for entry in self.path.iterdir():
             if _LEFT.fullmatch(entry.name):
-                entry.unlink(missing_ok=True)
+                delete_file(entry)
         self._point(_LATEST, step)
         if best_step in self._steps():
             self._point(_BEST, best_step)
         else:
-            (self.path / _BEST).unlink(missing_ok=True)
+            delete_file(self.path / _BEST)
         write_file(self.path / _TOKENIZER, saved.tokenizer_json.encode())
         for name, mark in training.values["logs"].items():
             self._cut_log(name, mark, step)
@@ -199,12 +200,7 @@ class Run:
     def write_result(self, values: Json | None) -> None:
         """Write the last figure atomically; with None delete it, as training goes on."""
         if values is None:
-            try:
-                (self.path / _RESULT).unlink(missing_ok=True)
-            except OSError as error:
-                raise OutputError(
-                    f"Cannot delete {self.path / _RESULT}: {error.strerror}.", "Look at the disk."
-                ) from error
+            delete_file(self.path / _RESULT)
         else:
             write_file(self.path / _RESULT, seal(values))
 

@@ -157,6 +157,12 @@ def cut_file(path: Path, size: int) -> None:
         os.truncate(path, size)
 
 
+def delete_file(path: Path) -> None:
+    """Delete the file `path` if there is one; OutputError where it stays."""
+    with _explained(path, 0):
+        path.unlink(missing_ok=True)
+
+
 def has_space(directory: Path, size: int) -> bool:
     """Return whether the disk of `directory` has `size` bytes free."""
     return _free(directory) >= size + _MARGIN

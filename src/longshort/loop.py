@@ -23,7 +23,7 @@ from longshort.errors import CheckpointError, TrainingError
 from longshort.evaluation import Evaluation, evaluate
 from longshort.model import LanguageModel
 from longshort.snapshot import Position
-from longshort.text.batches import IGNORED, Sampler
+from longshort.text.batches import Sampler
 from longshort.text.encoding import Part, Survey
 from longshort.text.tokenizers import Tokenizer
 
@@ -205,12 +205,10 @@ class Loop:
         nats, norm, rate = stepper.step(at.step, batch)
         at.step += 1
         if math.isfinite(nats) and math.isfinite(norm):
-            targets_TB = batch.targets_TB
-            tokens = int(((targets_TB != IGNORED) & (targets_TB < self.model.config.vocab_size)).sum())
             at.good_step = at.step
             at.window_steps += 1
-            at.window_nats += nats * tokens
-            at.window_tokens += tokens
+            at.window_nats += nats * batch.tokens
+            at.window_tokens += batch.tokens
         else:
             at.skipped_steps += 1
             # JSON has no such numbers, so they are written as words.

@@ -242,7 +242,7 @@ class Quick:
                 return run(x, h_0, weights, call.bias, 1, 0.0, False, False, self._batch_first)
             y, *after = _Layer.apply(call, x, *(state or (None,) * (1 + self._lstm)), *weights)  # type: ignore[no-untyped-call]
             return y, tuple(after) if self._lstm else after[0]
-        given = [tensor.data_ptr() for tensor in state] or [0, 0]
+        h_0, c_0 = (*[tensor.data_ptr() for tensor in state], 0, 0)[:2]
         packed = _pack(call, weights, I)
         if packed is None:
             return None
@@ -253,7 +253,7 @@ class Quick:
         gains = (*[gain.data_ptr() for gain in weights[self._num_plain :]], 0, 0, 0, 0)[:4]
         fields = _FORWARD.pack(
             *(T, B, I, H, 0, 0, 0, self._code, 0, torch.get_num_threads(), target, 0, 0, self._zoneout, 0, 0, *gains),
-            *(x.data_ptr(), step, row, 0, 0, 0, 0, packed.data_ptr(), given[0], given[-1], y.data_ptr(), y_step, y_row),
+            *(x.data_ptr(), step, row, 0, 0, 0, 0, packed.data_ptr(), h_0, c_0, y.data_ptr(), y_step, y_row),
             *(h_n.data_ptr(), 0 if c_n is None else c_n.data_ptr(), 0),
         )
         _check(_library.ls_forward(fields))

@@ -197,7 +197,7 @@ def read_lengths(lengths: Tensor | Sequence[int], steps: int, rows: int) -> Sequ
     if torch.compiler.is_compiling():
         order = lengths_B.argsort(descending=True, stable=True)
         return Sequences((torch.arange(steps).unsqueeze(1) < lengths_B).sum(1), order, rows)
-    array = lengths_B.numpy()  # a third of the time of PyTorch's operations on so few numbers
+    array = lengths_B.numpy()  # PyTorch's operations take longer on so few numbers
     if (array == steps).all():
         return None
     wrong = (array < 0) | (array > steps)

@@ -164,8 +164,6 @@ class Stepper:
     def step(self, number: int, batch: Batch) -> tuple[float, float, float]:
         """Make step `number` (0, 1, ...) on `batch`.
 
-        Targets outside the vocabulary count no more than `IGNORED` ones.
-
         Returns:
             The loss in nats a token, the norm of the gradients before clipping, the learning rate. Where loss or
             norm is not finite, the weights are as they were, and the next step starts from a zero state.
