@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import campaign
 import longshort
 from longshort import training
 from longshort.cli import main
@@ -22,6 +25,7 @@ from longshort.decoder import Decoder
 from longshort.errors import ConfigError
 from longshort.model import LanguageModel
 from longshort.scoring import UNKNOWN_BITS, odd_part, score
+from longshort.text import grammar
 from longshort.text.tokenizers import train_tokenizer
 
 LINES = ["", "a", "ab ba", "abab" * 40, "b" * 5000, " ", "aab b"]
@@ -138,3 +142,31 @@ def test_memory_does_not_grow_with_the_lines() -> None:
         most.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert most[1] < 1.1 * most[0]
+
+
+@campaign.long
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured by /proc")
+def test_a_stream_of_any_length_is_scored_in_the_same_memory(tmp_path: Path) -> None:
+    """The command line on a file of many lines: one answer a line, and no more memory at its end than early on."""
+    text = tmp_path / "lines.txt"
+    with campaign.trials("lines scored in a stream, memory not growing", short=20_000, long=1_000_000) as trials:
+        config = TrainConfig(hidden=8, embedding=4, lines=True, steps=2, texts=(str(text),), out=str(tmp_path / "run"))
+        english = grammar.generate(100_000, seed=3).replace(". ", ".\n")
+        text.write_text(english)
+        list(training.train(config))
+        kept = english.splitlines()
+        with text.open("w") as file:
+            for number in trials:
+                file.write(f"{number} {kept[number % len(kept)]}\n")
+        command = [sys.executable, "-m", "longshort", "score", str(tmp_path / "run"), str(text)]
+        most, early = 0.0, 0.0
+        with (tmp_path / "answers").open("w") as answers, subprocess.Popen(command, stdout=answers) as process:
+            while process.poll() is None:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                most = max([most, *(int(kilobytes) / 1000 for kilobytes in re.findall(r"RssAnon:\s*(\d+)", status))])
+                early = most if (tmp_path / "answers").stat().st_size < trials.count else early  # about a seventh
+                time.sleep(0.01)
+            assert process.returncode == 0
+        assert (tmp_path / "answers").read_bytes().count(b"\n") == trials.count
+        print(f"{early:.0f} MB early, {most:.0f} MB at most, anonymous")
+        assert 0 < most < early + 20

@@ -31,6 +31,9 @@ from longshort.errors import LongshortError, MissingExtraError, OutputError, Usa
 from longshort.flags import Corpus, DataDir, Int, Json, TrainFlags
 from longshort.interruption import Interrupted, Interruption
 
+_RANK = os.environ.get("RANK", "0").removeprefix("0")
+"""Number of this process among those that torchrun has started; empty of the first, and where there is only one."""
+
 app = App(
     name="longshort",
     version=longshort.__version__,
@@ -107,10 +110,10 @@ def resume(
     if steps is not None and steps < 1:
         raise UsageError(f"--steps must be at least 1, not {steps}.")
     _need_torch("resume")
-    from longshort import training
+    from longshort import processes, training
 
-    with Interruption() as interruption:
-        _show(training.resume(run, steps, text, data_dir, interruption.wanted), interruption)
+    with processes.join() as team, Interruption() as interruption:
+        _show(training.resume(run, steps, text, data_dir, interruption.wanted, team), interruption)
     _say_next(Path(run))
 
 
@@ -357,7 +360,7 @@ def doctor(*, json: Json = False) -> None:
 def _train(settings: Mapping[str, Any], minutes: float | None) -> Path:
     """Train with everything that is set, show it, and return the run directory."""
     _need_torch("train")
-    from longshort import checkpoint, recipes, screen, training
+    from longshort import checkpoint, processes, recipes, screen, training
     from longshort.text import corpus
 
     config = TrainConfig.from_dict(settings)
@@ -372,7 +375,9 @@ def _train(settings: Mapping[str, Any], minutes: float | None) -> Path:
         settings = {**settings, "texts": texts}
         config = TrainConfig.from_dict(settings)
     prepared = None
-    with Interruption() as interruption:
+    with processes.join() as team, Interruption() as interruption:
+        if minutes is not None and team.size > 1:
+            raise UsageError("--minutes measures one process, and here are several.", "Give --steps and sizes instead.")
         if minutes is not None:
             begin = time.perf_counter()
             recipes.check_budget(minutes, settings)
@@ -381,7 +386,16 @@ def _train(settings: Mapping[str, Any], minutes: float | None) -> Path:
             plan = recipes.plan(minutes, settings, prepared, since=begin)
             config = plan.config
             _say(screen.describe_plan(plan))
-        return _show(training.train(config, prepared, interruption.wanted), interruption)
+        return _show(training.train(config, prepared, interruption.wanted, team), interruption)
+
+
+def _follow() -> int:
+    """Train under the lead of process 0, silently, and return the exit status: it knows what is to be done."""
+    _need_torch("train")
+    from longshort import processes, training
+
+    with processes.join() as team, Interruption() as interruption, interruption.deferred():
+        return training.follow(team, interruption.wanted)
 
 
 def _show(events: Generator[Any, None, None], interruption: Interruption) -> Path:
@@ -397,9 +411,9 @@ def _show(events: Generator[Any, None, None], interruption: Interruption) -> Pat
                 run = event.run if isinstance(event, training.Started) else run
     if isinstance(event, training.Stopped):
         place = shlex.quote(str(run))
-        saved = f"step {event.step:,} of {event.steps:,} is saved. Go on with: {_program()} resume {place}"
+        saved = f"step {event.step:,} of {event.steps:,} is saved. Go on with: {_launcher()} resume {place}"
         words = f"stopped; {saved if event.step else 'no step was made.'}"
-        raise Interrupted(interruption.signal or signal.SIGINT, words)
+        raise Interrupted(interruption.signal or signal.SIGTERM, words)  # of another process, if not of this one
     return run
 
 
@@ -497,6 +511,12 @@ def _program() -> str:
     return shlex.quote(min(sys.argv[0], os.path.relpath(sys.argv[0]), key=len))
 
 
+def _launcher() -> str:
+    """Return what starts this program as it was started, with as many processes."""
+    number = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return _program() if number == "1" else f"torchrun --nproc-per-node {number} -m longshort"
+
+
 def _path(given: str | None) -> Path | None:
     return Path(given) if given is not None else None
 
@@ -543,8 +563,9 @@ def _complain(words: str) -> None:
     """Print an error: control characters made visible, three lines at most."""
     from longshort.screen import visible
 
+    name = f"longshort (process {_RANK})" if _RANK else "longshort"
     lines = [line for line in visible(words).split("\n") if line.strip()]
-    _say("\n".join(["longshort: " + lines[0], *lines[1:3]]) if lines else "longshort: failed")
+    _say("\n".join([f"{name}: {lines[0]}", *lines[1:3]]) if lines else f"{name}: failed")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -563,6 +584,9 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     warnings.showwarning = lambda message, *_args, **_kwargs: _complain(f"warning: {message}")
     try:
+        # Of the processes that torchrun has started, the first one knows the command; the others do as it says.
+        if verb in (["train"], ["resume"], ["demo"]) and _RANK and os.environ.get("WORLD_SIZE", "1") != "1":
+            return _follow()
         app(given, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         _complain(f"{error}\nSee: longshort --help")

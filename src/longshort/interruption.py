@@ -71,7 +71,8 @@ class Interruption:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._fd_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
         return self
 
     def __exit__(
@@ -82,6 +83,7 @@ class Interruption:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
             os.close(self._write)  # the thread reads the end of the pipe and closes the other side
+            self._watcher.join()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = number if self.signal is None else self.signal

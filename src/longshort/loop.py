@@ -57,6 +57,7 @@ class Started:
     """Training tokens outside the vocabulary of the model that training starts from: read, never predicted."""
     resumed_at: int | None = None
     """The step that training goes on from; None in a new run."""
+    processes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +168,7 @@ class Loop:
             self.sampler.steps_per_epoch,
             prepared.unknown_tokens,
             self.saved,
+            self.stepper.team.size,
         )
         if at.step < steps:
             self.run.write_result(None)
@@ -180,8 +182,9 @@ class Loop:
                     at.looks_without_gain = 0
                 if at.step >= steps or (config.patience and at.looks_without_gain >= config.patience):
                     break
-                if self.stop():
+                if self.stepper.stopping:
                     raise _StopHere
+                self._stop_here()
                 yield from self._step()
             yield self._finish(begin)
         except _StopHere:
@@ -261,8 +264,8 @@ class Loop:
         """Publish a checkpoint of where training is; what is not finite never gets there."""
         at, text = self.position, self.prepared.text
         weights = self.model.weights()
-        state = None if self.sampler.batch(at.step).starts_fresh else self.stepper.state
-        taken = snapshot.take(at, self.stepper.named_parameters, self.stepper.optimizer, state)
+        state, random = self.stepper.collect(state=not self.sampler.starts_fresh(at.step))
+        taken = snapshot.take(at, self.stepper.named_parameters, self.stepper.optimizer, state, random)
         for name, array in {**weights, **taken.arrays}.items():
             if not np.isfinite(array).all():
                 raise self._diverged(f"{name} holds numbers that are not finite at step {at.step}")

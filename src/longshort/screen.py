@@ -66,8 +66,13 @@ def describe_model(event: Started) -> str:
         f"{event.tokenizer.size} symbols, SHA-256 {text.sha256[:12]}\n"
         f"{config.cell.upper()} {config.layers} x {config.hidden}, {symbols}, {parameters};\n"
         f"{config.steps:,} steps of {config.batch_size} x {config.seq_len} ({epochs:.1f} epochs), "
-        f"{config.threads} thread{'' if config.threads == 1 else 's'}; {visible(str(event.run))}{_origin(event)}"
+        f"{config.threads} thread{'' if config.threads == 1 else 's'}{_processes(event)}; "
+        f"{visible(str(event.run))}{_origin(event)}"
     )
+
+
+def _processes(event: Started) -> str:
+    return f" in each of {event.processes} processes" if event.processes > 1 else ""
 
 
 def _origin(event: Started) -> str:

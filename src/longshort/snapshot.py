@@ -2,7 +2,8 @@
 
     arrays   optimizer.NAME.KEY    the optimizer's tensors of the parameter NAME
              state.N               the recurrent state that the next step starts from
-             random.cpu, .cuda     PyTorch's generators of random numbers, which dropout draws from
+             random.cpu, .cuda     PyTorch's generators of random numbers, which dropout draws from; random.cpu.1 and
+                                   so on are those of further processes
     values   `Position`, and the environment, since other versions and other kernels round otherwise
 
 What a step reads and its learning rate need no room: they are functions of the step's number.
@@ -12,12 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 import longshort
@@ -27,6 +31,9 @@ from longshort.checkpoint import Training
 from longshort.errors import CheckpointError
 
 _HINT = "Resume from another checkpoint, or start from its weights: longshort train TEXT --from MODEL"
+
+
+_RANDOM = re.compile(r"random\.(cpu|cuda)(\.[1-9]\d{0,5})?")
 
 
 @dataclass(slots=True)
@@ -50,8 +57,18 @@ class Position:
     window_tokens: int = 0
 
 
+def random_numbers(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of the generators that training on `device` draws from, uint8."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else states
+
+
 def take(
-    position: Position, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, state: State | None
+    position: Position,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    state: State | None,
+    random: Mapping[str, Sequence[Tensor]],
 ) -> Training:
     """Return everything that training needs to go on from here, as a checkpoint keeps it.
 
@@ -59,17 +76,22 @@ def take(
         position: how far it has come.
         parameters: those that the optimizer has, in its order, by name.
         optimizer: with its state.
-        state: what the next step starts from; None for zero.
+        state: what the next step starts from, all rows of a batch; None for zero.
+        random: `random_numbers` of every process, each kind in the order of processes.
     """
-    arrays = {"random.cpu": torch.get_rng_state().numpy()}
+    arrays: dict[str, NDArray[Any]] = {}
+    for kind, tensors in random.items():
+        arrays |= {_random_name(kind, rank): tensor.numpy() for rank, tensor in enumerate(tensors)}
     for number, name in enumerate(parameters):
         for key, value in optimizer.state_dict()["state"].get(number, {}).items():
             arrays[f"optimizer.{name}.{key}"] = value.detach().cpu().numpy()
     for number, tensor in enumerate(state or ()):
         arrays[f"state.{number}"] = tensor.detach().cpu().numpy()
-    if any(parameter.is_cuda for parameter in parameters.values()):
-        arrays["random.cuda"] = torch.cuda.get_rng_state().numpy()
     return Training(arrays, {"position": dataclasses.asdict(position), "environment": environment()})
+
+
+def _random_name(kind: str, rank: int) -> str:
+    return f"random.{kind}.{rank}" if rank else f"random.{kind}"
 
 
 def position_of(training: Training) -> Position:
@@ -86,7 +108,7 @@ def position_of(training: Training) -> Position:
 
 
 def put_back(
-    training: Training, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, like: State
+    training: Training, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, like: State, rank: int = 0
 ) -> State | None:
     """Give optimizer and random numbers the state that `take` took, and return the recurrent state.
 
@@ -94,7 +116,8 @@ def put_back(
         training: of a checkpoint.
         parameters: as of `take`.
         optimizer: new, of the same kind.
-        like: a state of the right shape.
+        like: a state of the right shape, for all rows of a batch.
+        rank: the number of this process. One that was not there has no random numbers to be put back.
 
     Raises:
         CheckpointError: the arrays are not those of this model and optimizer.
@@ -113,8 +136,11 @@ def put_back(
     if state and [(t.shape, t.dtype) for t in state] != [(t.shape, t.dtype) for t in like]:
         raise CheckpointError("The checkpoint's recurrent state has another shape than this model's.", _HINT)
     try:
-        torch.set_rng_state(tensors.pop("random.cpu"))
-        cuda = tensors.pop("random.cuda", None)
+        random = {name: tensors.pop(name) for name in list(tensors) if _RANDOM.fullmatch(name)}
+        own = random["random.cpu"] if rank == 0 else random.get(_random_name("cpu", rank))
+        if own is not None:
+            torch.set_rng_state(own)
+        cuda = random.get(_random_name("cuda", rank))
         if cuda is not None and like[0].is_cuda:
             torch.cuda.set_rng_state(cuda)
         wanted = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.AdamW) else set()
@@ -128,6 +154,7 @@ def put_back(
 
 def environment() -> dict[str, Any]:
     """Return what the bits of a training step depend on beside the checkpoint."""
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     return {
         "longshort": longshort.__version__,
         "torch": str(torch.__version__),
@@ -138,11 +165,12 @@ def environment() -> dict[str, Any]:
         "kernels": native.active_target() or "none",
         "forced": kernels.active(),
         "threads": torch.get_num_threads(),
+        "processes": processes,
     }
 
 
 def changes(training: Training) -> list[str]:
     """Return what is another environment now than it was, a phrase each."""
     before, now = training.values.get("environment"), environment()
-    before = before if isinstance(before, dict) else {}
+    before = {"processes": 1, **before} if isinstance(before, dict) else {}
     return [f"{name} {before.get(name)!s:.60} is now {now[name]}" for name in now if before.get(name) != now[name]]

@@ -16,6 +16,7 @@ Bengio 2013, arXiv:1211.5063).
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import shutil
 import warnings
@@ -26,11 +27,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import longshort
 from longshort import checkpoint, durable, snapshot
+from longshort.cells import State
 from longshort.config import MODEL_OPTIONS, ModelConfig, TrainConfig
-from longshort.errors import CheckpointError, TextError, UsageError
+from longshort.errors import CheckpointError, TextError, TrainingError, UsageError
 from longshort.loop import LOOK_CHARACTERS as LOOK_CHARACTERS
 from longshort.loop import Event as Event
 from longshort.loop import Finished as Finished
@@ -41,6 +44,7 @@ from longshort.loop import Skipped as Skipped
 from longshort.loop import Started as Started
 from longshort.loop import Stopped as Stopped
 from longshort.model import LanguageModel
+from longshort.processes import COLLECT, END, START, STEP, Team
 from longshort.text import corpus, encoding
 from longshort.text.batches import IGNORED, SAMPLERS, Batch, ConsecutiveLanes, Lines, Sampler
 from longshort.text.encoding import Part, Survey
@@ -99,9 +103,10 @@ class Prepared:
                 "Put the texts in another order, or hold nothing out: --heldout 0",
             )
 
-    def sampler(self, config: TrainConfig) -> Sampler:
-        """Return the order in which `config` reads the training part."""
-        ids, rest = self.train.ids, (config.batch_size, config.seq_len, config.seed)
+    def sampler(self, config: TrainConfig, team: Team | None = None) -> Sampler:
+        """Return the order in which `config` reads the training part, and of a team which rows are this process's."""
+        team = team or Team()
+        ids, rest = self.train.ids, (config.batch_size, config.seq_len, config.seed, team.rank, team.size)
         unknown = self.tokenizer.size
         if self.train.breaks is not None:
             return Lines(ids, *rest, breaks=self.train.breaks, unknown=unknown)
@@ -145,10 +150,28 @@ def make_model(config: TrainConfig, tokenizer: Tokenizer) -> LanguageModel:
 
 
 class Stepper:
-    """One training step after the other: forward, loss, gradients, clipping, optimizer."""
+    """One training step after the other: forward, loss, gradients, clipping, optimizer.
 
-    def __init__(self, model: LanguageModel, config: TrainConfig, steps: int) -> None:
+    Args:
+        model: to be trained.
+        config: how.
+        steps: planned in all, which the learning rate goes by.
+        team: the processes that train it; each makes every step with rows of its own.
+        stop: whether this process was asked to stop.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        config: TrainConfig,
+        steps: int,
+        team: Team | None = None,
+        stop: Stop = lambda: False,
+    ) -> None:
         self.model, self.config, self.steps = model, config, steps
+        self.team, self.stop = team or Team(), stop
+        self.stopping = False
+        """Whether any process was asked to stop, when the last step was made."""
         self.named_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(self.named_parameters.values())
         self.device = model.output.bias.device
@@ -161,6 +184,13 @@ class Stepper:
                 self.parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
             )
 
+    def put_back(self, training: checkpoint.Training) -> None:
+        """Go on from what a checkpoint holds beside the weights; CheckpointError where it is another model's."""
+        rank, rows = self.team.rank, self.config.batch_size // self.team.size
+        like = self.model.zero_state(self.config.batch_size)
+        state = snapshot.put_back(training, self.named_parameters, self.optimizer, like, rank)
+        self.state = state and tuple(tensor[:, rank * rows : (rank + 1) * rows].contiguous() for tensor in state)
+
     def step(self, number: int, batch: Batch) -> tuple[float, float, float]:
         """Make step `number` (0, 1, ...) on `batch`.
 
@@ -168,15 +198,18 @@ class Stepper:
             The loss in nats a token, the norm of the gradients before clipping, the learning rate. Where loss or
             norm is not finite, the weights are as they were, and the next step starts from a zero state.
         """
-        model, config = self.model, self.config
-        model.train()
+        self.model.train()
         if batch.starts_fresh or self.state is None:
-            self.state = model.zero_state(batch.inputs_TB.shape[1])
-        self.optimizer.zero_grad(set_to_none=True)
-        nats = self._read(batch)
-        most = math.inf if config.clip is None else config.clip
+            self.state = self.model.zero_state(batch.inputs_TB.shape[1])
+        with self.team.order(STEP, number, self.steps):
+            self.optimizer.zero_grad(set_to_none=True)
+            nats = self._read(batch)
+            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            nats, stopping = self.team.add(gradients, [nats, float(self.stop())])
+        self.stopping = stopping > 0
+        most = math.inf if self.config.clip is None else self.config.clip
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, most, foreach=True).item()
-        rate = learning_rate(config, number, self.steps)
+        rate = learning_rate(self.config, number, self.steps)
         if not math.isfinite(nats) or not math.isfinite(norm):
             self.state = None  # it may hold what is not finite
             return nats, norm, rate
@@ -185,8 +218,27 @@ class Stepper:
         self.optimizer.step()
         return nats, norm, rate
 
+    def collect(self, state: bool) -> tuple[State | None, dict[str, list[Tensor]]]:
+        """Return the carried state of all rows, if `state`, and the random numbers of every process, to process 0.
+
+        Raises:
+            TrainingError: the processes no longer have the same weights.
+        """
+        team = self.team
+        digest = hashlib.sha256(b"".join(array.tobytes() for array in self.model.weights().values())).digest()
+        with team.order(COLLECT, int(state)):
+            digests = team.collect(torch.tensor(list(digest), dtype=torch.uint8))
+            rows = [team.collect(tensor) for tensor in self.state or ()] if state else []
+            random = {kind: team.collect(kept) for kind, kept in snapshot.random_numbers(self.device).items()}
+        if strayed := [rank for rank, found in enumerate(digests) if not torch.equal(found, digests[0])]:
+            raise TrainingError(
+                f"Process {strayed[0]} has other weights than process 0.",
+                "Processors of different kinds may compute differently: train on one kind.",
+            )
+        return tuple(torch.cat(tensors, dim=1) for tensors in rows if tensors) or None, random
+
     def _read(self, batch: Batch) -> float:
-        """Add the gradients of the mean loss of `batch` and return it, in nats a token.
+        """Add the gradients of what these rows are of the mean loss of the batch and return it, in nats a token.
 
         Lines longer than `seq_len` are read in windows of it, in which the rows that have ended, the last ones, are
         left out: the loss is that of whole lines, gradients reach back as far as in any other text.
@@ -220,7 +272,10 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def train(
-    config: TrainConfig, prepared: Prepared | None = None, stop: Stop = lambda: False
+    config: TrainConfig,
+    prepared: Prepared | None = None,
+    stop: Stop = lambda: False,
+    team: Team | None = None,
 ) -> Generator[Event, None, None]:
     """Train a model as `config` says and keep it in a run directory.
 
@@ -228,6 +283,7 @@ def train(
         config: what to read, the model, the training.
         prepared: the text, where it has been read already.
         stop: asked after each step whether to stop there; `resume` goes on later.
+        team: the processes that train together, of which this is process 0; the others call `follow`.
 
     Yields:
         `Started`, then `Progress`, `Skipped` and `Looked` as they come, then `Finished` or `Stopped`.
@@ -236,8 +292,9 @@ def train(
         LongshortError: a text, a value or a place that cannot be used; nothing is left behind then.
         TrainingError: the loss is no longer finite.
     """
+    team = team or Team()
     prepared = prepared or Prepared(config)
-    sampler = prepared.sampler(config)
+    sampler = prepared.sampler(config, team)
     config = settle(config, sampler.steps_per_epoch, prepared.heldout_tokens)
     torch.set_num_threads(config.threads or 1)
     tokenizer = prepared.tokenizer
@@ -254,7 +311,8 @@ def train(
             durable.require_space(
                 path, _CHECKPOINTS_AT_ONCE * _checkpoint_size(model, config), "the checkpoints of a run"
             )
-            stepper = Stepper(model, config, config.steps or 1)
+            stepper = Stepper(model, config, config.steps or 1, team, stop)
+            _lead(team, config, prepared, model)
             yield from Loop(config, legs, prepared, sampler, stepper, run, stop).events()
     finally:
         if run.latest() is None:  # whatever ended it, there is nothing in it that anyone could use
@@ -267,6 +325,7 @@ def resume(
     texts: Sequence[str] = (),
     data_dir: str | None = None,
     stop: Stop = lambda: False,
+    team: Team | None = None,
 ) -> Generator[Event, None, None]:
     """Go on with a run from its newest whole checkpoint, bit for bit as if it had never stopped.
 
@@ -277,6 +336,7 @@ def resume(
         texts: where the text is now, if it has moved.
         data_dir: where a named corpus is now.
         stop: as in `train`.
+        team: as in `train`.
 
     Yields:
         As `train`.
@@ -287,7 +347,7 @@ def resume(
         OutputError: it cannot be written, or another process trains it.
         TrainingError: the loss is no longer finite.
     """
-    config, run = run_config(Path(path)), checkpoint.open_run(path)
+    team, config, run = team or Team(), run_config(Path(path)), checkpoint.open_run(path)
     saved_config = run.config()
     legs = [list(leg) for leg in saved_config["legs"]]
     durable.require_writable_directory(run.path / "checkpoints")
@@ -317,10 +377,66 @@ def resume(
         content = _run_config(config, prepared.text, legs)
         if content != {**saved_config, "longshort_version": longshort.__version__}:
             run.write_config(content)
-        stepper, sampler = Stepper(model, config, legs[-1][1]), prepared.sampler(config)
-        like = model.zero_state(config.batch_size)
-        stepper.state = snapshot.put_back(training, stepper.named_parameters, stepper.optimizer, like)
+        sampler, stepper = prepared.sampler(config, team), Stepper(model, config, legs[-1][1], team, stop)
+        stepper.put_back(training)
+        _lead(team, config, prepared, model, training)
         yield from Loop(config, legs, prepared, sampler, stepper, run, stop, position).events()
+
+
+_WEIGHT = "weight."
+
+
+def _lead(
+    team: Team,
+    config: TrainConfig,
+    prepared: Prepared,
+    model: LanguageModel,
+    training: checkpoint.Training | None = None,
+) -> None:
+    """Let the others of a team make ready to train the same model."""
+    if team.size == 1:
+        return
+    brief = {"config": config.to_dict(), "sha256": prepared.text.sha256, "tokenizer": prepared.tokenizer.to_json()}
+    weights = {_WEIGHT + name: array for name, array in model.weights().items()}
+    with team.order(START):
+        team.tell({**brief, "training": training and training.values}, weights | (training.arrays if training else {}))
+
+
+def follow(team: Team, stop: Stop = lambda: False) -> int:
+    """Train under the lead of process 0, which calls `train` or `resume`; return the exit status that it ends with.
+
+    Args:
+        team: the processes, of which this is not the first. It learns everything from process 0 but the text, which
+            it reads under the same path.
+        stop: whether this process was asked to stop; all stop then.
+
+    Raises:
+        UsageError, TextError: the text is not here, or another one.
+        TrainingError: another process is gone.
+    """
+    what, number, second = team.next_order()
+    if what == END:
+        return number
+    brief, arrays = team.tell(None)
+    config, tokenizer = TrainConfig.from_dict(brief["config"]), from_json(brief["tokenizer"])
+    prepared = Prepared(config, tokenizer, brief["sha256"])
+    torch.set_num_threads(config.threads or 1)
+    model, sampler = make_model(config, tokenizer), prepared.sampler(config, team)
+    model.load_weights({name.removeprefix(_WEIGHT): arrays.pop(name) for name in list(arrays) if _WEIGHT in name[:7]})
+    stepper = Stepper(model, config, 1, team, stop)
+    # Other rows must not lose the same units by dropout.
+    torch.manual_seed(int(np.random.SeedSequence([config.seed, team.rank]).generate_state(1, np.uint64)[0]))
+    if brief["training"] is not None:
+        stepper.put_back(checkpoint.Training(arrays, brief["training"]))
+    while True:
+        what, number, second = team.next_order()
+        if what == STEP:
+            stepper.steps = second
+            stepper.step(number, sampler.batch(number))
+        elif what == COLLECT:
+            stepper.collect(bool(number))
+        else:
+            return number
 
 
 def _start_from(source: str, model: LanguageModel) -> None:

@@ -43,14 +43,11 @@ class Batch:
     inputs_TB: NDArray[np.int64]
     targets_TB: NDArray[np.int64]
     """The id that follows each input, or `IGNORED`."""
+    tokens: int
+    """Number of targets that count, in the rows of all processes together."""
     epoch: int
     starts_fresh: bool
     """Whether the state is zero before this batch instead of carried from the one before."""
-
-    @property
-    def tokens(self) -> int:
-        """Number of targets that count."""
-        return int(np.count_nonzero(self.targets_TB != IGNORED))
 
 
 class Sampler(ABC):
@@ -97,6 +94,9 @@ class Sampler(ABC):
         self.rows = slice(rank * rows, (rank + 1) * rows)
         self.steps_per_epoch = self._count_steps()
 
+    carries_state = False
+    """Whether rows go on where they stopped, from step to step of an epoch."""
+
     @abstractmethod
     def _count_steps(self) -> int: ...
 
@@ -107,15 +107,18 @@ class Sampler(ABC):
     def _generator(self, epoch: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
 
-    def _gather(self, pairs_TB: NDArray[np.int64], counts_TB: NDArray[np.bool_]) -> tuple[NDArray[np.int64], ...]:
-        positions_TB = pairs_TB[:, self.rows] % self.num_pairs
-        return self._read(positions_TB, counts_TB[:, self.rows])
+    def starts_fresh(self, step: int) -> bool:
+        """Return whether the state is zero before training step `step`."""
+        return not self.carries_state or step % self.steps_per_epoch == 0
 
-    def _read(self, positions_TB: NDArray[np.int64], counts_TB: NDArray[np.bool_]) -> tuple[NDArray[np.int64], ...]:
-        """Return the ids at these positions, and those that follow where they count and can be predicted."""
+    def _batch(self, step: int, positions_TB: NDArray[np.int64], counts_TB: NDArray[np.bool_]) -> Batch:
+        """Return the ids at these places and those that follow, where they count and can be predicted."""
         targets_TB = self.ids[positions_TB + 1].astype(np.int64)
         counted_TB = counts_TB & (targets_TB != self.unknown)
-        return self.ids[positions_TB].astype(np.int64), np.where(counted_TB, targets_TB, IGNORED)
+        inputs_TB = self.ids[positions_TB[:, self.rows]].astype(np.int64)
+        targets_TB = np.where(counted_TB, targets_TB, IGNORED)[:, self.rows]
+        tokens, epoch = int(np.count_nonzero(counted_TB)), step // self.steps_per_epoch
+        return Batch(inputs_TB, targets_TB, tokens, epoch, self.starts_fresh(step))
 
 
 class ConsecutiveLanes(Sampler):
@@ -124,6 +127,8 @@ class ConsecutiveLanes(Sampler):
     With `drop_incomplete` it is the lecture's own `data_iter_consecutive`: the offset is drawn from [0, T), what
     stands before it and the incomplete last window are left out. (The lecture: 8 updates an epoch.)
     """
+
+    carries_state = True
 
     def __init__(
         self,
@@ -170,8 +175,8 @@ class ConsecutiveLanes(Sampler):
             offset = int(self._generator(epoch).integers(self.num_pairs))
         first = window * self.seq_len
         columns_T1 = np.arange(first, min(first + self.seq_len, self._lane_length()))[:, None]
-        inputs_TB, targets_TB = self._gather(offset + bounds[:-1] + columns_T1, columns_T1 < np.diff(bounds))
-        return Batch(inputs_TB, targets_TB, epoch, starts_fresh=window == 0)
+        pairs_TB = offset + bounds[:-1] + columns_T1
+        return self._batch(step, pairs_TB % self.num_pairs, columns_T1 < np.diff(bounds))
 
 
 class RandomWindows(Sampler):
@@ -195,8 +200,7 @@ class RandomWindows(Sampler):
         starts_B = np.full(self.batch_size, self.num_pairs)
         starts_B[: len(chosen)] = chosen * self.seq_len
         pairs_TB = starts_B + np.arange(min(self.seq_len, self.num_pairs))[:, None]
-        inputs_TB, targets_TB = self._gather(offset + pairs_TB, pairs_TB < self.num_pairs)
-        return Batch(inputs_TB, targets_TB, epoch, starts_fresh=True)
+        return self._batch(step, (offset + pairs_TB) % self.num_pairs, pairs_TB < self.num_pairs)
 
 
 class Lines(Sampler):
@@ -256,9 +260,7 @@ class Lines(Sampler):
         starts_B[: len(chosen_B)], lengths_B[: len(chosen_B)] = starts[chosen_B], lengths[chosen_B]
         columns_T1 = np.arange(lengths_B.max())[:, None]
         counts_TB = columns_T1 < lengths_B
-        positions_TB = np.where(counts_TB, starts_B + columns_T1, starts_B)
-        inputs_TB, targets_TB = self._read(positions_TB[:, self.rows], counts_TB[:, self.rows])
-        return Batch(inputs_TB, targets_TB, epoch, starts_fresh=True)
+        return self._batch(step, np.where(counts_TB, starts_B + columns_T1, starts_B), counts_TB)
 
 
 SAMPLERS: dict[str, type[Sampler]] = {"consecutive": ConsecutiveLanes, "random": RandomWindows}
