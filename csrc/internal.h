@@ -19,6 +19,11 @@ struct Target {
   int64_t (*packed_floats)(int32_t cell, int64_t I, int64_t H);
   void (*pack)(int32_t cell, int64_t I, int64_t H, const float* weight_ih, const float* weight_hh, const float* bias_ih,
                const float* bias_hh, float* packed);
+  int32_t (*decode)(const ls_decode_args*);
+  int64_t (*table_floats)(int32_t cell, int64_t symbols, int64_t H);
+  int64_t (*head_floats)(int64_t V, int64_t H);
+  void (*pack_table)(int32_t cell, int64_t symbols, int64_t H, const float* rows, float* table);
+  void (*pack_head)(int64_t V, int64_t H, const float* weight, const float* bias, float* head);
   void (*apply)(int32_t function, int64_t n, const float* x, float* y);
 };
 
@@ -62,6 +67,12 @@ class Team {
   int64_t begun_, last_;
   int64_t long_waits_ = 0; /* ns */
 };
+
+/* sampling.cpp */
+
+/* The symbol that `sampling` chooses by V logits, `step` symbols after its position; scratch: choice_bytes(V), 8-byte aligned. */
+int64_t choose(const float* logits, int64_t V, const ls_sampling& sampling, int64_t step, void* scratch);
+size_t choice_bytes(int64_t V);
 
 /* memory.cpp */
 

@@ -1,6 +1,7 @@
 /* All kernels of one target. Compiled once for each, with LS_TARGET its name. */
 
 #include "backward.h"
+#include "decode.h"
 #include "forward.h"
 
 namespace ls {
@@ -65,6 +66,42 @@ static void pack(int32_t cell, int64_t I, int64_t H, const float* weight_ih, con
   }
 }
 
+static int32_t decode(const ls_decode_args* args) {
+  switch (args->model.cell) {
+    case LS_RNN_TANH: return Decode<RnnTanh>(*args).run();
+    case LS_RNN_RELU: return Decode<RnnRelu>(*args).run();
+    case LS_GRU: return Decode<Gru>(*args).run();
+    default: return Decode<Lstm>(*args).run();
+  }
+}
+
+template <class Cell>
+static int64_t table_floats_of(int64_t symbols, int64_t H) {
+  return symbols * Sizes<Cell>(0, H).panels * Sizes<Cell>::N * W;
+}
+
+static int64_t table_floats(int32_t cell, int64_t symbols, int64_t H) {
+  switch (cell) {
+    case LS_GRU: return table_floats_of<Gru>(symbols, H);
+    case LS_LSTM: return table_floats_of<Lstm>(symbols, H);
+    default: return table_floats_of<RnnTanh>(symbols, H);
+  }
+}
+
+static void pack_table_of(int32_t cell, int64_t symbols, int64_t H, const float* rows, float* table) {
+  switch (cell) {
+    case LS_GRU: return pack_table<Gru>(symbols, H, rows, table);
+    case LS_LSTM: return pack_table<Lstm>(symbols, H, rows, table);
+    default: return pack_table<RnnTanh>(symbols, H, rows, table);
+  }
+}
+
+static int64_t head_floats(int64_t V, int64_t H) { return Head{V, H}.panels() * Head{V, H}.panel_floats(); }
+
+static void pack_head(int64_t V, int64_t H, const float* weight, const float* bias, float* head) {
+  Head{V, H}.pack(weight, bias, head);
+}
+
 static void apply(int32_t function, int64_t n, const float* x, float* y) {
   FlushSubnormals flush;
   for (int64_t i = 0; i < n; i += W) {
@@ -83,7 +120,8 @@ static void apply(int32_t function, int64_t n, const float* x, float* y) {
 extern const Target LS_JOIN(target_, LS_TARGET);
 const Target LS_JOIN(target_, LS_TARGET) = {
     LS_QUOTE(LS_TARGET),      LS_TARGET::forward, LS_TARGET::backward, LS_TARGET::saved_floats,
-    LS_TARGET::packed_floats, LS_TARGET::pack,    LS_TARGET::apply,
+    LS_TARGET::packed_floats, LS_TARGET::pack,    LS_TARGET::decode,   LS_TARGET::table_floats,
+    LS_TARGET::head_floats,   LS_TARGET::pack_table_of, LS_TARGET::pack_head, LS_TARGET::apply,
 };
 
 }  // namespace ls

@@ -100,6 +100,19 @@ bool are_options(const ls_options& o, int32_t cell) {
   return o.zoneout >= 0.0f && o.zoneout <= 1.0f && (normal || plain);
 }
 
+bool is_model(const ls_model& m) {
+  bool sizes = m.V > 0 && is_size(m.V) && is_size(m.E) && is_size(m.layers) && m.layers > 0 && m.layers <= 1024;
+  if (!is_cell(m.cell) || !sizes || !are_widths(m.V, m.H) || !are_widths(m.E, m.H)) return false;
+  if (!(m.table || (m.embedding && m.E > 0)) || !m.packed || !m.head) return false;
+  for (int64_t layer = 0; layer < m.layers; ++layer)
+    if (!m.packed[layer]) return false;
+  return true;
+}
+
+bool is_sampling(const ls_sampling& s) {
+  return s.temperature >= 0.0 && s.temperature <= 1e6 && s.top_p >= 0.0 && s.top_p <= 1.0 && s.top_k >= 0 && s.position >= 0;
+}
+
 /* `sum` with `count` values mixed in, spread over all n. */
 uint64_t sample(const float* values, int64_t n, int64_t count, uint64_t sum) {
   for (int64_t i = 0; i < count && n; ++i) {
@@ -178,6 +191,44 @@ int32_t ls_backward(const ls_backward_args* args) {
                 args->weight_hh;
   if (!target || (!empty && !inputs)) return LS_BAD_ARGUMENT;
   return target->backward(args);
+}
+
+int64_t ls_table_floats(int32_t cell, int64_t V, int64_t H, int32_t target) {
+  const Target* found = is_cell(cell) && V > 0 && are_widths(V, H) ? find(target) : nullptr;
+  return found ? found->table_floats(cell, V + 1, H) : -1;
+}
+
+int64_t ls_head_floats(int64_t V, int64_t H, int32_t target) {
+  const Target* found = V > 0 && are_widths(V, H) ? find(target) : nullptr;
+  return found ? found->head_floats(V, H) : -1;
+}
+
+int32_t ls_pack_table(int32_t cell, int64_t V, int64_t H, int32_t target, const float* rows, float* table) {
+  const Target* found = is_cell(cell) && V > 0 && are_widths(V, H) ? find(target) : nullptr;
+  if (!found || !rows || !table) return LS_BAD_ARGUMENT;
+  found->pack_table(cell, V + 1, H, rows, table);
+  return LS_OK;
+}
+
+int32_t ls_pack_head(int64_t V, int64_t H, int32_t target, const float* weight, const float* bias, float* head) {
+  const Target* found = V > 0 && are_widths(V, H) ? find(target) : nullptr;
+  if (!found || !weight || !bias || !head) return LS_BAD_ARGUMENT;
+  found->pack_head(V, H, weight, bias, head);
+  return LS_OK;
+}
+
+int32_t ls_decode(const ls_decode_args* args) {
+  if (!args || !is_model(args->model) || !is_size(args->B) || !is_size(args->steps) || args->num_threads < 1)
+    return LS_BAD_ARGUMENT;
+  const ls_model& model = args->model;
+  if (!fits(args->B, model.layers * (model.H + 64) + model.V + model.E) || !fits(args->B, args->steps)) return LS_BAD_ARGUMENT;
+  const Target* target = find(model.target);
+  if (!target) return LS_BAD_ARGUMENT;
+  if (args->B == 0 || args->steps == 0) return LS_OK;
+  if (!args->sampling || !args->logits || !args->h || !args->ids || (model.cell == LS_LSTM && !args->c)) return LS_BAD_ARGUMENT;
+  for (int64_t row = 0; row < args->B; ++row)
+    if (!is_sampling(args->sampling[row])) return LS_BAD_ARGUMENT;
+  return target->decode(args);
 }
 
 int32_t ls_apply(int32_t function, int32_t target, int64_t n, const float* x, float* y) {

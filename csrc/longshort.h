@@ -35,7 +35,7 @@
 extern "C" {
 #endif
 
-#define LS_ABI_VERSION 2
+#define LS_ABI_VERSION 3
 
 enum ls_cell { LS_RNN_TANH = 0, LS_RNN_RELU = 1, LS_GRU = 2, LS_LSTM = 3 };
 
@@ -129,6 +129,40 @@ typedef struct {
   int32_t reserved;
 } ls_backward_args;
 
+/* A language model of one kind of cell: symbols 0..V-1, and V for one that is outside the vocabulary. */
+typedef struct {
+  int64_t V, E, H, layers;  /* E: width of the embedding; not read where there is a table */
+  int32_t cell;             /* enum ls_cell */
+  int32_t target;           /* of all that was packed; -1: the active one */
+  const float* table;       /* ls_pack_table: what each of the V + 1 symbols gives the gates of the first layer; NULL: */
+  const float* embedding;   /* V + 1 x E: what the first layer reads */
+  const float* const* packed; /* ls_pack's, of each layer; of the first with I = 0 where there is a table, else I = E */
+  const float* head;        /* ls_pack_head's */
+} ls_model;
+
+/* How a text's symbols are chosen. The random number of symbol n is the first of Philox4x32-10 with key `seed` and counter
+   (position, stream). */
+typedef struct {
+  double temperature; /* 0: the largest logit, the lower symbol of equals */
+  double top_p;       /* the fewest symbols that hold this probability; 0: all */
+  int64_t top_k;      /* the most probable; 0: all */
+  uint64_t seed, stream;
+  int64_t position;   /* of the first symbol that the call chooses */
+} ls_sampling;
+
+typedef struct {
+  ls_model model;
+  int64_t B, steps;            /* texts, and symbols to choose for each */
+  const ls_sampling* sampling; /* B */
+  float* logits;               /* B x V: of the next symbol. In and out, as the states */
+  float* h;                    /* layers x B x H */
+  float* c;                    /* layers x B x H, LSTM; NULL otherwise */
+  int64_t* ids;                /* steps x B: the symbols chosen */
+  int64_t newline;             /* a symbol before which the state is zero; -1: none */
+  int32_t num_threads;         /* at most so many, the caller's included */
+  int32_t reserved;
+} ls_decode_args;
+
 /* LS_ABI_VERSION of the library. */
 LS_API int32_t ls_abi_version(void);
 
@@ -156,6 +190,13 @@ LS_API int64_t ls_packed_floats(int32_t cell, int64_t I, int64_t H, int32_t targ
 LS_API int32_t ls_pack(int32_t cell, int64_t I, int64_t H, int32_t target, const float* weight_ih, const float* weight_hh,
                        const float* bias_ih, const float* bias_hh, float* packed);
 
+/* The same for what ls_decode reads. `rows`: (V + 1) x G H, the product of each symbol's input with W_ih and the biases (of the
+   GRU's n only b_ih; b_hh belongs to ls_pack's). `weight`: V x H, `bias`: V. Floats that they write; -1: a bad argument. */
+LS_API int64_t ls_table_floats(int32_t cell, int64_t V, int64_t H, int32_t target);
+LS_API int64_t ls_head_floats(int64_t V, int64_t H, int32_t target);
+LS_API int32_t ls_pack_table(int32_t cell, int64_t V, int64_t H, int32_t target, const float* rows, float* table);
+LS_API int32_t ls_pack_head(int64_t V, int64_t H, int32_t target, const float* weight, const float* bias, float* head);
+
 /* A number that changes when the weights do, if more than a few of them: from 64 values of each matrix and 8 of each bias.
    For who keeps packed weights and cannot be told of changes. 0: a bad argument. */
 LS_API uint64_t ls_sample(int32_t cell, int64_t I, int64_t H, const float* weight_ih, const float* weight_hh,
@@ -163,6 +204,10 @@ LS_API uint64_t ls_sample(int32_t cell, int64_t I, int64_t H, const float* weigh
 
 LS_API int32_t ls_forward(const ls_forward_args* args);
 LS_API int32_t ls_backward(const ls_backward_args* args);
+
+/* Write texts: choose a symbol from the logits, read it, and so on. A text is the same alone and in any batch, in one call
+   and in several, with any number of threads, as long as the target stays the same. */
+LS_API int32_t ls_decode(const ls_decode_args* args);
 
 /* y[i] = f(x[i]) as the kernels compute it, for tests: 0 exp, 1 tanh, 2 sigmoid. y may be x. */
 LS_API int32_t ls_apply(int32_t function, int32_t target, int64_t n, const float* x, float* y);

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -185,21 +185,39 @@ def generate(
         bool, Parameter(help="Always the most probable symbol.", negative="", show_default=False)
     ] = False,
     seed: Annotated[Int, Parameter(help="Decides what is sampled.")] = 0,
+    stop: Annotated[
+        tuple[str, ...], Parameter(help="End before this text; may be given several times.", negative="")
+    ] = (),
+    samples: Annotated[Int, Parameter(help="Write so many texts, side by side.")] = 1,
     json: Json = False,
 ) -> None:
     """Write text: warm the state on the prompt, then sample symbol by symbol."""
     if length < 0:
         raise UsageError(f"--length must be at least 0, not {length}.")
+    from longshort import generation
+    from longshort.screen import visible
+
+    if samples < 1:
+        raise UsageError(f"--samples must be at least 1, not {samples}.")
+    if "" in stop:
+        raise UsageError("--stop is empty.", "An unset shell variable looks like this.")
     if greedy and not (temperature is None and top_k is None and top_p is None):
         raise UsageError("--greedy takes the most probable symbol; temperature, top-k and top-p do not go with it.")
     given = {"temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    sampling = {name: value for name, value in given.items() if value is not None}
+    sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if json or samples > 1:
+        texts = [""] * samples
+        for number, piece in _pieces(model, prompt, length, sampling, stop, range(samples)):
+            texts[number] += piece
     if json:
-        pieces: list[str] = []
-        settings = _generate(model, prompt, length, sampling, pieces.append)
-        _print_json({"model": model, "prompt": prompt, "text": "".join(pieces), "length": length, **settings})
+        written = {"text": texts[0]} if samples == 1 else {"texts": texts}
+        settings = generation.Sampling(**sampling).to_dict()
+        _print_json({"model": model, "prompt": prompt, **written, "length": length, "stop": list(stop), **settings})
+    elif samples > 1:
+        for number, text in enumerate(texts, start=1):
+            print(f"--- {number}", visible(prompt + text), sep="\n")
     else:
-        _generate_to_screen(model, prompt, length, sampling)
+        _generate_to_screen(model, prompt, length, sampling, stop)
 
 
 @app.command
@@ -425,47 +443,43 @@ def _say_next(run: Path) -> None:
     _say(f"Next: {_program()} {use}    {_program()} eval {place} --split valid")
 
 
-def _generate(
+def _pieces(
     model: str | Path,
     prompt: str,
     length: int,
     settings: Mapping[str, Any],
-    put: Callable[[str], object],
-    stream: int = 0,
-) -> dict[str, Any]:
-    """Give the text that `model` writes to `put`, piece by piece, and return the settings of the sampling."""
-    from longshort.generation import Sampling, generate
+    stop: tuple[str, ...] = (),
+    streams: Iterable[int] = (0,),
+) -> Iterator[tuple[int, str]]:
+    """Yield (number, piece) of what `model` writes, a text for each of the streams."""
+    from longshort.generation import Request, Sampling, generate_many
 
-    sampling = Sampling(**settings)
+    rest: dict[str, Any] = {"prompt": prompt, "length": length, "sampling": Sampling(**settings), "stop": stop}
+    requests = [Request(**rest, stream=stream) for stream in streams]
     loaded = _decoder(model)
     unseen = sorted({c for c in prompt if (loaded.tokenizer.encode(c) == loaded.tokenizer.size).any()})
-    pieces = generate(loaded, loaded.tokenizer, prompt, length, sampling, stream=stream)
+    pieces = generate_many(loaded, loaded.tokenizer, requests)
     if unseen and len(unseen) < len(set(prompt)):
         shown = ", ".join(repr(c) for c in unseen[:8])
         _say(f"longshort: the model never saw {shown}{' ...' if len(unseen) > 8 else ''}; read as <unk>.")
-    for piece in pieces:
-        put(piece)
-    return sampling.to_dict()
+    yield from pieces
 
 
 def _generate_to_screen(
-    model: str | Path, prompt: str, length: int, settings: Mapping[str, Any], stream: int = 0
+    model: str | Path,
+    prompt: str,
+    length: int,
+    settings: Mapping[str, Any],
+    stop: tuple[str, ...] = (),
+    stream: int = 0,
 ) -> None:
     from longshort.screen import visible
 
     started = False
-
-    def put(piece: str) -> None:
-        nonlocal started
-        if not started:
-            sys.stdout.write(visible(prompt))
-            started = True
-        sys.stdout.write(visible(piece))
+    for _, piece in itertools.chain(_pieces(model, prompt, length, settings, stop, (stream,)), ((0, ""),)):
+        sys.stdout.write(visible(piece if started else prompt + piece))
         sys.stdout.flush()
-
-    _generate(model, prompt, length, settings, put, stream)
-    if not started:
-        put("")
+        started = True
     print(flush=True)
 
 

@@ -1,16 +1,17 @@
 """Runs a trained model without PyTorch: on the native kernels or on NumPy; rnn, gru and lstm.
 
-    T  steps   B  rows   V  symbols   E  width of the embedding   H  hidden units   G  gates times H
+    T  steps   B  rows   V  symbols   E  width of the embedding   H  hidden units   G  gates times H   L  layers
 
 The native kernels, where there are any, read rows of the embedding (of the identity where there is none), with weights
-that are packed once. On NumPy the first layer reads a table of V + 1 rows, the product of embedding and input weights
-with the bias added. A single step of one row runs on NumPy too: a call of the kernels costs more in checks than the
-arithmetic. The last row of either table is the unknown symbol's. All in float32, probabilities in float64.
+that are packed once, and write many symbols in one call. On NumPy the first layer reads a table of V + 1 rows, the
+product of embedding and input weights with the bias added. The last row of either table is the unknown symbol's. All in
+float32, probabilities in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from longshort import checkpoint, machine, native
 from longshort.config import ModelConfig
 from longshort.errors import CheckpointError, UsageError
+from longshort.native_model import Draw, NativeModel
 from longshort.text import tokenizers
 from longshort.text.tokenizers import Tokenizer
 
@@ -100,19 +102,37 @@ class Decoder:
         shapes = check_weights(config, self._cell.num_gates, weights)
         self._weights = {name: np.asarray(weights[name], dtype=np.float32) for name in shapes}
         w = self._weights
-        table_VG = w["recurrent.weight_ih_l0"].T
-        if config.embedding:
-            table_VG = w["embedding.weight"] @ table_VG
-        self._table = _with_unknown(table_VG) + w["recurrent.bias_ih_l0"]
         self._native: list[tuple[native.Weights, Array]] = []
         if config.cell in native.CELLS and native.ready():
             self._target, self._threads = native.active_target(), machine.cores()
-            rows_VE = w["embedding.weight"] if config.embedding else np.eye(config.vocab_size, dtype=np.float32)
-            self._rows = _with_unknown(rows_VE)
             for layer in range(config.layers):
                 own = native.Weights(*(w[f"recurrent.{name}_l{layer}"] for name in native.Weights._fields))
                 self._native.append((own, native.pack(config.cell, own, self._target)))
         self._output = np.ascontiguousarray(w["embedding.weight" if config.tied else "output.weight"].T)
+
+    @cached_property
+    def _rows(self) -> Array:
+        """What the first layer reads of each symbol, (V + 1, E)."""
+        size = self.config.vocab_size
+        return _with_unknown(
+            self._weights["embedding.weight"] if self.config.embedding else np.eye(size, dtype=np.float32)
+        )
+
+    @cached_property
+    def _table(self) -> Array:
+        """What each symbol gives the gates of the first layer, (V + 1, G), for NumPy."""
+        table_VG = self._weights["recurrent.weight_ih_l0"].T
+        if self.config.embedding:
+            table_VG = self._weights["embedding.weight"] @ table_VG
+        return _with_unknown(table_VG) + self._weights["recurrent.bias_ih_l0"]
+
+    @cached_property
+    def _writer(self) -> NativeModel:
+        """The model once more, packed for writing."""
+        layers, output = [weights for weights, _ in self._native], np.ascontiguousarray(self._output.T)
+        return NativeModel(
+            self.config.cell, layers, self._rows, (output, self._weights["output.bias"]), target=self._target
+        )
 
     def _zero_state(self, batch_size: int) -> State:
         shape = (self.config.layers, batch_size, self.config.hidden)
@@ -121,7 +141,7 @@ class Decoder:
     def _run(self, ids_TB: NDArray[np.int64], state: State | None) -> tuple[Array, State]:
         """Return the last layer's outputs (T, B, H) and the state after the last step."""
         before = self._zero_state(ids_TB.shape[1]) if state is None else state
-        if self._native and ids_TB.size > 1:
+        if self._native:
             return self._run_native(ids_TB, before)
         return self._run_numpy(ids_TB, before)
 
@@ -171,6 +191,27 @@ class Decoder:
         """Read `ids_T` and return the logits (V) of the symbol after the last, and the state there."""
         h_TBH, state = self._run(ids_T[:, None], state)
         return h_TBH[-1, 0] @ self._output + self._weights["output.bias"], state
+
+    @property
+    def writes(self) -> bool:
+        """Whether `write` can be called: there are native kernels."""
+        return bool(self._native)
+
+    def write(
+        self, logits_BV: Array, state: State, draws: Sequence[Draw], steps: int, *, newline: int | None = None
+    ) -> NDArray[np.int64]:
+        """Choose and read `steps` symbols for each of B texts and return them, (steps, B).
+
+        Each text is the same alone and in any batch, in one call and in several.
+
+        Args:
+            logits_BV: of the symbol after what has been read, as `logits` gives them; overwritten with those after.
+            state: each tensor (L, B, H), contiguous; overwritten with the state after.
+            draws: how each text's symbols are chosen.
+            steps: how many are chosen.
+            newline: a symbol before which the state becomes zero, for models of lines.
+        """
+        return self._writer.write(logits_BV, state, draws, steps, newline=newline, threads=self._threads)
 
 
 def _with_unknown(rows: Array) -> Array:

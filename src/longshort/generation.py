@@ -7,15 +7,18 @@ Philox4x32-10 (Salmon et al. 2011, *Parallel random numbers: as easy as 1, 2, 3*
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longshort.config import Options, option
-from longshort.errors import VocabularyError
+from longshort.decoder import Decoder
+from longshort.errors import ConfigError, VocabularyError
 from longshort.evaluation import Model
+from longshort.native_model import Draw
 from longshort.text.tokenizers import Tokenizer
 
 _MASK = 0xFFFFFFFF
@@ -31,6 +34,27 @@ class Sampling(Options):
     seed: int = option(0, "Decides what is sampled.", least=0, most=2**64 - 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A text to be written."""
+
+    prompt: str = ""
+    """Read before the first symbol is sampled; if empty, a newline (or the first symbol) is read instead."""
+    length: int = 500
+    """Number of symbols to sample."""
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these that it would hold."""
+    stream: int = 0
+    """Number of this text among those of one seed; each has its own random numbers."""
+
+    def __post_init__(self) -> None:
+        if self.length < 0:
+            raise ConfigError(f"length must be at least 0, not {self.length}.")
+        if isinstance(self.stop, str) or not all(isinstance(word, str) and word for word in self.stop):
+            raise ConfigError(f"stop must be a tuple of texts that are not empty, not {self.stop!r}.")
+
+
 def generate(
     model: Model,
     tokenizer: Tokenizer,
@@ -38,6 +62,7 @@ def generate(
     length: int = 500,
     sampling: Sampling | None = None,
     *,
+    stop: Sequence[str] = (),
     stream: int = 0,
 ) -> Iterator[str]:
     """Yield text that continues `prompt`, piece by piece; their concatenation is the whole.
@@ -48,30 +73,127 @@ def generate(
     Args:
         model: a decoder or a `LanguageModel`.
         tokenizer: the model's.
-        prompt: read before the first symbol is sampled; if empty, a newline (or the first symbol) is read instead.
+        prompt: as of `Request`, like all below.
         length: number of symbols to sample.
         sampling: temperature, top-k, top-p, seed.
-        stream: number of this text among those of one seed; each has its own random numbers.
+        stop: the text ends before the first of these.
+        stream: number of this text among those of one seed.
 
     Raises:
+        ConfigError: a value outside its range.
         VocabularyError: the prompt holds a symbol that the model never saw, and none that it did.
     """
-    sampling = sampling or Sampling()
+    request = Request(prompt=prompt, length=length, sampling=sampling or Sampling(), stop=tuple(stop), stream=stream)
+    for _, piece in generate_many(model, tokenizer, [request]):
+        yield piece
+
+
+def generate_many(model: Model, tokenizer: Tokenizer, requests: Sequence[Request]) -> Iterator[tuple[int, str]]:
+    """Yield (number of the request, piece) as the texts grow side by side; each is the one that `generate` gives.
+
+    Args:
+        model: a decoder, which on the native kernels reads its weights once a step for all texts; or a
+            `LanguageModel`, which writes one text after the other.
+        tokenizer: the model's.
+        requests: what to write.
+
+    Raises:
+        VocabularyError: as `generate`.
+    """
     newline = tokenizer.newline if model.config.lines else None
-    if newline is None:
-        logits_V, state = model.logits(prompt_ids(tokenizer, prompt), None)
-    else:
-        line = prompt.rpartition("\n")[2]
-        begun = prompt_ids(tokenizer, line) if line else np.empty(0, dtype=np.int64)
-        logits_V, state = model.logits(np.append(newline, begun), None)
-    writer = tokenizer.writer(prompt)
-    for position in range(length):
-        chosen = choose(logits_V, sampling, uniform(sampling.seed, stream, position))
-        if piece := writer.write(chosen):
-            yield piece
-        logits_V, state = model.logits(np.array([chosen]), None if chosen == newline else state)
-    if rest := writer.close():
-        yield rest
+    texts = [_Text(number, request, model, tokenizer, newline) for number, request in enumerate(requests)]
+    if isinstance(model, Decoder) and model.writes:
+        yield from _side_by_side(model, [text for text in texts if text.left], newline)
+        return
+    for text in texts:
+        while text.left:
+            request = text.request
+            chosen = choose(
+                text.logits_V, request.sampling, uniform(request.sampling.seed, request.stream, text.position)
+            )
+            yield from text.take([chosen])
+            if text.left:
+                state = None if chosen == newline else text.state
+                text.logits_V, text.state = model.logits(np.array([chosen]), state)
+
+
+_SECONDS_A_CALL = 0.03
+"""Texts come in pieces of about this time: often enough to be watched, and to be interrupted."""
+
+
+def _side_by_side(model: Decoder, texts: list[_Text], newline: int | None) -> Iterator[tuple[int, str]]:
+    """Write all texts, the native loop making many steps in a call."""
+    steps = 1
+    while texts:
+        logits_BV = np.stack([text.logits_V for text in texts])
+        state = tuple(np.concatenate(tensors, axis=1) for tensors in zip(*(text.state for text in texts), strict=True))
+        rows = texts
+        while rows == texts:
+            steps = min(steps, *(text.left for text in texts), 4096)
+            begin = time.perf_counter()
+            ids = model.write(logits_BV, state, [text.draw() for text in texts], steps, newline=newline)
+            seconds = time.perf_counter() - begin
+            steps = (
+                steps * 2
+                if seconds < _SECONDS_A_CALL / 2
+                else max(steps // 2, 1)
+                if seconds > _SECONDS_A_CALL
+                else steps
+            )
+            for row, text in enumerate(texts):
+                yield from text.take(ids[:, row].tolist())
+            texts = [text for text in texts if text.left]
+        for row, text in enumerate(rows):  # some have ended: the others go on as a smaller batch
+            text.logits_V, text.state = logits_BV[row], tuple(tensor[:, row : row + 1] for tensor in state)
+
+
+class _Text:
+    """A text that is being written: where its model is, and what of it has not been given out."""
+
+    def __init__(self, number: int, request: Request, model: Model, tokenizer: Tokenizer, newline: int | None) -> None:
+        self.number, self.request = number, request
+        self.left, self.position = request.length, 0
+        prompt = request.prompt
+        if newline is None:
+            ids = prompt_ids(tokenizer, prompt)
+        else:
+            line = prompt.rpartition("\n")[2]
+            ids = np.append(newline, prompt_ids(tokenizer, line) if line else np.empty(0, dtype=np.int64))
+        self.logits_V, self.state = model.logits(ids, None)
+        self._writer = tokenizer.writer(prompt)
+        self._held = ""
+
+    def draw(self) -> Draw:
+        """Return how the next symbols are chosen."""
+        s = self.request.sampling
+        return Draw(s.temperature, s.top_k, s.top_p, s.seed, self.request.stream, self.position)
+
+    def take(self, ids: list[int]) -> Iterator[tuple[int, str]]:
+        """Take the next symbols and yield what of the text is certain; `left` is 0 at its end."""
+        self.position += len(ids)
+        self.left -= len(ids)
+        text = self._held + "".join(self._writer.write(chosen) or "" for chosen in ids)
+        if not self.left:
+            text += self._writer.close() or ""
+        places = [place for place in map(text.find, self.request.stop) if place >= 0]
+        if places:
+            self.left, text, self._held = 0, text[: min(places)], ""
+        elif self.left and self.request.stop:
+            # The beginning of a stop may stand at the end.
+            longest = max(map(len, self.request.stop)) - 1
+            begun = next(
+                (
+                    n
+                    for n in range(min(longest, len(text)), 0, -1)
+                    if any(s.startswith(text[-n:]) for s in self.request.stop)
+                ),
+                0,
+            )
+            text, self._held = text[: len(text) - begun], text[len(text) - begun :]
+        else:
+            self._held = ""
+        if text:
+            yield self.number, text
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> NDArray[np.int64]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float32]
     Ints = NDArray[np.int64]
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 OK, OUT_OF_MEMORY, BAD_ARGUMENT = 0, 1, 2
 CELLS = {"rnn": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
 """Each cell that has native kernels, and its number in the library."""
@@ -130,6 +130,11 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ls_sample": (ctypes.c_uint64, (_i32, _i64, _i64, *[_pointer] * 4)),
     "ls_forward": (_i32, (_pointer,)),
     "ls_backward": (_i32, (_pointer,)),
+    "ls_decode": (_i32, (_pointer,)),
+    "ls_table_floats": (_i64, (_i32, _i64, _i64, _i32)),
+    "ls_head_floats": (_i64, (_i64, _i64, _i32)),
+    "ls_pack_table": (_i32, (_i32, _i64, _i64, _i32, _pointer, _pointer)),
+    "ls_pack_head": (_i32, (_i64, _i64, _i32, _pointer, _pointer, _pointer)),
     "ls_apply": (_i32, (_i32, _i32, _i64, _pointer, _pointer)),
     "ls_prefer_large_pages": (None, (_pointer, _i64)),
     "ls_trim": (None, ()),
@@ -228,7 +233,8 @@ def _advice() -> str:
     )
 
 
-def _need() -> ctypes.CDLL:
+def need() -> ctypes.CDLL:
+    """Return the library; UsageError where there is none."""
     found = _load()
     if found.library is None:
         what, _, hint = found.reason.partition("\n")
@@ -263,7 +269,7 @@ def set_target(name: str) -> None:
     Raises:
         UsageError: there is no target of that name, this processor cannot run it, or there is no library.
     """
-    _choose(_need(), name)
+    _choose(need(), name)
 
 
 def threading() -> str | None:
@@ -278,11 +284,11 @@ def _names(found: ctypes.CDLL) -> tuple[str, ...]:
 
 
 def _choose(found: ctypes.CDLL, name: str, where: str = "") -> None:
-    index = _index(found, name, where)
-    _check_status(found.ls_set_target(index))
+    index = index_of(found, name, where)
+    check_status(found.ls_set_target(index))
 
 
-def _index(found: ctypes.CDLL, name: str | None, where: str = "") -> int:
+def index_of(found: ctypes.CDLL, name: str | None, where: str = "") -> int:
     """Return the number of a target that this processor has; -1, the active one, for None."""
     if name is None:
         return -1
@@ -397,7 +403,7 @@ def saved_floats(shape: Shape, layer_norm: bool = False) -> int:
     Raises:
         ValueError: a size that cannot be.
     """
-    count: int = _need().ls_saved_floats(ctypes.byref(shape), layer_norm)
+    count: int = need().ls_saved_floats(ctypes.byref(shape), layer_norm)
     if count < 0:
         raise ValueError(f"T, B, I, H cannot be {shape.T}, {shape.B}, {shape.I}, {shape.H}")
     return count
@@ -410,8 +416,8 @@ def packed_floats(cell: str, I: int, H: int, target: str | None = None) -> int:
         ValueError: a size that cannot be.
         UsageError: there is no such target.
     """
-    found = _need()
-    count: int = found.ls_packed_floats(_cell(cell), I, H, _index(found, target))
+    found = need()
+    count: int = found.ls_packed_floats(_cell(cell), I, H, index_of(found, target))
     if count < 0:
         raise ValueError(f"I, H cannot be {I}, {H}")
     return count
@@ -424,11 +430,11 @@ def pack(cell: str, weights: Weights, target: str | None = None) -> Array:
         ValueError: shapes or types that do not fit.
         UsageError: there is no such target.
     """
-    found = _need()
+    found = need()
     checked, I, H = _check_weights(cell, weights)
-    packed = _aligned(packed_floats(cell, I, H, target))
-    status = found.ls_pack(_cell(cell), I, H, _index(found, target), *map(_address, checked), _address(packed))
-    _check_status(status)
+    packed = aligned(packed_floats(cell, I, H, target))
+    status = found.ls_pack(_cell(cell), I, H, index_of(found, target), *map(address, checked), address(packed))
+    check_status(status)
     return packed
 
 
@@ -441,13 +447,13 @@ def apply(function: str, x: Array, target: str | None = None) -> Array:
     """
     import numpy as np
 
-    found = _need()
+    found = need()
     if function not in FUNCTIONS:
         raise ValueError(f"function must be one of {', '.join(FUNCTIONS)}, not {function!r}")
     source = np.ascontiguousarray(_float32("x", x))
     result = np.empty_like(source)
-    index = _index(found, target)
-    _check_status(found.ls_apply(FUNCTIONS[function], index, source.size, _address(source), _address(result)))
+    index = index_of(found, target)
+    check_status(found.ls_apply(FUNCTIONS[function], index, source.size, address(source), address(result)))
     return result.reshape(x.shape)
 
 
@@ -486,24 +492,24 @@ def forward(
     """
     import numpy as np
 
-    found = _need()
-    call = _Call(cell, x, weights, state, sequences, options, threads, _index(found, target))
+    found = need()
+    call = _Call(cell, x, weights, state, sequences, options, threads, index_of(found, target))
     y = np.empty(call.y_shape, dtype=np.float32) if out is None else _writable("out", out, call.y_shape)
     h_n, c_n = np.empty((call.B, call.H), np.float32), None
     if cell == "lstm":
         c_n = np.empty_like(h_n)
-    saved = _aligned(saved_floats(call.shape, options.gains is not None)) if save else None
+    saved = aligned(saved_floats(call.shape, options.gains is not None)) if save else None
     if packed is not None:
         wanted = packed_floats(cell, call.I, call.H, target)
-        packed = _array("packed", packed, (wanted,))
+        packed = float_array("packed", packed, (wanted,))
     args = ForwardArgs(shape=call.shape, options=call.options)
     args.x, args.x_step, args.x_row = call.strided(call.x)
-    args.weight_ih, args.weight_hh, args.bias_ih, args.bias_hh = map(_address, call.weights)
-    args.packed = _address(packed)
-    args.h0, args.c0 = map(_address, call.state)
+    args.weight_ih, args.weight_hh, args.bias_ih, args.bias_hh = map(address, call.weights)
+    args.packed = address(packed)
+    args.h0, args.c0 = map(address, call.state)
     args.y, args.y_step, args.y_row = call.strided(y)
-    args.h_n, args.c_n, args.saved = _address(h_n), _address(c_n), _address(saved)
-    _check_status(found.ls_forward(ctypes.byref(args)))
+    args.h_n, args.c_n, args.saved = address(h_n), address(c_n), address(saved)
+    check_status(found.ls_forward(ctypes.byref(args)))
     return Output(y, h_n, c_n, saved)
 
 
@@ -544,12 +550,12 @@ def backward(
     """
     import numpy as np
 
-    found = _need()
-    call = _Call(cell, x, weights, state, sequences, options, threads, _index(found, target))
+    found = need()
+    call = _Call(cell, x, weights, state, sequences, options, threads, index_of(found, target))
     y = _rows("output.y", output.y, call.y_shape)
     if output.saved is None:
         raise ValueError("output.saved is None: call forward with save=True")
-    saved = _array("output.saved", output.saved, (saved_floats(call.shape, options.gains is not None),))
+    saved = float_array("output.saved", output.saved, (saved_floats(call.shape, options.gains is not None),))
     dy = None if dy is None else _rows("dy", dy, call.y_shape)
     dh_n, dc_n = call.states("dstate", dstate)
     accumulate = dx is not None
@@ -560,22 +566,22 @@ def backward(
     c0 = np.empty_like(h0) if cell == "lstm" else None
     args = BackwardArgs(shape=call.shape, options=call.options, accumulate_dx=accumulate)
     args.x, args.x_step, args.x_row = call.strided(call.x)
-    args.weight_ih, args.weight_hh = map(_address, call.weights[:2])
-    args.h0, args.c0 = map(_address, call.state)
+    args.weight_ih, args.weight_hh = map(address, call.weights[:2])
+    args.h0, args.c0 = map(address, call.state)
     args.y, args.y_step, args.y_row = call.strided(y)
-    args.saved = _address(saved)
+    args.saved = address(saved)
     if dy is not None:
         args.dy, args.dy_step, args.dy_row = call.strided(dy)
-    args.dh_n, args.dc_n = _address(dh_n), _address(dc_n)
+    args.dh_n, args.dc_n = address(dh_n), address(dc_n)
     args.dx, args.dx_step, args.dx_row = call.strided(dx)
-    args.dweight_ih, args.dweight_hh = _address(weight_ih), _address(weight_hh)
-    args.dbias_ih, args.dbias_hh = _address(bias_ih), _address(bias_hh)
-    args.dh0, args.dc0 = _address(h0), _address(c0)
+    args.dweight_ih, args.dweight_hh = address(weight_ih), address(weight_hh)
+    args.dbias_ih, args.dbias_hh = address(bias_ih), address(bias_hh)
+    args.dh0, args.dc0 = address(h0), address(c0)
     gains: Gains | None = None
     if options.gains is not None:
         gains = Gains(*(None if gain is None else np.empty_like(gain) for gain in call.gains))  # type: ignore[arg-type]
-        args.dgamma_ih, args.dgamma_hh, args.dgamma_c, args.dbeta_c = map(_address, gains)
-    _check_status(found.ls_backward(ctypes.byref(args)))
+        args.dgamma_ih, args.dgamma_hh, args.dgamma_c, args.dbeta_c = map(address, gains)
+    check_status(found.ls_backward(ctypes.byref(args)))
     return Gradients(dx, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, gains)
 
 
@@ -601,16 +607,16 @@ class _Call:
         self.state = self.states("state", state)
         B, H = self.B, self.H
         self._masks = (
-            None if options.h_mask is None else _array("h_mask", options.h_mask, (B, H)),
-            None if options.zoneout_mask is None else _array("zoneout_mask", options.zoneout_mask, (self.T, B, H)),
+            None if options.h_mask is None else float_array("h_mask", options.h_mask, (B, H)),
+            None if options.zoneout_mask is None else float_array("zoneout_mask", options.zoneout_mask, (self.T, B, H)),
             None if options.resets is None else _resets(options.resets, (self.T, B)),
         )
         if not 0 <= options.zoneout <= 1:
             raise ValueError(f"zoneout must be from 0 to 1, not {options.zoneout}")
         self.gains = self._check_gains(options.gains)
-        h_mask, zoneout_mask, resets = map(_address, self._masks)
-        self.options = LayerOptions(h_mask, zoneout_mask, options.zoneout, 0, resets, *map(_address, self.gains))
-        self.shape = Shape(self.T, B, self.I, H, *map(_address, self._indices), _cell(cell), sequences.reverse)
+        h_mask, zoneout_mask, resets = map(address, self._masks)
+        self.options = LayerOptions(h_mask, zoneout_mask, options.zoneout, 0, resets, *map(address, self.gains))
+        self.shape = Shape(self.T, B, self.I, H, *map(address, self._indices), _cell(cell), sequences.reverse)
         self.shape.num_threads, self.shape.target = min(threads, 2**31 - 1), target
 
     def _place(self, x: Array, sequences: Sequences) -> None:
@@ -653,7 +659,7 @@ class _Call:
         for name, gain, size in zip(names, gains, sizes, strict=False):
             if gain is None:
                 raise ValueError(f"layer normalisation of an lstm needs {name}")
-            found.append(_array(name, gain, (size,)))
+            found.append(float_array(name, gain, (size,)))
         if any(gain is not None for gain in gains[len(found) :]):
             raise ValueError(f"gamma_c and beta_c are the lstm's, not the {self.cell}'s")
         return (*found, None, None)[:4]
@@ -663,7 +669,7 @@ class _Call:
         wanted = 2 if self.cell == "lstm" else 1
         if given and len(given) != wanted:
             raise ValueError(f"{name} must hold {wanted} arrays, not {len(given)}")
-        found = [None if s is None else _array(f"{name}[{i}]", s, (self.B, self.H)) for i, s in enumerate(given)]
+        found = [None if s is None else float_array(f"{name}[{i}]", s, (self.B, self.H)) for i, s in enumerate(given)]
         h, c = (*found, None, None)[:2]
         return h, c
 
@@ -685,14 +691,14 @@ def _cell(name: str) -> int:
 def _check_weights(cell: str, weights: Weights) -> tuple[tuple[Array | None, ...], int, int]:
     """Return contiguous weights, I and H."""
     _cell(cell)
-    rows, H = _array("weight_hh", weights.weight_hh, (None, None)).shape
+    rows, H = float_array("weight_hh", weights.weight_hh, (None, None)).shape
     if H < 1 or rows != GATES[cell] * H:
         raise ValueError(f"weight_hh must have the shape ({GATES[cell]} H, H), not {(rows, H)}")
     checked = (
-        _array("weight_ih", weights.weight_ih, (rows, None)),
-        _array("weight_hh", weights.weight_hh, (rows, H)),
-        None if weights.bias_ih is None else _array("bias_ih", weights.bias_ih, (rows,)),
-        None if weights.bias_hh is None else _array("bias_hh", weights.bias_hh, (rows,)),
+        float_array("weight_ih", weights.weight_ih, (rows, None)),
+        float_array("weight_hh", weights.weight_hh, (rows, H)),
+        None if weights.bias_ih is None else float_array("bias_ih", weights.bias_ih, (rows,)),
+        None if weights.bias_hh is None else float_array("bias_hh", weights.bias_hh, (rows,)),
     )
     return checked, weights.weight_ih.shape[1], H
 
@@ -712,7 +718,7 @@ def _require_shape(name: str, array: Any, shape: tuple[int | None, ...]) -> None
         raise ValueError(f"{name} must have the shape ({wanted}), not {array.shape}")
 
 
-def _array(name: str, array: Array, shape: tuple[int | None, ...]) -> Array:
+def float_array(name: str, array: Array, shape: tuple[int | None, ...]) -> Array:
     """Return a float32 array of this shape as a contiguous one; None is any size."""
     import numpy as np
 
@@ -768,7 +774,7 @@ def _resets(array: NDArray[np.bool_], shape: tuple[int, ...]) -> NDArray[np.uint
     return np.require(found, requirements=("C", "A")).view(np.uint8)
 
 
-def _aligned(count: int) -> Array:
+def aligned(count: int) -> Array:
     """Return `count` floats that begin at a multiple of 64 bytes."""
     import numpy as np
 
@@ -777,11 +783,13 @@ def _aligned(count: int) -> Array:
     return room[begin : begin + count]
 
 
-def _address(array: Any) -> int | None:
+def address(array: Any) -> int | None:
+    """Return where an array's memory is, as a structure takes it; None of None."""
     return None if array is None else int(array.ctypes.data)
 
 
-def _check_status(status: int) -> None:
+def check_status(status: int) -> None:
+    """Raise what the status that a function of the library returned stands for."""
     if status == OUT_OF_MEMORY:
         raise MemoryError("the kernel library could not get memory")
     if status != OK:

@@ -1,0 +1,261 @@
+/* Writing text: a whole language model, symbol after symbol, in one call.
+
+     logits -> a symbol is chosen -> its row of the table -> layers -> logits -> ...
+
+   Rows are texts that have nothing to do with each other, so threads divide them and never wait. */
+
+#ifndef LONGSHORT_DECODE_H
+#define LONGSHORT_DECODE_H
+
+#include "layout.h"
+
+namespace ls {
+namespace LS_TARGET {
+
+/* The output layer's panels: biases, then [k][vectors][W]. */
+constexpr int kHeadVectors = 2;
+
+struct Head {
+  int64_t symbols, H;
+  int64_t panels() const { return ceil_div(symbols, kHeadVectors * W); }
+  int64_t blocks() const { return ceil_div(H, W); }
+  int64_t panel_floats() const { return (1 + blocks() * W) * kHeadVectors * W; }
+  int64_t width() const { return panels() * kHeadVectors * W; }
+
+  void pack(const float* weight, const float* bias, float* packed) const {
+    for (int64_t panel = 0; panel < panels(); ++panel, packed += panel_floats())
+      for (int n = 0; n < kHeadVectors; ++n) {
+        int64_t first = (panel * kHeadVectors + n) * W;
+        int rows = int(larger(smaller(symbols - first, W), 0));
+        store(packed + n * W, rows ? load_part(bias + first, rows) : V{});
+        transpose_block(weight + (rows ? first : 0) * H, H, rows, H, packed + (kHeadVectors + n) * W, kHeadVectors * W);
+      }
+  }
+};
+
+template <class Cell>
+struct Decode {
+  static constexpr int N = panel_vectors<Cell>();
+  static constexpr int NW = N * W;
+  static constexpr int G = Cell::kGates;
+  static constexpr bool kLstm = Cell::kCell == LS_LSTM, kGru = Cell::kCell == LS_GRU;
+
+  const ls_decode_args& a;
+  const ls_model& model;
+  const Sizes<Cell> first, upper; /* of the first layer, which has no product for its input where there is a table */
+  const Head head;
+  int threads, status;
+
+  /* What one thread needs for its rows. */
+  struct Rows {
+    int64_t begin, count, room;
+    float* h[2]; /* [layer][U][room][W]: before and after a step */
+    float* c;
+    float* x;      /* of the embedding, blocked */
+    float* logits; /* [row][head.width()] */
+    void* choice;  /* scratch of `choose` */
+    int64_t* ids;
+  };
+
+  Decode(const ls_decode_args& args)
+      : a(args), model(args.model), first(args.model.table ? 0 : args.model.E, args.model.H),
+        upper(args.model.H, args.model.H), head{args.model.V, args.model.H}, status(LS_OK) {
+    double inputs = double(model.table ? 0 : model.E) + double(model.layers - 1) * double(model.H);
+    double flops = 2.0 * (G * double(model.H) * (inputs + double(model.layers * model.H)) + double(model.V * model.H));
+    threads = useful_threads(int(smaller(a.num_threads, a.B)), flops * double(a.B) * double(a.steps), 1.0);
+  }
+
+  int32_t run() {
+    parallel(
+        threads, [](void* context, int thread, int count) { static_cast<Decode*>(context)->work(thread, count); }, this);
+    return status;
+  }
+
+  int64_t layer_floats(const Rows& rows) const { return upper.U * rows.room * W; }
+
+  int64_t carve(Rows& rows, float* memory) const {
+    Arena arena(memory);
+    rows.room = odd(rows.count);
+    for (float*& state : rows.h) state = arena.array(model.layers * layer_floats(rows));
+    rows.c = kLstm ? arena.array(model.layers * layer_floats(rows)) : nullptr;
+    rows.x = arena.array(first.input_blocks * rows.room * W);
+    rows.logits = arena.array(rows.count * head.width());
+    rows.choice = arena.array(int64_t(choice_bytes(model.V) / sizeof(float)));
+    rows.ids = reinterpret_cast<int64_t*>(arena.array(2 * rows.count));
+    return arena.floats();
+  }
+
+  void work(int thread, int count) {
+    FlushSubnormals flush;
+    Rows rows{};
+    rows.begin = a.B * thread / count;
+    rows.count = a.B * (thread + 1) / count - rows.begin;
+    if (rows.count == 0) return;
+    float* memory = static_cast<float*>(take(size_t(carve(rows, nullptr)) * sizeof(float)));
+    if (!memory) {
+      __atomic_store_n(&status, int(LS_OUT_OF_MEMORY), __ATOMIC_RELAXED);
+      return;
+    }
+    carve(rows, memory);
+    start(rows);
+    for (int64_t step = 0; step < a.steps; ++step) {
+      for (int64_t row = 0; row < rows.count; ++row) {
+        int64_t id = choose(rows.logits + row * head.width(), model.V, a.sampling[rows.begin + row], step, rows.choice);
+        a.ids[step * a.B + rows.begin + row] = rows.ids[row] = id;
+        if (id == a.newline) forget(rows, row, step & 1);
+      }
+      const float* below = nullptr;
+      for (int64_t layer = 0; layer < model.layers; ++layer) {
+        run_layer(rows, layer, step & 1, below);
+        below = rows.h[(step + 1) & 1] + layer * layer_floats(rows);
+      }
+      run_head(rows, below);
+    }
+    finish(rows);
+    give(memory);
+  }
+
+  /* Where unit block `block` of a row lies in the state of a layer, and in h and c as the caller has them. */
+  int64_t place(const Rows& rows, int64_t layer, int64_t block, int64_t row) const {
+    return layer * layer_floats(rows) + (block * rows.room + row) * W;
+  }
+  int64_t caller_place(const Rows& rows, int64_t layer, int64_t block, int64_t row) const {
+    return (layer * a.B + rows.begin + row) * model.H + block * W;
+  }
+
+  void start(const Rows& rows) {
+    for (int64_t layer = 0; layer < model.layers; ++layer)
+      for (int64_t block = 0; block < upper.U; ++block)
+        for (int64_t row = 0; row < rows.count; ++row) {
+          int units = upper.units(block);
+          int64_t from = caller_place(rows, layer, block, row), to = place(rows, layer, block, row);
+          store(rows.h[0] + to, units ? load_part(a.h + from, units) : V{});
+          store(rows.h[1] + to, V{});
+          if (kLstm) store(rows.c + to, units ? load_part(a.c + from, units) : V{});
+        }
+    for (int64_t row = 0; row < rows.count; ++row)
+      __builtin_memcpy(rows.logits + row * head.width(), a.logits + (rows.begin + row) * model.V,
+                       size_t(model.V) * sizeof(float));
+  }
+
+  void finish(const Rows& rows) {
+    for (int64_t layer = 0; layer < model.layers; ++layer)
+      for (int64_t block = 0; block < upper.U; ++block)
+        for (int64_t row = 0; row < rows.count; ++row) {
+          int units = upper.units(block);
+          int64_t from = place(rows, layer, block, row), to = caller_place(rows, layer, block, row);
+          if (!units) continue;
+          store_part(a.h + to, load(rows.h[a.steps & 1] + from), units);
+          if (kLstm) store_part(a.c + to, load(rows.c + from), units);
+        }
+    for (int64_t row = 0; row < rows.count; ++row)
+      __builtin_memcpy(a.logits + (rows.begin + row) * model.V, rows.logits + row * head.width(),
+                       size_t(model.V) * sizeof(float));
+  }
+
+  /* A row's state becomes zero. */
+  void forget(const Rows& rows, int64_t row, int now) {
+    for (int64_t layer = 0; layer < model.layers; ++layer)
+      for (int64_t block = 0; block < upper.U; ++block) {
+        store(rows.h[now] + place(rows, layer, block, row), V{});
+        if (kLstm) store(rows.c + place(rows, layer, block, row), V{});
+      }
+  }
+
+  void run_layer(const Rows& rows, int64_t layer, int now, const float* below) {
+    const Sizes<Cell>& sizes = layer ? upper : first;
+    const int64_t state = layer * layer_floats(rows), row_block = rows.room * W;
+    const bool from_table = layer == 0 && model.table;
+    if (layer == 0 && !from_table) {
+      for (int64_t row = 0; row < rows.count; ++row)
+        for (int64_t block = 0; block < sizes.input_blocks; ++block)
+          copy_row_block(model.embedding + rows.ids[row] * model.E, model.E, block, rows.x + (block * rows.room + row) * W);
+      below = rows.x;
+    }
+    Tiles tiles(rows.count, max_rows<N>());
+    alignas(64) float xg[kAccumulators * W], sums[kAccumulators * W];
+    for (int64_t panel = 0; panel < sizes.panels; ++panel) {
+      const float* biases = model.packed[layer] + panel * sizes.panel_floats();
+      const float* inputs = biases + sizes.bias_floats();
+      const float* hidden = inputs + sizes.input_floats();
+      for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        const int64_t row = tiles.begin(tile);
+        const int count = tiles.size(tile);
+        if (from_table) {
+          for (int r = 0; r < count; ++r)
+            __builtin_memcpy(xg + r * NW, model.table + (rows.ids[row + r] * sizes.panels + panel) * NW, NW * sizeof(float));
+        } else {
+          Place start = {const_cast<float*>(biases), 0, W};
+          multiply_rows<N>(count, sizes.input_blocks, below + row * W, row_block, inputs, start, Place{xg, NW, W}, {});
+        }
+        Place start = {xg, NW, W};
+        if constexpr (kGru) { /* n starts from its own hidden bias: r multiplies the sum before the input's share is added */
+          __builtin_memcpy(sums, xg, sizeof sums);
+          for (int r = 0; r < count; ++r) store(sums + r * NW + 2 * W, load(biases + 3 * W));
+          start.p = sums;
+        }
+        multiply_rows<N>(count, sizes.hidden_blocks(), rows.h[now] + state + row * W, row_block, hidden, start,
+                         Place{sums, NW, W}, {});
+        finish_tile(rows, state, panel, row, count, now, sums, xg);
+      }
+    }
+  }
+
+  void finish_tile(const Rows& rows, int64_t state, int64_t panel, int64_t row, int count, int now, const float* sums,
+                   const float* xg) {
+    for (int unit = 0; unit < Cell::kUnits; ++unit) {
+      const int64_t block = panel * Cell::kUnits + unit;
+      const int units = upper.units(block);
+      for (int r = 0; r < count; ++r) {
+        const int64_t at = state + (block * rows.room + row + r) * W;
+        V gates[G], after;
+        for (int gate = 0; gate < G; ++gate) gates[gate] = load(sums + r * NW + (gate * Cell::kUnits + unit) * W);
+        if constexpr (kLstm) {
+          V c = sigmoid(gates[1]) * load(rows.c + at) + sigmoid(gates[0]) * tanh(gates[2]);
+          c = first_lanes(c, units);
+          store(rows.c + at, c);
+          after = sigmoid(gates[3]) * tanh(c);
+        } else if constexpr (kGru) {
+          V n = tanh(load(xg + r * NW + 2 * W) + sigmoid(gates[0]) * gates[2]);
+          after = n + sigmoid(gates[1]) * (load(rows.h[now] + at) - n);
+        } else {
+          after = Cell::kCell == LS_RNN_TANH ? tanh(gates[0]) : relu(gates[0]);
+        }
+        /* Lanes without a unit are 0, whatever the weights: the next product multiplies them by 0. */
+        store(rows.h[1 - now] + at, first_lanes(after, units));
+      }
+    }
+  }
+
+  void run_head(const Rows& rows, const float* h) {
+    Tiles tiles(rows.count, max_rows<kHeadVectors>());
+    for (int64_t panel = 0; panel < head.panels(); ++panel) {
+      const float* packed = model.head + panel * head.panel_floats();
+      for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        const int64_t row = tiles.begin(tile);
+        float* out = rows.logits + row * head.width() + panel * kHeadVectors * W;
+        multiply_rows<kHeadVectors>(tiles.size(tile), head.blocks(), h + row * W, rows.room * W, packed + kHeadVectors * W,
+                                    Place{const_cast<float*>(packed), 0, W}, Place{out, head.width(), W}, {});
+      }
+    }
+  }
+};
+
+/* table[symbol][panel][N][W] = rows[symbol][gate][H]. */
+template <class Cell>
+static void pack_table(int64_t symbols, int64_t H, const float* rows, float* table) {
+  Sizes<Cell> sizes(0, H);
+  for (int64_t symbol = 0; symbol < symbols; ++symbol, rows += Cell::kGates * H)
+    for (int64_t panel = 0; panel < sizes.panels; ++panel, table += Sizes<Cell>::N * W)
+      for (int gate = 0; gate < Cell::kGates; ++gate)
+        for (int unit = 0; unit < Cell::kUnits; ++unit) {
+          int64_t block = panel * Cell::kUnits + unit;
+          int units = sizes.units(block);
+          store(table + (gate * Cell::kUnits + unit) * W, units ? load_part(rows + gate * H + block * W, units) : V{});
+        }
+}
+
+}  // namespace LS_TARGET
+}  // namespace ls
+
+#endif

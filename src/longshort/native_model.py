@@ -1,0 +1,178 @@
+"""A whole language model on the kernel library: it writes texts, many symbols in one call. Needs no PyTorch.
+
+    B  texts   V  symbols   E  width of the embedding   H  hidden units   G  gates times H   L  layers
+
+What the functions mean is written in `csrc/longshort.h` (`ls_decode`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longshort import native
+from longshort.native import GATES, Weights, address
+
+Array = NDArray[np.float32]
+
+TABLE_BYTES = 64 << 20
+"""The first layer reads a table of its gates for each symbol where the table is no larger, else the embedding."""
+
+
+class ModelStructure(ctypes.Structure):
+    """`ls_model`."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("V", "E", "H", "layers")),
+        *((name, ctypes.c_int32) for name in ("cell", "target")),
+        *((name, ctypes.c_void_p) for name in ("table", "embedding", "packed", "head")),
+    )
+
+
+class SamplingStructure(ctypes.Structure):
+    """`ls_sampling`."""
+
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("temperature", "top_p")),
+        ("top_k", ctypes.c_int64),
+        *((name, ctypes.c_uint64) for name in ("seed", "stream")),
+        ("position", ctypes.c_int64),
+    )
+
+
+class DecodeArgs(ctypes.Structure):
+    """`ls_decode_args`."""
+
+    _fields_ = (
+        ("model", ModelStructure),
+        *((name, ctypes.c_int64) for name in ("B", "steps")),
+        *((name, ctypes.c_void_p) for name in ("sampling", "logits", "h", "c", "ids")),
+        ("newline", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("num_threads", "reserved")),
+    )
+
+
+class Draw(NamedTuple):
+    """How the next symbols of one text are chosen; `generation.Sampling` has the meaning."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int
+    stream: int
+    position: int
+    """Of the first symbol that is chosen."""
+
+
+class NativeModel:
+    """A language model, packed for one target.
+
+    Args:
+        cell: one of `native.CELLS`.
+        layers: their weights, biases included; the first as wide as the embedding.
+        rows: (V + 1, E): what the first layer reads of each symbol, and of one outside the vocabulary.
+        output: (V, H) and (V): the output layer.
+        target: a build of the kernels; None: the active one.
+
+    Raises:
+        ValueError: shapes or types that do not fit.
+        UsageError: there is no such target, or no library.
+    """
+
+    def __init__(
+        self,
+        cell: str,
+        layers: Sequence[Weights],
+        rows: Array,
+        output: tuple[Array, Array],
+        target: str | None = None,
+    ) -> None:
+        self._library = native.need()
+        self.target = target or native.active_target()
+        number = native.index_of(self._library, self.target)
+        (size, E), H = rows.shape, layers[0].weight_hh.shape[1]
+        self.V, self.H, self.num_layers, self.cell = size - 1, H, len(layers), cell
+        first = layers[0]
+        self._table = self._embedding = None
+        if 4 * size * GATES[cell] * H <= TABLE_BYTES:
+            self._table = self._pack_table(_gates(cell, first, rows), number)
+            first = first._replace(weight_ih=np.empty((len(first.weight_hh), 0), np.float32))
+        else:
+            self._embedding = native.float_array("rows", rows, (size, E))
+        self._packed = [native.pack(cell, weights, self.target) for weights in (first, *layers[1:])]
+        self._pointers = (ctypes.c_void_p * len(layers))(*(address(packed) for packed in self._packed))
+        weight = native.float_array("output weight", output[0], (self.V, H))
+        bias = native.float_array("output bias", output[1], (self.V,))
+        self._head = native.aligned(self._library.ls_head_floats(self.V, H, number))
+        found = self._library.ls_pack_head(self.V, H, number, address(weight), address(bias), address(self._head))
+        native.check_status(found)
+        self._structure = ModelStructure(self.V, E, H, len(layers), native.CELLS[cell], number)
+        self._structure.table, self._structure.embedding = address(self._table), address(self._embedding)
+        self._structure.packed = ctypes.cast(self._pointers, ctypes.c_void_p)
+        self._structure.head = address(self._head)
+
+    def _pack_table(self, gates: Array, number: int) -> Array:
+        cell, V, H = native.CELLS[self.cell], self.V, self.H
+        table = native.aligned(self._library.ls_table_floats(cell, V, H, number))
+        native.check_status(self._library.ls_pack_table(cell, V, H, number, address(gates), address(table)))
+        return table
+
+    def write(
+        self,
+        logits_BV: Array,
+        state: Sequence[Array],
+        draws: Sequence[Draw],
+        steps: int,
+        *,
+        newline: int | None = None,
+        threads: int = 1,
+    ) -> NDArray[np.int64]:
+        """Choose and read `steps` symbols for each of B texts and return them, (steps, B).
+
+        Args:
+            logits_BV: of the symbol after what has been read. Overwritten, as the state is.
+            state: h, or h and c, each (L, B, H) and contiguous.
+            draws: of each text.
+            steps: how many.
+            newline: a symbol before which the state is zero.
+            threads: at most so many.
+        """
+        B = len(draws)
+        wanted = 2 if self.cell == "lstm" else 1
+        if len(state) != wanted or steps < 0 or threads < 1:
+            raise ValueError(f"{len(state)} states, {steps} steps and {threads} threads make no sense for {self.cell}")
+        for name, array, shape in (
+            ("logits", logits_BV, (B, self.V)),
+            *(("state", array, (self.num_layers, B, self.H)) for array in state),
+        ):
+            if native.float_array(name, array, shape) is not array or not array.flags.writeable:
+                raise ValueError(f"{name} must be contiguous and writable")
+        ids = np.empty((steps, B), np.int64)
+        samplings = (SamplingStructure * B)(
+            *(
+                SamplingStructure(d.temperature, d.top_p or 0.0, d.top_k or 0, d.seed, d.stream, d.position)
+                for d in draws
+            )
+        )
+        args = DecodeArgs(model=self._structure, B=B, steps=steps, newline=-1 if newline is None else newline)
+        args.sampling, args.num_threads = ctypes.cast(samplings, ctypes.c_void_p), min(threads, 2**31 - 1)
+        args.logits, args.ids = address(logits_BV), address(ids)
+        args.h, args.c = (*map(address, state), None)[:2]
+        native.check_status(self._library.ls_decode(ctypes.byref(args)))
+        return ids
+
+
+def _gates(cell: str, weights: Weights, rows: Array) -> Array:
+    """Return what each row gives the gates, (V + 1, G): the product with W_ih and the biases that it can take in."""
+    gates = rows @ weights.weight_ih.T
+    if weights.bias_ih is not None:
+        gates += weights.bias_ih
+    if weights.bias_hh is not None:  # of the GRU's n it stays with W_hh h: r multiplies both
+        H = weights.weight_hh.shape[1]
+        end = 2 * H if cell == "gru" else gates.shape[1]
+        gates[:, :end] += weights.bias_hh[:end]
+    return np.ascontiguousarray(gates, dtype=np.float32)

@@ -1,0 +1,309 @@
+"""Texts written by the native loop: the model's own probabilities, the sampling as `generation.choose` has it."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longshort import native, native_model, training
+from longshort.config import TrainConfig
+from longshort.decoder import Decoder
+from longshort.errors import ConfigError
+from longshort.generation import Request, Sampling, choose, generate, generate_many, uniform
+from longshort.model import LanguageModel
+from longshort.native_model import DecodeArgs, Draw, NativeModel, SamplingStructure
+from longshort.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
+
+pytestmark = pytest.mark.skipif(not native.targets(), reason="there is no kernel library")
+TOKENIZER = CharTokenizer("abcdefgh \n")
+
+
+def models(tokenizer: Tokenizer = TOKENIZER, seed: int = 1, **given: Any) -> tuple[Decoder, LanguageModel]:
+    torch.manual_seed(seed)
+    options = {"hidden": 20, "embedding": 7} | given
+    model = training.make_model(TrainConfig(**options, seed=seed), tokenizer).eval()
+    with torch.no_grad():  # the initial weights know too little to tell symbols apart
+        for parameter in model.parameters():
+            parameter.mul_(1 if model.config.cell == "rnn_relu" else 3)
+    return Decoder(model.config, model.weights(), tokenizer), model
+
+
+def read(model: LanguageModel, ids: list[int]) -> tuple[Any, list[Any]]:
+    """Return the logits after `ids` by PyTorch, and the states as arrays."""
+    logits, state = model.logits(np.array(ids), None)
+    return logits, [tensor.numpy() for tensor in state]
+
+
+def start(model: LanguageModel, prompts: list[list[int]]) -> tuple[Any, tuple[Any, ...]]:
+    """Return logits (B, V) and states (L, B, H) after the prompts."""
+    found = [read(model, prompt) for prompt in prompts]
+    state = tuple(np.ascontiguousarray(np.concatenate(s, axis=1)) for s in zip(*(f[1] for f in found), strict=True))
+    return np.stack([f[0] for f in found]), state
+
+
+@pytest.mark.parametrize("target", native.built_targets())
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "rnn_relu"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"layers": 3, "hidden": 33},
+        {"embedding": 0},
+        {"hidden": 1, "embedding": 1},
+        {"tied": True, "embedding": 20},
+        {"layers": 2, "table": False},
+    ],
+)
+def test_what_is_written_has_the_probabilities_of_the_model(
+    cell: str, given: dict[str, Any], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if target not in native.targets():
+        pytest.skip(f"this processor has no {target}")
+    if not given.get("table", True):
+        monkeypatch.setattr(native_model, "TABLE_BYTES", 0)
+    decoder, model = models(cell=cell, **{name: value for name, value in given.items() if name != "table"})
+    decoder._target = target
+    prompts = [[1, 2, 3], [9], [4, 10, 4, 4], [5, 5], [0], [1], [2, 3]]
+    logits_BV, state = start(model, prompts)
+    draws = [Draw(0.9, None, None, 5, row, 0) for row in range(len(prompts))]
+    ids = decoder.write(logits_BV, state, draws, 30)
+    for row, prompt in enumerate(prompts):
+        logits, states = read(model, prompt + ids[:, row].tolist())
+        scale = max(1.0, float(np.abs(logits).max()))
+        np.testing.assert_allclose(logits_BV[row], logits, atol=1e-5 * scale)
+        for ours, theirs in zip(state, states, strict=True):
+            np.testing.assert_allclose(
+                ours[:, row : row + 1], theirs, atol=1e-5 * max(1.0, float(np.abs(theirs).max()))
+            )
+    assert ids.min() >= 0
+    assert ids.max() <= 9
+    assert len(np.unique(ids)) > (1 if given.get("hidden") == 1 else 3)
+
+
+@settings(max_examples=200)
+@given(
+    logits=st.lists(st.floats(-9, 9, width=32, allow_subnormal=False), min_size=1, max_size=40),
+    temperature=st.just(0.0) | st.floats(0.05, 10),
+    top_k=st.none() | st.integers(1, 50),
+    top_p=st.none() | st.floats(0.01, 1.0),
+    seed=st.integers(0, 2**64 - 1),
+    stream=st.integers(0, 2**64 - 1),
+    position=st.integers(0, 2**62),
+)
+def test_a_symbol_is_chosen_as_python_chooses_it(
+    logits: list[float],
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    stream: int,
+    position: int,
+) -> None:
+    V = len(logits)
+    weights = native.Weights(np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32))
+    output = np.zeros((V, 1), np.float32), np.zeros(V, np.float32)
+    model = NativeModel("rnn", [weights], np.zeros((V + 1, 1), np.float32), output)
+    logits_V = np.array(logits, np.float32)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    chosen = choose(logits_V, sampling, uniform(seed, stream, position))
+    draw = Draw(temperature, top_k, top_p, seed, stream, position)
+    (found,) = model.write(logits_V[None].copy(), [np.zeros((1, 1, 1), np.float32)], [draw], 1)[0]
+    if top_p is not None and temperature:  # where rounding decides whether one symbol more belongs
+        p = np.exp((logits_V.astype(np.float64) - logits_V.max()) / temperature)
+        kept = -np.sort(-p)[: top_k or V]
+        if (np.abs(np.cumsum(kept / kept.sum()) - top_p) < 1e-9).any():
+            return
+    assert found == chosen
+
+
+def test_frequencies_follow_the_probabilities() -> None:
+    """A model whose output bias alone decides: a chi-squared test with 4 degrees of freedom."""
+    p = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
+    weights = native.Weights(np.zeros((4, 1), np.float32), np.zeros((4, 1), np.float32))
+    output = np.zeros((5, 1), np.float32), np.log(p).astype(np.float32)
+    model = NativeModel("lstm", [weights], np.zeros((6, 1), np.float32), output)
+    state = [np.zeros((1, 4, 1), np.float32) for _ in range(2)]
+    draws = [Draw(1.0, None, None, 3, stream, 0) for stream in range(4)]
+    ids = model.write(np.tile(output[1], (4, 1)), state, draws, 5_000)
+    expected = 20_000 * p
+    assert ((np.bincount(ids.ravel(), minlength=5) - expected) ** 2 / expected).sum() < 18.5  # p > 0.001
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_text_is_the_same_alone_in_a_batch_and_in_pieces(cell: str) -> None:
+    decoder, model = models(cell=cell, layers=2, hidden=70)
+    prompts = [[row % 10] for row in range(19)]
+    draws = [Draw(0.8, None, None, 2, row, 3) for row in range(19)]
+    logits_BV, state = start(model, prompts)
+    together = decoder.write(logits_BV, state, draws, 40)
+    for threads in (2, 3):
+        decoder._threads = threads
+        again, kept = start(model, prompts)
+        assert np.array_equal(decoder.write(again, kept, draws, 40), together)
+        assert again.tobytes() == logits_BV.tobytes()
+        assert [s.tobytes() for s in kept] == [s.tobytes() for s in state]
+    for row in (0, 7, 18):
+        alone, own = start(model, [prompts[row]])
+        pieces = []
+        for first, steps in ((0, 1), (1, 0), (1, 25), (26, 14)):
+            draw = draws[row]._replace(position=3 + first)
+            pieces += decoder.write(alone, own, [draw], steps)[:, 0].tolist()
+        assert pieces == together[:, row].tolist()
+        assert alone[0].tobytes() == logits_BV[row].tobytes()
+        assert [s[:, 0].tobytes() for s in own] == [s[:, row].tobytes() for s in state]
+
+
+def test_the_state_is_zero_before_a_newline() -> None:
+    decoder, model = models(layers=2)
+    logits_BV, state = start(model, [[1, 2], [3]])
+    ids = decoder.write(logits_BV, state, [Draw(3.0, None, None, 1, row, 0) for row in range(2)], 60, newline=1)
+    for row in range(2):
+        written = ids[:, row].tolist()
+        last = len(written) - 1 - written[::-1].index(1)
+        logits, states = read(model, written[last:])
+        np.testing.assert_allclose(logits_BV[row], logits, atol=1e-5 * max(1, np.abs(logits).max()))
+        np.testing.assert_allclose(state[1][:, row], states[1][:, 0], atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------- texts
+
+
+@pytest.mark.parametrize("lines", [False, True])
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, ByteTokenizer()])
+def test_python_numpy_and_the_native_loop_write_the_same(
+    lines: bool, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, model = models(tokenizer, lines=lines)
+    requests = [
+        Request(prompt="abc", length=120),
+        Request(length=7, sampling=Sampling(temperature=1.5, top_k=4, seed=9), stream=3),
+        Request(prompt="ab\ncd", length=90, sampling=Sampling(top_p=0.8), stop=("a", "gg"), stream=4),
+        Request(prompt="h", length=0),
+        Request(prompt="h", length=50, sampling=Sampling(temperature=0.0)),
+    ]
+    texts = [""] * len(requests)
+    for number, piece in generate_many(decoder, tokenizer, requests):
+        texts[number] += piece
+    assert texts[3] == ""
+    for request, text in zip(requests, texts, strict=True):
+        rest = (request.prompt, request.length, request.sampling)
+        assert "".join(generate(decoder, tokenizer, *rest, stop=request.stop, stream=request.stream)) == text
+        assert "".join(generate(model, tokenizer, *rest, stop=request.stop, stream=request.stream)) == text
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "ready", lambda: False)
+        plain = Decoder(model.config, model.weights(), tokenizer)
+    assert not plain.writes
+    slow = [""] * len(requests)
+    for number, piece in generate_many(plain, tokenizer, requests):
+        slow[number] += piece
+    assert slow == texts
+
+
+@given(stop=st.lists(st.text("ab ", min_size=1, max_size=4), min_size=1, max_size=3), seed=st.integers(0, 50))
+@settings(max_examples=40)
+def test_a_text_ends_before_the_first_stop(stop: list[str], seed: int) -> None:
+    decoder, _ = CACHE.setdefault("models", models(CharTokenizer("ab \n")))
+    sampling = Sampling(temperature=1.0, seed=seed)
+    whole = "".join(generate(decoder, decoder.tokenizer, "a", 60, sampling))
+    pieces = list(generate(decoder, decoder.tokenizer, "a", 60, sampling, stop=stop))
+    places = [place for place in map(whole.find, stop) if place >= 0]
+    assert "".join(pieces) == whole[: min(places, default=len(whole))]
+    assert all(pieces)
+
+
+CACHE: dict[str, Any] = {}
+
+
+@pytest.mark.parametrize("given", [{"length": -1}, {"stop": ("",)}, {"stop": "abc"}, {"stop": (1,)}])
+def test_requests_that_make_no_sense_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(given))):
+        Request(**given)
+
+
+# ---------------------------------------------------------------------------------------------- the interface
+
+
+def test_what_does_not_fit_is_refused_before_the_library_is_called() -> None:
+    decoder, model = models()
+    logits_BV, state = start(model, [[1], [2]])
+    draws = [Draw(1.0, None, None, 0, row, 0) for row in range(2)]
+    for wrong in (
+        (logits_BV[:1], state, draws, 1),
+        (logits_BV.astype(np.float64), state, draws, 1),
+        (logits_BV[:, ::-1], state, draws, 1),
+        (logits_BV, state[:1], draws, 1),
+        (logits_BV, (state[0], state[1][:, :1]), draws, 1),
+        (logits_BV, state, draws[:1], 1),
+        (logits_BV, state, draws, -1),
+        (logits_BV, state, [draws[0], draws[1]._replace(temperature=-1.0)], 1),
+        (logits_BV, state, [draws[0], draws[1]._replace(temperature=float("nan"))], 1),
+        (logits_BV, state, [draws[0], draws[1]._replace(top_p=1.5)], 1),
+        (logits_BV, state, [draws[0], draws[1]._replace(position=-1)], 1),
+    ):
+        with pytest.raises(ValueError, match=r"shape|float32|contiguous|states|steps|refused"):
+            decoder.write(*wrong)
+    weights = native.Weights(np.zeros((4, 2), np.float32), np.zeros((4, 1), np.float32))
+    with pytest.raises(ValueError, match="output weight"):
+        NativeModel(
+            "lstm", [weights], np.zeros((5, 2), np.float32), (np.zeros((3, 1), np.float32), np.zeros(4, np.float32))
+        )
+
+
+def test_the_library_refuses_what_it_can_see() -> None:
+    decoder, model = models()
+    library, structure = native.need(), decoder._writer._structure
+    logits_BV, state = start(model, [[1]])
+    sampling = SamplingStructure(1.0, 0.0, 0, 0, 0, 0)
+    ids = np.full(4, -7)
+
+    def call(of_model: dict[str, Any] | None = None, **changes: Any) -> int:
+        changed = type(structure).from_buffer_copy(structure)
+        for name, value in (of_model or {}).items():
+            setattr(changed, name, value)
+        args = DecodeArgs(model=changed, B=1, steps=4, newline=-1, num_threads=1)
+        args.sampling = ctypes.addressof(sampling)
+        args.logits, args.h, args.c = (array.ctypes.data for array in (logits_BV, *state))
+        args.ids = ids.ctypes.data
+        for name, value in changes.items():
+            setattr(args, name, value)
+        return int(library.ls_decode(ctypes.byref(args)))
+
+    wrong_models: list[dict[str, Any]] = [
+        *({"V": value} for value in (0, -1, 2**40)),
+        *({"H": value} for value in (0, 2**40)),
+        *({"layers": value} for value in (0, -1, 2000)),
+        *({name: None} for name in ("packed", "head", "table")),
+        *({"E": -1}, {"cell": 9}, {"target": 99}),
+    ]
+    for wrong in wrong_models:
+        assert call(wrong) == native.BAD_ARGUMENT, wrong
+    wrong_calls: list[dict[str, Any]] = [
+        *({"B": -1}, {"steps": -1}, {"steps": 2**60}, {"num_threads": 0}),
+        *({name: None} for name in ("sampling", "logits", "h", "c", "ids")),
+    ]
+    for wrong in wrong_calls:
+        assert call(**wrong) == native.BAD_ARGUMENT, wrong
+    assert library.ls_decode(None) == native.BAD_ARGUMENT
+    assert library.ls_table_floats(0, 0, 4, -1) == library.ls_head_floats(4, 0, -1) == -1
+    assert library.ls_pack_head(4, 4, -1, None, None, None) == native.BAD_ARGUMENT
+    assert library.ls_pack_table(3, 4, 4, -1, None, None) == native.BAD_ARGUMENT
+    assert (ids == -7).all()
+    assert call(steps=0) == call(B=0) == native.OK
+    assert call() == native.OK
+    assert (ids >= 0).all()
+
+
+def test_logits_that_are_not_numbers_choose_a_symbol_all_the_same() -> None:
+    decoder, model = models()
+    for value in (np.nan, np.inf, -np.inf):
+        logits_BV, state = start(model, [[1]] * 4)
+        logits_BV[:] = value
+        draws = [Draw(0.7, top_k, top_p, 1, 0, 0) for top_k in (None, 3) for top_p in (None, 0.5)]
+        ids = decoder.write(logits_BV, state, draws, 3)
+        assert ((ids >= 0) & (ids < 10)).all()
