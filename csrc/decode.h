@@ -1,6 +1,6 @@
-/* Writing text: a whole language model, symbol after symbol, in one call.
+/* A whole language model, symbol after symbol, in one call: it reads texts, or writes them.
 
-     logits -> a symbol is chosen -> its row of the table -> layers -> logits -> ...
+     symbol -> its row of the table -> layers -> logits -> -log p of the symbol that followed, or a symbol is chosen -> ...
 
    Rows are texts that have nothing to do with each other, so threads divide them and never wait. */
 
@@ -33,14 +33,27 @@ struct Head {
   }
 };
 
-template <class Cell>
-struct Decode {
+/* The logarithm of the sum of e^logit. Sums of a vector's lanes are in float, over the vectors in double. */
+static inline double log_sum(const float* logits, int64_t n) {
+  float largest = logits[0];
+  for (int64_t i = 1; i < n; ++i) largest = logits[i] > largest ? logits[i] : largest;
+  double sum = 0.0;
+  for (int64_t i = 0; i < n; i += W) {
+    V e = exponential(load(logits + i) - largest); /* the row has room for whole vectors */
+    sum += double(sum_lanes(first_lanes(e, int(smaller(n - i, W)))));
+  }
+  return double(largest) + logarithm(sum);
+}
+
+/* What reading and writing share. Args: ls_read_args or ls_decode_args. */
+template <class Cell, class Args>
+struct Language {
   static constexpr int N = panel_vectors<Cell>();
   static constexpr int NW = N * W;
   static constexpr int G = Cell::kGates;
   static constexpr bool kLstm = Cell::kCell == LS_LSTM, kGru = Cell::kCell == LS_GRU;
 
-  const ls_decode_args& a;
+  const Args& a;
   const ls_model& model;
   const Sizes<Cell> first, upper; /* of the first layer, which has no product for its input where there is a table */
   const Head head;
@@ -55,20 +68,15 @@ struct Decode {
     float* logits; /* [row][head.width()] */
     void* choice;  /* scratch of `choose` */
     int64_t* ids;
+    float* memory;
   };
 
-  Decode(const ls_decode_args& args)
+  Language(const Args& args, int64_t steps)
       : a(args), model(args.model), first(args.model.table ? 0 : args.model.E, args.model.H),
         upper(args.model.H, args.model.H), head{args.model.V, args.model.H}, status(LS_OK) {
     double inputs = double(model.table ? 0 : model.E) + double(model.layers - 1) * double(model.H);
     double flops = 2.0 * (G * double(model.H) * (inputs + double(model.layers * model.H)) + double(model.V * model.H));
-    threads = useful_threads(int(smaller(a.num_threads, a.B)), flops * double(a.B) * double(a.steps), 1.0);
-  }
-
-  int32_t run() {
-    parallel(
-        threads, [](void* context, int thread, int count) { static_cast<Decode*>(context)->work(thread, count); }, this);
-    return status;
+    threads = useful_threads(int(smaller(a.num_threads, a.B)), flops * double(a.B) * double(steps), 1.0);
   }
 
   int64_t layer_floats(const Rows& rows) const { return upper.U * rows.room * W; }
@@ -85,45 +93,17 @@ struct Decode {
     return arena.floats();
   }
 
-  void work(int thread, int count) {
-    FlushSubnormals flush;
-    Rows rows{};
+  /* A thread's rows, with their memory and the state before the first step. False: there are none, or no memory. */
+  bool begin(Rows& rows, int thread, int count) {
     rows.begin = a.B * thread / count;
     rows.count = a.B * (thread + 1) / count - rows.begin;
-    if (rows.count == 0) return;
-    float* memory = static_cast<float*>(take(size_t(carve(rows, nullptr)) * sizeof(float)));
-    if (!memory) {
+    if (rows.count == 0) return false;
+    rows.memory = static_cast<float*>(take(size_t(carve(rows, nullptr)) * sizeof(float)));
+    if (!rows.memory) {
       __atomic_store_n(&status, int(LS_OUT_OF_MEMORY), __ATOMIC_RELAXED);
-      return;
+      return false;
     }
-    carve(rows, memory);
-    start(rows);
-    for (int64_t step = 0; step < a.steps; ++step) {
-      for (int64_t row = 0; row < rows.count; ++row) {
-        int64_t id = choose(rows.logits + row * head.width(), model.V, a.sampling[rows.begin + row], step, rows.choice);
-        a.ids[step * a.B + rows.begin + row] = rows.ids[row] = id;
-        if (id == a.newline) forget(rows, row, step & 1);
-      }
-      const float* below = nullptr;
-      for (int64_t layer = 0; layer < model.layers; ++layer) {
-        run_layer(rows, layer, step & 1, below);
-        below = rows.h[(step + 1) & 1] + layer * layer_floats(rows);
-      }
-      run_head(rows, below);
-    }
-    finish(rows);
-    give(memory);
-  }
-
-  /* Where unit block `block` of a row lies in the state of a layer, and in h and c as the caller has them. */
-  int64_t place(const Rows& rows, int64_t layer, int64_t block, int64_t row) const {
-    return layer * layer_floats(rows) + (block * rows.room + row) * W;
-  }
-  int64_t caller_place(const Rows& rows, int64_t layer, int64_t block, int64_t row) const {
-    return (layer * a.B + rows.begin + row) * model.H + block * W;
-  }
-
-  void start(const Rows& rows) {
+    carve(rows, rows.memory);
     for (int64_t layer = 0; layer < model.layers; ++layer)
       for (int64_t block = 0; block < upper.U; ++block)
         for (int64_t row = 0; row < rows.count; ++row) {
@@ -133,24 +113,50 @@ struct Decode {
           store(rows.h[1] + to, V{});
           if (kLstm) store(rows.c + to, units ? load_part(a.c + from, units) : V{});
         }
-    for (int64_t row = 0; row < rows.count; ++row)
-      __builtin_memcpy(rows.logits + row * head.width(), a.logits + (rows.begin + row) * model.V,
-                       size_t(model.V) * sizeof(float));
+    return true;
   }
 
-  void finish(const Rows& rows) {
+  /* Gives back the state after `steps`, and the memory. */
+  void end(const Rows& rows, int64_t steps) {
     for (int64_t layer = 0; layer < model.layers; ++layer)
       for (int64_t block = 0; block < upper.U; ++block)
         for (int64_t row = 0; row < rows.count; ++row) {
           int units = upper.units(block);
           int64_t from = place(rows, layer, block, row), to = caller_place(rows, layer, block, row);
           if (!units) continue;
-          store_part(a.h + to, load(rows.h[a.steps & 1] + from), units);
+          store_part(a.h + to, load(rows.h[steps & 1] + from), units);
           if (kLstm) store_part(a.c + to, load(rows.c + from), units);
         }
-    for (int64_t row = 0; row < rows.count; ++row)
-      __builtin_memcpy(a.logits + (rows.begin + row) * model.V, rows.logits + row * head.width(),
-                       size_t(model.V) * sizeof(float));
+    give(rows.memory);
+  }
+
+  /* Reads one symbol of each row, rows.ids. */
+  void step(const Rows& rows, int now, bool logits) {
+    const float* below = nullptr;
+    for (int64_t layer = 0; layer < model.layers; ++layer) {
+      run_layer(rows, layer, now, below);
+      below = rows.h[1 - now] + layer * layer_floats(rows);
+    }
+    if (logits) run_head(rows, below);
+  }
+
+  float* logits_of(const Rows& rows, int64_t row) const { return rows.logits + row * head.width(); }
+
+  /* The caller's logits of the rows, (B, V). */
+  template <bool kOut>
+  void copy_logits(const Rows& rows, float* logits) const {
+    for (int64_t row = 0; row < rows.count; ++row) {
+      float *ours = logits_of(rows, row), *theirs = logits + (rows.begin + row) * model.V;
+      __builtin_memcpy(kOut ? theirs : ours, kOut ? ours : theirs, size_t(model.V) * sizeof(float));
+    }
+  }
+
+  /* Where unit block `block` of a row lies in the state of a layer, and in h and c as the caller has them. */
+  int64_t place(const Rows& rows, int64_t layer, int64_t block, int64_t row) const {
+    return layer * layer_floats(rows) + (block * rows.room + row) * W;
+  }
+  int64_t caller_place(const Rows& rows, int64_t layer, int64_t block, int64_t row) const {
+    return (layer * a.B + rows.begin + row) * model.H + block * W;
   }
 
   /* A row's state becomes zero. */
@@ -238,6 +244,70 @@ struct Decode {
                                     Place{const_cast<float*>(packed), 0, W}, Place{out, head.width(), W}, {});
       }
     }
+  }
+};
+
+template <class Cell>
+struct Read : Language<Cell, ls_read_args> {
+  using Base = Language<Cell, ls_read_args>;
+  using Base::a, Base::model;
+
+  explicit Read(const ls_read_args& args) : Base(args, args.T) {}
+
+  int32_t run() {
+    parallel(
+        Base::threads, [](void* context, int thread, int count) { static_cast<Read*>(context)->work(thread, count); }, this);
+    return Base::status;
+  }
+
+  void work(int thread, int count) {
+    FlushSubnormals flush;
+    typename Base::Rows rows{};
+    if (!Base::begin(rows, thread, count)) return;
+    for (int64_t t = 0; t < a.T; ++t) {
+      const int64_t at = t * a.B + rows.begin;
+      for (int64_t row = 0; row < rows.count; ++row) rows.ids[row] = a.ids[at + row];
+      Base::step(rows, t & 1, a.nats || t + 1 == a.T);
+      for (int64_t row = 0; a.nats && row < rows.count; ++row) {
+        const float* logits = Base::logits_of(rows, row);
+        int64_t target = a.targets[at + row];
+        a.nats[at + row] = target < 0 ? 0.0 : log_sum(logits, model.V) - double(logits[target]);
+      }
+    }
+    if (a.logits) Base::template copy_logits<true>(rows, a.logits);
+    Base::end(rows, a.T);
+  }
+};
+
+template <class Cell>
+struct Decode : Language<Cell, ls_decode_args> {
+  using Base = Language<Cell, ls_decode_args>;
+  using Base::a, Base::model;
+
+  explicit Decode(const ls_decode_args& args) : Base(args, args.steps) {}
+
+  int32_t run() {
+    parallel(
+        Base::threads, [](void* context, int thread, int count) { static_cast<Decode*>(context)->work(thread, count); },
+        this);
+    return Base::status;
+  }
+
+  void work(int thread, int count) {
+    FlushSubnormals flush;
+    typename Base::Rows rows{};
+    if (!Base::begin(rows, thread, count)) return;
+    Base::template copy_logits<false>(rows, a.logits);
+    for (int64_t step = 0; step < a.steps; ++step) {
+      for (int64_t row = 0; row < rows.count; ++row) {
+        int64_t id = choose(Base::logits_of(rows, row), model.V, a.sampling[rows.begin + row], step, rows.choice);
+        a.ids[step * a.B + rows.begin + row] = rows.ids[row] = id;
+        if (id == a.newline) Base::forget(rows, row, step & 1);
+      }
+      Base::step(rows, step & 1, true);
+    }
+    Base::template copy_logits<true>(rows, a.logits);
+    Base::end(rows, a.steps);
   }
 };
 

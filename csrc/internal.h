@@ -20,6 +20,7 @@ struct Target {
   void (*pack)(int32_t cell, int64_t I, int64_t H, const float* weight_ih, const float* weight_hh, const float* bias_ih,
                const float* bias_hh, float* packed);
   int32_t (*decode)(const ls_decode_args*);
+  int32_t (*read)(const ls_read_args*);
   int64_t (*table_floats)(int32_t cell, int64_t symbols, int64_t H);
   int64_t (*head_floats)(int64_t V, int64_t H);
   void (*pack_table)(int32_t cell, int64_t symbols, int64_t H, const float* rows, float* table);
@@ -73,6 +74,7 @@ class Team {
 /* The symbol that `sampling` chooses by V logits, `step` symbols after its position; scratch: choice_bytes(V), 8-byte aligned. */
 int64_t choose(const float* logits, int64_t V, const ls_sampling& sampling, int64_t step, void* scratch);
 size_t choice_bytes(int64_t V);
+double logarithm(double x);
 
 /* memory.cpp */
 

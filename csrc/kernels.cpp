@@ -66,14 +66,18 @@ static void pack(int32_t cell, int64_t I, int64_t H, const float* weight_ih, con
   }
 }
 
-static int32_t decode(const ls_decode_args* args) {
+template <template <class> class Pass, class Args>
+static int32_t run_model(const Args* args) {
   switch (args->model.cell) {
-    case LS_RNN_TANH: return Decode<RnnTanh>(*args).run();
-    case LS_RNN_RELU: return Decode<RnnRelu>(*args).run();
-    case LS_GRU: return Decode<Gru>(*args).run();
-    default: return Decode<Lstm>(*args).run();
+    case LS_RNN_TANH: return Pass<RnnTanh>(*args).run();
+    case LS_RNN_RELU: return Pass<RnnRelu>(*args).run();
+    case LS_GRU: return Pass<Gru>(*args).run();
+    default: return Pass<Lstm>(*args).run();
   }
 }
+
+static int32_t read(const ls_read_args* args) { return run_model<Read>(args); }
+static int32_t decode(const ls_decode_args* args) { return run_model<Decode>(args); }
 
 template <class Cell>
 static int64_t table_floats_of(int64_t symbols, int64_t H) {
@@ -120,7 +124,7 @@ static void apply(int32_t function, int64_t n, const float* x, float* y) {
 extern const Target LS_JOIN(target_, LS_TARGET);
 const Target LS_JOIN(target_, LS_TARGET) = {
     LS_QUOTE(LS_TARGET),      LS_TARGET::forward, LS_TARGET::backward, LS_TARGET::saved_floats,
-    LS_TARGET::packed_floats, LS_TARGET::pack,    LS_TARGET::decode,   LS_TARGET::table_floats,
+    LS_TARGET::packed_floats, LS_TARGET::pack,    LS_TARGET::decode,   LS_TARGET::read, LS_TARGET::table_floats,
     LS_TARGET::head_floats,   LS_TARGET::pack_table_of, LS_TARGET::pack_head, LS_TARGET::apply,
 };
 

@@ -109,6 +109,12 @@ bool is_model(const ls_model& m) {
   return true;
 }
 
+/* Whether a model can read so many steps of so many texts. */
+bool are_texts(const ls_model& m, int64_t B, int64_t steps, int32_t threads) {
+  return is_model(m) && is_size(B) && is_size(steps) && threads >= 1 && fits(B, steps) &&
+         fits(B, m.layers * (m.H + 64) + m.V + m.E);
+}
+
 bool is_sampling(const ls_sampling& s) {
   return s.temperature >= 0.0 && s.temperature <= 1e6 && s.top_p >= 0.0 && s.top_p <= 1.0 && s.top_k >= 0 && s.position >= 0;
 }
@@ -217,11 +223,24 @@ int32_t ls_pack_head(int64_t V, int64_t H, int32_t target, const float* weight, 
   return LS_OK;
 }
 
-int32_t ls_decode(const ls_decode_args* args) {
-  if (!args || !is_model(args->model) || !is_size(args->B) || !is_size(args->steps) || args->num_threads < 1)
-    return LS_BAD_ARGUMENT;
+int32_t ls_read(const ls_read_args* args) {
+  if (!args || !are_texts(args->model, args->B, args->T, args->num_threads)) return LS_BAD_ARGUMENT;
   const ls_model& model = args->model;
-  if (!fits(args->B, model.layers * (model.H + 64) + model.V + model.E) || !fits(args->B, args->steps)) return LS_BAD_ARGUMENT;
+  const Target* target = find(model.target);
+  if (!target) return LS_BAD_ARGUMENT;
+  int64_t count = args->T * args->B;
+  if (count == 0) return LS_OK;
+  if (!args->ids || (args->nats && !args->targets) || !args->h || (model.cell == LS_LSTM && !args->c)) return LS_BAD_ARGUMENT;
+  for (int64_t i = 0; i < count; ++i) {
+    if (args->ids[i] < 0 || args->ids[i] > model.V) return LS_BAD_ARGUMENT;
+    if (args->nats && args->targets[i] >= model.V) return LS_BAD_ARGUMENT;
+  }
+  return target->read(args);
+}
+
+int32_t ls_decode(const ls_decode_args* args) {
+  if (!args || !are_texts(args->model, args->B, args->steps, args->num_threads)) return LS_BAD_ARGUMENT;
+  const ls_model& model = args->model;
   const Target* target = find(model.target);
   if (!target) return LS_BAD_ARGUMENT;
   if (args->B == 0 || args->steps == 0) return LS_OK;

@@ -163,6 +163,19 @@ typedef struct {
   int32_t reserved;
 } ls_decode_args;
 
+typedef struct {
+  ls_model model;
+  int64_t T, B;           /* steps and texts */
+  const int64_t* ids;     /* T x B: what is read, 0..V */
+  const int64_t* targets; /* T x B: the symbol that followed each, below V; below 0: of no interest; not read without nats */
+  float* h;               /* layers x B x H: the states, in and out */
+  float* c;               /* layers x B x H, LSTM; NULL otherwise */
+  double* nats;           /* T x B: -log of the probability of each target, 0 where there is none; NULL: not wanted */
+  float* logits;          /* B x V: of the symbol after the last; NULL: not wanted */
+  int32_t num_threads;    /* at most so many, the caller's included */
+  int32_t reserved;
+} ls_read_args;
+
 /* LS_ABI_VERSION of the library. */
 LS_API int32_t ls_abi_version(void);
 
@@ -208,6 +221,10 @@ LS_API int32_t ls_backward(const ls_backward_args* args);
 /* Write texts: choose a symbol from the logits, read it, and so on. A text is the same alone and in any batch, in one call
    and in several, with any number of threads, as long as the target stays the same. */
 LS_API int32_t ls_decode(const ls_decode_args* args);
+
+/* Read texts, and say how well the model predicts them. nats: within 1e-6 of the exact figure, but for the rounding of the
+   logits. The same bits for a text alone and in any batch, in one call and in several, with any number of threads. */
+LS_API int32_t ls_read(const ls_read_args* args);
 
 /* y[i] = f(x[i]) as the kernels compute it, for tests: 0 exp, 1 tanh, 2 sigmoid. y may be x. */
 LS_API int32_t ls_apply(int32_t function, int32_t target, int64_t n, const float* x, float* y);

@@ -85,6 +85,8 @@ void keep_most_probable(const float* logits, int64_t V, const ls_sampling& s, do
 
 }  // namespace
 
+double logarithm(double x) { return log(x); }
+
 size_t choice_bytes(int64_t V) { return size_t(V) * (2 * sizeof(double) + sizeof(int64_t)); }
 
 int64_t choose(const float* logits, int64_t V, const ls_sampling& s, int64_t step, void* scratch) {

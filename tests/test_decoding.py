@@ -65,10 +65,10 @@ def test_what_is_written_has_the_probabilities_of_the_model(
 ) -> None:
     if target not in native.targets():
         pytest.skip(f"this processor has no {target}")
+    monkeypatch.setattr(native, "active_target", lambda: target)
     if not given.get("table", True):
         monkeypatch.setattr(native_model, "TABLE_BYTES", 0)
     decoder, model = models(cell=cell, **{name: value for name, value in given.items() if name != "table"})
-    decoder._target = target
     prompts = [[1, 2, 3], [9], [4, 10, 4, 4], [5, 5], [0], [1], [2, 3]]
     logits_BV, state = start(model, prompts)
     draws = [Draw(0.9, None, None, 5, row, 0) for row in range(len(prompts))]
@@ -143,7 +143,7 @@ def test_a_text_is_the_same_alone_in_a_batch_and_in_pieces(cell: str) -> None:
     logits_BV, state = start(model, prompts)
     together = decoder.write(logits_BV, state, draws, 40)
     for threads in (2, 3):
-        decoder._threads = threads
+        decoder.threads = threads
         again, kept = start(model, prompts)
         assert np.array_equal(decoder.write(again, kept, draws, 40), together)
         assert again.tobytes() == logits_BV.tobytes()
@@ -157,6 +157,30 @@ def test_a_text_is_the_same_alone_in_a_batch_and_in_pieces(cell: str) -> None:
         assert pieces == together[:, row].tolist()
         assert alone[0].tobytes() == logits_BV[row].tobytes()
         assert [s[:, 0].tobytes() for s in own] == [s[:, row].tobytes() for s in state]
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_what_is_read_has_the_same_bits_alone_and_in_any_batch(cell: str) -> None:
+    decoder, model = models(cell=cell, layers=2, hidden=70)
+    rng = np.random.default_rng(3)
+    ids_TB, targets_TB = rng.integers(11, size=(30, 19)), rng.integers(10, size=(30, 19))
+    nats_TB, state = decoder.nats(ids_TB, targets_TB, None)
+    theirs_TB, _ = model.nats(ids_TB, targets_TB, None)
+    np.testing.assert_allclose(nats_TB, theirs_TB, atol=1e-5 * theirs_TB.max())
+    for row, threads in ((0, 1), (11, 3), (18, 2)):
+        decoder.threads = threads
+        first, between = decoder.nats(ids_TB[:7, row : row + 1], targets_TB[:7, row : row + 1], None)
+        kept = [tensor.tobytes() for tensor in between]
+        second, after = decoder.nats(ids_TB[7:, [row, row]], targets_TB[7:, [row, row]], _twice(between))
+        assert [tensor.tobytes() for tensor in between] == kept  # what was given is not written to
+        assert np.concatenate([first[:, 0], second[:, 0]]).tobytes() == nats_TB[:, row].tobytes()
+        assert [s[:, 0].tobytes() for s in after] == [s[:, row].tobytes() for s in state]
+        logits_V, _ = decoder.logits(ids_TB[:, row], None)
+        np.testing.assert_allclose(logits_V, model.logits(ids_TB[:, row], None)[0], atol=1e-4)
+
+
+def _twice(state: Any) -> Any:
+    return tuple(np.repeat(tensor, 2, axis=1) for tensor in state)
 
 
 def test_the_state_is_zero_before_a_newline() -> None:
@@ -257,7 +281,8 @@ def test_what_does_not_fit_is_refused_before_the_library_is_called() -> None:
 
 def test_the_library_refuses_what_it_can_see() -> None:
     decoder, model = models()
-    library, structure = native.need(), decoder._writer._structure
+    assert decoder._native is not None
+    library, structure = native.need(), decoder._native._structure
     logits_BV, state = start(model, [[1]])
     sampling = SamplingStructure(1.0, 0.0, 0, 0, 0, 0)
     ids = np.full(4, -7)

@@ -113,19 +113,6 @@ def without_kernels() -> Iterator[None]:
         yield
 
 
-@pytest.mark.skipif(not native.targets(), reason="there is no kernel library")
-def test_the_decoders_states_have_the_same_bits_alone_and_in_any_batch() -> None:
-    model = model_of(embedding=6, layers=2, hidden=40)
-    decoder = Decoder(model.config, model.weights(), TOKENIZER)
-    ids_TB = np.random.default_rng(0).integers(9, size=(12, 7))
-    together = decoder._run(ids_TB, None)
-    for b in range(7):
-        alone = decoder._run(ids_TB[:5, b : b + 1], None)[1]  # several steps: one alone runs on NumPy
-        outputs, state = decoder._run(ids_TB[5:, b : b + 1], alone)
-        assert np.array_equal(outputs[:, 0], together[0][5:, b])
-        assert all(np.array_equal(a[:, 0], whole[:, b]) for a, whole in zip(state, together[1], strict=True))
-
-
 def test_tied_weights_are_one_and_are_saved_once() -> None:
     model = model_of(embedding=6, tied=True)
     assert model.embedding is not None

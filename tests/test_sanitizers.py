@@ -50,9 +50,10 @@ def runtime(name: str) -> str:
 
 def test_memory_and_undefined_behaviour() -> None:
     place = build("address,undefined")
-    tests = "not environment" if EVERYTHING else "(sizes or lengths or normalisation or threads or refused) and not rnn"
+    few = "((sizes or lengths or normalisation or threads or refused) and not rnn) or refuses or numbers or pieces"
+    tests = ["-k", "not environment" if EVERYTHING else few, "tests/test_native.py", "tests/test_decoding.py"]
     run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_native.py", "-k", tests],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
         LD_PRELOAD=runtime("libasan.so"),
         ASAN_OPTIONS="detect_leaks=0",  # Python's own
         LONGSHORT_LIBRARY=str(place / "liblongshort.so"),

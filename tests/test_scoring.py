@@ -68,7 +68,7 @@ def test_company_does_not_change_a_score() -> None:
     lines = ["".join(rng.choice(list("ab "), size=rng.integers(0, 60))) for _ in range(300)]
     together = [scored.bits_per_character for scored in score(decoder, lines)]
     alone = [scored.bits_per_character for scored in score(decoder, lines, ahead=1)]
-    assert together == pytest.approx(alone, abs=1e-6)
+    assert together == (alone if decoder.writes else pytest.approx(alone, abs=1e-6))  # the kernels give the same bits
     with pytest.raises(ConfigError):
         next(score(decoder, lines, ahead=0))
 

@@ -328,11 +328,24 @@ def bench(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Measure our layers beside PyTorch's, in turns, with the same weights: ratios, spreads, share of the GEMM rate."""
+    """Measure us beside PyTorch, in turns, with the same weights: layers, or whole steps of training, writing, scoring.
+
+    Ratios, spreads, share of the rate of a large matrix product.
+    """
     from longshort import machine
 
     if what != "layers":
-        raise UsageError(f"bench {what} is not there yet; bench layers is.")
+        given = {
+            "grid": grid != "quick",
+            "cells": cells,
+            "modes": modes,
+            "options": options,
+            "isa": isa,
+            "worst": worst,
+        }
+        given |= {"kernel": kernel != "auto", "neighbour": neighbour}
+        _bench_workloads(what, [name for name, value in given.items() if value], threads, out, json)
+        return
     if worst is not None and worst < 1:
         raise UsageError(f"--worst must be at least 1, not {worst}.")
     if out == "":
@@ -356,6 +369,29 @@ def bench(
         _print_json(result)
     else:
         screen.print_benchmark(result, worst)
+
+
+def _bench_workloads(what: str, refused: list[str], threads: str | None, out: str | None, json: bool) -> None:
+    if refused:
+        raise UsageError(f"--{refused[0]} goes with bench layers, not with bench {what}.", "Leave it out.")
+    number = _whole(threads or "2", "--threads")
+    if not 1 <= number <= 1024:
+        raise UsageError(f"--threads must be from 1 to 1024, not {number}.")
+    if out == "":
+        raise UsageError("--out is empty.", "An unset shell variable looks like this.")
+    _need_torch("bench")
+    from longshort import durable, screen, workloads
+
+    if out is not None:
+        durable.require_writable_directory(Path(out).absolute().parent)
+    with screen.Ticker() as ticker:
+        result = workloads.result(what, number, ticker.report_workload)
+    if out is not None:
+        workloads.write(Path(out), result)
+    if json:
+        _print_json(result)
+    else:
+        screen.print_workloads(result)
 
 
 @app.command

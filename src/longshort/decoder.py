@@ -2,9 +2,8 @@
 
     T  steps   B  rows   V  symbols   E  width of the embedding   H  hidden units   G  gates times H   L  layers
 
-The native kernels, where there are any, read rows of the embedding (of the identity where there is none), with weights
-that are packed once, and write many symbols in one call. On NumPy the first layer reads a table of V + 1 rows, the
-product of embedding and input weights with the bias added. The last row of either table is the unknown symbol's. All in
+The native kernels, where there are any, read and write many symbols in one call. The first layer reads a table of V + 1
+rows, the product of embedding and input weights with the bias added; the last row is the unknown symbol's. All in
 float32, probabilities in float64.
 """
 
@@ -13,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,21 +101,18 @@ class Decoder:
         shapes = check_weights(config, self._cell.num_gates, weights)
         self._weights = {name: np.asarray(weights[name], dtype=np.float32) for name in shapes}
         w = self._weights
-        self._native: list[tuple[native.Weights, Array]] = []
+        self.threads = machine.cores()
+        """At most so many are used."""
+        weight_VH = w["embedding.weight" if config.tied else "output.weight"]
+        self._native: NativeModel | None = None
         if config.cell in native.CELLS and native.ready():
-            self._target, self._threads = native.active_target(), machine.cores()
-            for layer in range(config.layers):
-                own = native.Weights(*(w[f"recurrent.{name}_l{layer}"] for name in native.Weights._fields))
-                self._native.append((own, native.pack(config.cell, own, self._target)))
-        self._output = np.ascontiguousarray(w["embedding.weight" if config.tied else "output.weight"].T)
-
-    @cached_property
-    def _rows(self) -> Array:
-        """What the first layer reads of each symbol, (V + 1, E)."""
-        size = self.config.vocab_size
-        return _with_unknown(
-            self._weights["embedding.weight"] if self.config.embedding else np.eye(size, dtype=np.float32)
-        )
+            layers = [
+                native.Weights(*(w[f"recurrent.{name}_l{layer}"] for name in native.Weights._fields))
+                for layer in range(config.layers)
+            ]
+            rows = w["embedding.weight"] if config.embedding else np.eye(config.vocab_size, dtype=np.float32)
+            self._native = NativeModel(config.cell, layers, _with_unknown(rows), (weight_VH, w["output.bias"]))
+        self._output = weight_VH.T
 
     @cached_property
     def _table(self) -> Array:
@@ -126,37 +122,19 @@ class Decoder:
             table_VG = self._weights["embedding.weight"] @ table_VG
         return _with_unknown(table_VG) + self._weights["recurrent.bias_ih_l0"]
 
-    @cached_property
-    def _writer(self) -> NativeModel:
-        """The model once more, packed for writing."""
-        layers, output = [weights for weights, _ in self._native], np.ascontiguousarray(self._output.T)
-        return NativeModel(
-            self.config.cell, layers, self._rows, (output, self._weights["output.bias"]), target=self._target
-        )
+    def _start(self, batch_size: int, state: State | None) -> State:
+        """Return a state that may be overwritten."""
+        if state is None:
+            return self._zero_state(batch_size)
+        return tuple(np.array(tensor, dtype=np.float32, order="C") for tensor in state)
 
     def _zero_state(self, batch_size: int) -> State:
         shape = (self.config.layers, batch_size, self.config.hidden)
         return tuple(np.zeros(shape, dtype=np.float32) for _ in range(self._cell.num_states))
 
     def _run(self, ids_TB: NDArray[np.int64], state: State | None) -> tuple[Array, State]:
-        """Return the last layer's outputs (T, B, H) and the state after the last step."""
+        """Return the last layer's outputs (T, B, H) and the state after the last step, by NumPy."""
         before = self._zero_state(ids_TB.shape[1]) if state is None else state
-        if self._native:
-            return self._run_native(ids_TB, before)
-        return self._run_numpy(ids_TB, before)
-
-    def _run_native(self, ids_TB: NDArray[np.int64], before: State) -> tuple[Array, State]:
-        h_TBH = self._rows[ids_TB]
-        after: list[State] = []
-        for layer, (weights, packed) in enumerate(self._native):
-            now = tuple(tensor[layer] for tensor in before)
-            h_TBH, h_BH, c_BH, _ = native.forward(
-                self.config.cell, h_TBH, weights, now, packed=packed, threads=self._threads, target=self._target
-            )
-            after.append((h_BH,) if c_BH is None else (h_BH, c_BH))
-        return h_TBH, tuple(np.stack(tensors) for tensors in zip(*after, strict=True))
-
-    def _run_numpy(self, ids_TB: NDArray[np.int64], before: State) -> tuple[Array, State]:
         w, (T, B) = self._weights, ids_TB.shape
         after: list[State] = []
         h_TBH = np.empty(0, dtype=np.float32)
@@ -180,6 +158,10 @@ class Decoder:
         self, inputs_TB: NDArray[np.int64], targets_TB: NDArray[np.int64], state: State | None
     ) -> tuple[NDArray[np.float64], State]:
         """Return -log p of each target in nats, float64 (T, B), and the state after the last input."""
+        if self._native:
+            after = self._start(inputs_TB.shape[1], state)
+            nats_TB, _ = self._native.read(inputs_TB, after, targets_TB, threads=self.threads)
+            return cast("NDArray[np.float64]", nats_TB), after
         h_TBH, state = self._run(inputs_TB, state)
         logits_TBV = (h_TBH @ self._output + self._weights["output.bias"]).astype(np.float64)
         largest_TB1 = logits_TBV.max(axis=-1, keepdims=True)
@@ -189,13 +171,16 @@ class Decoder:
 
     def logits(self, ids_T: NDArray[np.int64], state: State | None) -> tuple[Array, State]:
         """Read `ids_T` and return the logits (V) of the symbol after the last, and the state there."""
+        if self._native:
+            after = self._start(1, state)
+            return self._native.read(ids_T[:, None], after, threads=self.threads)[1][0], after
         h_TBH, state = self._run(ids_T[:, None], state)
         return h_TBH[-1, 0] @ self._output + self._weights["output.bias"], state
 
     @property
     def writes(self) -> bool:
         """Whether `write` can be called: there are native kernels."""
-        return bool(self._native)
+        return self._native is not None
 
     def write(
         self, logits_BV: Array, state: State, draws: Sequence[Draw], steps: int, *, newline: int | None = None
@@ -211,7 +196,9 @@ class Decoder:
             steps: how many are chosen.
             newline: a symbol before which the state becomes zero, for models of lines.
         """
-        return self._writer.write(logits_BV, state, draws, steps, newline=newline, threads=self._threads)
+        if self._native is None:
+            raise UsageError("Without native kernels there is no `write`; generation.generate works.")
+        return self._native.write(logits_BV, state, draws, steps, newline=newline, threads=self.threads)
 
 
 def _with_unknown(rows: Array) -> Array:

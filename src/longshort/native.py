@@ -131,6 +131,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ls_forward": (_i32, (_pointer,)),
     "ls_backward": (_i32, (_pointer,)),
     "ls_decode": (_i32, (_pointer,)),
+    "ls_read": (_i32, (_pointer,)),
     "ls_table_floats": (_i64, (_i32, _i64, _i64, _i32)),
     "ls_head_floats": (_i64, (_i64, _i64, _i32)),
     "ls_pack_table": (_i32, (_i32, _i64, _i64, _i32, _pointer, _pointer)),

@@ -1,8 +1,8 @@
-"""A whole language model on the kernel library: it writes texts, many symbols in one call. Needs no PyTorch.
+"""A whole language model on the kernel library: it reads and writes texts, many symbols in one call. Needs no PyTorch.
 
-    B  texts   V  symbols   E  width of the embedding   H  hidden units   G  gates times H   L  layers
+    T  steps   B  texts   V  symbols   E  width of the embedding   H  hidden units   G  gates times H   L  layers
 
-What the functions mean is written in `csrc/longshort.h` (`ls_decode`).
+What the functions mean is written in `csrc/longshort.h` (`ls_read`, `ls_decode`).
 """
 
 from __future__ import annotations
@@ -52,6 +52,17 @@ class DecodeArgs(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("B", "steps")),
         *((name, ctypes.c_void_p) for name in ("sampling", "logits", "h", "c", "ids")),
         ("newline", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("num_threads", "reserved")),
+    )
+
+
+class ReadArgs(ctypes.Structure):
+    """`ls_read_args`."""
+
+    _fields_ = (
+        ("model", ModelStructure),
+        *((name, ctypes.c_int64) for name in ("T", "B")),
+        *((name, ctypes.c_void_p) for name in ("ids", "targets", "h", "c", "nats", "logits")),
         *((name, ctypes.c_int32) for name in ("num_threads", "reserved")),
     )
 
@@ -142,15 +153,10 @@ class NativeModel:
             threads: at most so many.
         """
         B = len(draws)
-        wanted = 2 if self.cell == "lstm" else 1
-        if len(state) != wanted or steps < 0 or threads < 1:
-            raise ValueError(f"{len(state)} states, {steps} steps and {threads} threads make no sense for {self.cell}")
-        for name, array, shape in (
-            ("logits", logits_BV, (B, self.V)),
-            *(("state", array, (self.num_layers, B, self.H)) for array in state),
-        ):
-            if native.float_array(name, array, shape) is not array or not array.flags.writeable:
-                raise ValueError(f"{name} must be contiguous and writable")
+        if steps < 0 or threads < 1:
+            raise ValueError(f"{steps} steps and {threads} threads make no sense")
+        self._check_state(state, B)
+        _require_writable("logits", logits_BV, (B, self.V))
         ids = np.empty((steps, B), np.int64)
         samplings = (SamplingStructure * B)(
             *(
@@ -164,6 +170,51 @@ class NativeModel:
         args.h, args.c = (*map(address, state), None)[:2]
         native.check_status(self._library.ls_decode(ctypes.byref(args)))
         return ids
+
+    def read(
+        self,
+        ids_TB: NDArray[np.int64],
+        state: Sequence[Array],
+        targets_TB: NDArray[np.int64] | None = None,
+        *,
+        threads: int = 1,
+    ) -> tuple[NDArray[np.float64] | None, Array]:
+        """Read texts; return -log p of each target in nats, float64 (T, B), and the logits (B, V) after the last step.
+
+        Args:
+            ids_TB: what is read: symbols, or V for one outside the vocabulary.
+            state: as of `write`.
+            targets_TB: the symbol that followed each; where negative, the result is 0. None: no nats are wanted.
+            threads: at most so many.
+        """
+        ids_TB = np.require(ids_TB, np.int64, ("C", "A"))
+        if ids_TB.ndim != 2 or not len(ids_TB) or threads < 1:
+            raise ValueError(f"ids must have the shape (T, B) with T of at least 1, not {ids_TB.shape}")
+        T, B = ids_TB.shape
+        self._check_state(state, B)
+        logits_BV, nats_TB = np.empty((B, self.V), np.float32), None
+        if targets_TB is not None:
+            targets_TB = np.require(targets_TB, np.int64, ("C", "A"))
+            if targets_TB.shape != (T, B):
+                raise ValueError(f"targets must have the shape {(T, B)}, not {targets_TB.shape}")
+            nats_TB = np.empty((T, B), np.float64)
+        args = ReadArgs(model=self._structure, T=T, B=B, num_threads=min(threads, 2**31 - 1))
+        args.ids, args.targets, args.nats, args.logits = map(address, (ids_TB, targets_TB, nats_TB, logits_BV))
+        args.h, args.c = (*map(address, state), None)[:2]
+        native.check_status(self._library.ls_read(ctypes.byref(args)))
+        return nats_TB, logits_BV
+
+    def _check_state(self, state: Sequence[Array], B: int) -> None:
+        wanted = 2 if self.cell == "lstm" else 1
+        if len(state) != wanted:
+            raise ValueError(f"a {self.cell} has {wanted} states, not {len(state)}")
+        for tensor in state:
+            _require_writable("state", tensor, (self.num_layers, B, self.H))
+
+
+def _require_writable(name: str, array: Array, shape: tuple[int, ...]) -> None:
+    if native.float_array(name, array, shape) is not array or not array.flags.writeable:
+        raise ValueError(f"{name} must be contiguous and writable")
 
 
 def _gates(cell: str, weights: Weights, rows: Array) -> Array:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from longshort.recipes import Plan
     from longshort.scoring import LineScore
     from longshort.training import Event, Finished, Looked, Progress, Skipped, Started
+    from longshort.workloads import Row as WorkloadRow
 
 _SAMPLE_CHARACTERS = 240
 _SECONDS_BETWEEN_SAMPLES = 2.0
@@ -242,6 +243,10 @@ class Ticker:
         noisy = " (noisy)" if row.noisy else ""
         self._say(f"{done}/{cases} {row.case}: {row.ratio:.2f}{noisy}", last=True)
 
+    def report_workload(self, row: WorkloadRow, done: int, rows: int) -> None:
+        """Say what one workload of `bench` gave."""
+        self._say(f"{done}/{rows} {row.name} beside {row.peer}: {row.ratio:.2f}{' (noisy)' * row.noisy}", last=True)
+
     def _say(self, words: str, last: bool) -> None:
         if self._console.is_terminal:
             self._console.file.write(f"\r{visible(words)}\x1b[K")
@@ -358,6 +363,30 @@ def print_benchmark(result: Mapping[str, Any], worst: int | None = None) -> None
     console.print("The peer's time divided by ours, geometric mean of each band (in brackets: the mark to be reached).")
     if result["noisy"]:
         console.print(f"{result['noisy']} of {len(result['rows'])} cases were noisy to the last.")
+
+
+def print_workloads(result: Mapping[str, Any]) -> None:
+    """Print the table of `bench train`, `generate` or `score`; `result`: of `workloads.result`."""
+    console = _console()
+    machine = result["machine"]
+    console.print(
+        f"{visible(machine['processor'])}, {machine['cores']} cores, {result['threads']} threads, longshort "
+        f"{machine['longshort']}, PyTorch {machine['torch']} ({result['torch_code']}), {result['date']}",
+        markup=False,
+    )
+    table = _table(result["benchmark"], "beside", "ours", "spread", "peer", "spread", "ratio", "of GEMM", "", left=2)
+    for row in result["rows"]:
+        table.add_row(
+            *(row["name"], row["peer"]),
+            f"{row['ours_per_second']:,.0f} {row['unit']}/s",
+            f"{row['ours_spread']:.0%}",
+            f"{row['peer_per_second']:,.0f} {row['unit']}/s",
+            f"{row['peer_spread']:.0%}",
+            f"{row['ratio']:.2f}",
+            f"{row['gemm_share']:.0%}",
+            "noisy" if row["noisy"] else "",
+        )
+    console.print(table)
 
 
 _KIND = ("cell", "mode", "threads")

@@ -1,0 +1,365 @@
+"""`bench train`, `generate` and `score`: whole workloads beside the program that a PyTorch user would write.
+
+    train      a training step: read a batch, forward, loss, backward, clip, update. The peer: `nn.LSTM` and the
+               optimizer in PyTorch's quickest form
+    generate   characters: embedding, cell, logits, temperature, choice. The peers: `nn.LSTM` and `nn.LSTMCell`, a step
+               in Python at a time
+    score      lines: bits of every character. The peer: `nn.LSTM` under inference mode on batches of sorted, padded
+               lines
+
+Both sides have the same sizes, do the same work on the same text, and are measured in turns (timing.py).
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longshort import ledger, machine, peers, training
+from longshort.config import TrainConfig
+from longshort.decoder import Decoder
+from longshort.model import LanguageModel
+from longshort.native_model import Draw
+from longshort.scoring import score
+from longshort.text import grammar
+from longshort.text.batches import IGNORED, Batch
+from longshort.text.tokenizers import CharTokenizer, Tokenizer
+from longshort.timing import Side, interleave, spread
+
+SYMBOLS = "\n !',-.:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz$&3"
+"""As many as the tiny Shakespeare text has: 65."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contest:
+    """One workload, ours and the peer's.
+
+    Attributes:
+        name: what is done.
+        peer: by whom else.
+        unit: what is counted.
+        ours: a call of ours.
+        theirs: a call of the peer's.
+        ours_units: how many units a call of ours is.
+        peer_units: the same of the peer's.
+        operations: multiplications and additions of a unit's matrix products.
+    """
+
+    name: str
+    peer: str
+    unit: str
+    ours: Callable[[], object]
+    theirs: Callable[[], object]
+    ours_units: float = 1.0
+    peer_units: float = 1.0
+    operations: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A contest, measured.
+
+    Attributes:
+        name: of the contest, as all up to `unit`.
+        peer: by whom else.
+        unit: what is counted.
+        ours_per_second: units, median over the blocks.
+        peer_per_second: the same.
+        ratio: `ours_per_second` / `peer_per_second`.
+        gemm_share: rate of our matrix products, as a share of that of one large product measured between the blocks.
+        ours_spread: distance of the quartiles of the blocks, divided by their median.
+        peer_spread: the same.
+        noisy: as `ledger.Row.noisy`.
+        ours_blocks: seconds a unit, of each block.
+        peer_blocks: the same.
+    """
+
+    name: str
+    peer: str
+    unit: str
+    ours_per_second: float
+    peer_per_second: float
+    ratio: float
+    gemm_share: float
+    ours_spread: float
+    peer_spread: float
+    noisy: bool
+    ours_blocks: list[float]
+    peer_blocks: list[float]
+
+
+def result(
+    what: str, threads: int, report: Callable[[Row, int, int], None] = lambda row, done, all: None
+) -> dict[str, Any]:
+    """Measure a kind of workloads and return everything that `bench --json` prints.
+
+    Args:
+        what: `train`, `generate` or `score`.
+        threads: of both sides.
+        report: called after each row with it, the number of those done, and of all.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        builders = KINDS[what]
+        rows = []
+        for build in builders:
+            gc.collect()
+            rows.append(_measure(build(threads)))
+            report(rows[-1], len(rows), len(builders))
+    finally:
+        torch.set_num_threads(before)
+    return {
+        "benchmark": what,
+        "command": f"longshort bench {what} --threads {threads}",
+        "threads": threads,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine.description(),
+        "library": ledger.library(),
+        "torch_code": torch.backends.cpu.get_cpu_capability(),
+        "noisy": sum(row.noisy for row in rows),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a result as a file, whole or not at all."""
+    ledger.write(path, content)
+
+
+def _measure(contest: Contest) -> Row:
+    timing = interleave(Side(contest.ours), Side(contest.theirs), peers.gemm(), blocks=9, block_seconds=0.3)
+    ours = [seconds / contest.ours_units for seconds in timing.ours]
+    theirs = [seconds / contest.peer_units for seconds in timing.peer]
+    gemm = 2 * peers.GEMM_SIZE**3 / statistics.median(timing.gemm)
+    middle, peer_middle = statistics.median(ours), statistics.median(theirs)
+    return Row(
+        name=contest.name,
+        peer=contest.peer,
+        unit=contest.unit,
+        ours_per_second=1 / middle,
+        peer_per_second=1 / peer_middle,
+        ratio=peer_middle / middle,
+        gemm_share=contest.operations / middle / gemm,
+        ours_spread=spread(ours),
+        peer_spread=spread(theirs),
+        noisy=spread(timing.gemm) > ledger.MOST_GEMM_SPREAD or timing.stolen > ledger.MOST_STOLEN,
+        ours_blocks=ours,
+        peer_blocks=theirs,
+    )
+
+
+# --------------------------------------------------------------------------------------------------- models
+
+
+class PlainModel(nn.Module):
+    """The model as a PyTorch user writes it: embedding or one-hot rows, `nn.LSTM`, linear layer."""
+
+    def __init__(self, like: LanguageModel) -> None:
+        super().__init__()
+        config = like.config
+        self.size = config.vocab_size
+        self.embedding = nn.Embedding(self.size, config.embedding) if config.embedding else None
+        self.recurrent = nn.LSTM(config.embedding or self.size, config.hidden, config.layers)
+        self.output = nn.Linear(config.hidden, self.size)
+        with torch.no_grad():
+            if self.embedding is not None and like.embedding is not None:
+                self.embedding.weight.copy_(like.embedding.weight[: self.size])
+            self.recurrent.load_state_dict(like.recurrent.state_dict())
+            self.output.load_state_dict(like.output.state_dict())
+
+    def inputs(self, ids: Tensor) -> Tensor:
+        """Return what the first layer reads."""
+        return F.one_hot(ids, self.size).float() if self.embedding is None else self.embedding(ids)
+
+    def forward(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Return logits and the state after."""
+        h, state = self.recurrent(self.inputs(ids), state)
+        return self.output(h), state
+
+
+def _models(config: TrainConfig, tokenizer: Tokenizer) -> tuple[LanguageModel, PlainModel]:
+    model = training.make_model(config, tokenizer)
+    return model, PlainModel(model)
+
+
+def _lines(number: int) -> list[str]:
+    """Return lines of made-up English, of the lengths that lines of logs and plays have."""
+    words = grammar.generate(number * 60, seed=5).replace("\n", " ").split()
+    generator = np.random.default_rng(0)
+    lines, first = [], 0
+    for _ in range(number):
+        count = int(generator.integers(2, 16))
+        lines.append(" ".join(words[first : first + count]))
+        first = (first + count) % (len(words) - 16)
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------------- train
+
+
+def _train(name: str, config: TrainConfig, symbols: str) -> Contest:
+    tokenizer = CharTokenizer(symbols)
+    V, B, T, H = tokenizer.size, config.batch_size, config.seq_len, config.hidden
+    ids = np.random.default_rng(0).integers(V, size=(64, T + 1, B))
+    batches = [Batch(part[:-1], part[1:], T * B, 0, False) for part in ids]
+    model, plain = _models(config, tokenizer)
+    stepper = training.Stepper(model, config, 10**6)
+    parameters = list(plain.parameters())
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(parameters, lr=config.lr)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
+    turn = {"ours": 0, "peer": 0}
+    state: list[Any] = [tuple(torch.zeros(1, B, H) for _ in range(2))]
+
+    def ours() -> None:
+        turn["ours"] += 1
+        stepper.step(turn["ours"], batches[turn["ours"] % 64])
+
+    def peer() -> None:
+        turn["peer"] += 1
+        batch = batches[turn["peer"] % 64]
+        inputs, targets = torch.from_numpy(batch.inputs_TB), torch.from_numpy(batch.targets_TB)
+        optimizer.zero_grad()
+        logits, after = plain(inputs, tuple(tensor.detach() for tensor in state[0]))
+        state[0] = after
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, config.clip or 1.0)
+        optimizer.step()
+        loss.item()
+
+    operations = 3 * 2 * T * B * (4 * H * H + H * V)
+    return Contest(name=name, peer="nn.LSTM", unit="steps", ours=ours, theirs=peer, operations=operations)
+
+
+def _lecture(threads: int) -> Contest:
+    config = TrainConfig(hidden=256, embedding=0, batch_size=32, seq_len=35, optimizer="sgd", lr=1.0, threads=threads)
+    return _train("the lecture's: one-hot, 1 x 256, SGD", config, SYMBOLS[-28:])
+
+
+def _lecture_adamw(threads: int) -> Contest:
+    config = TrainConfig(hidden=256, embedding=256, batch_size=32, seq_len=35, threads=threads)
+    return _train("embedding 256, 1 x 256, AdamW", config, SYMBOLS[-28:])
+
+
+def _shakespeare(threads: int) -> Contest:
+    config = TrainConfig(hidden=512, embedding=512, batch_size=32, seq_len=64, threads=threads)
+    return _train("embedding 512, 1 x 512, T=64, AdamW", config, SYMBOLS)
+
+
+# -------------------------------------------------------------------------------------------------- generate
+
+_TEMPERATURE = 0.8
+
+
+def _written(peer: str, streams: int) -> Callable[[int], Contest]:
+    def build(threads: int) -> Contest:
+        tokenizer = CharTokenizer(SYMBOLS)
+        model, plain = _models(TrainConfig(hidden=256, embedding=128, threads=threads), tokenizer)
+        decoder = Decoder(model.config, model.weights(), tokenizer)
+        decoder.threads = threads
+        logits_V, first = decoder.logits(np.array([1]), None)
+        logits_BV = np.repeat(logits_V[None], streams, axis=0)
+        state = tuple(np.ascontiguousarray(np.repeat(tensor, streams, axis=1)) for tensor in first)
+        draws = [Draw(_TEMPERATURE, None, None, 0, stream, 0) for stream in range(streams)]
+        ours_steps, peer_steps = 2_000 if streams == 1 else 200, 200 if streams == 1 else 50
+        write = _with_layer if peer == "nn.LSTM" else _with_cell
+        return Contest(
+            name=f"{streams} text{'s' if streams > 1 else ''}, LSTM 1 x 256",
+            peer=peer,
+            unit="characters",
+            ours=lambda: decoder.write(logits_BV, state, draws, ours_steps),
+            theirs=lambda: write(plain, streams, peer_steps),
+            ours_units=ours_steps * streams,
+            peer_units=peer_steps * streams,
+            operations=2 * (4 * 256 * 256 + 256 * len(SYMBOLS)),
+        )
+
+    return build
+
+
+@torch.inference_mode()
+def _with_layer(plain: PlainModel, streams: int, steps: int) -> None:
+    ids, state = torch.ones(1, streams, dtype=torch.int64), None
+    for _ in range(steps):
+        logits, state = plain(ids, state)
+        ids = torch.multinomial(F.softmax(logits[0] / _TEMPERATURE, dim=-1), 1).T
+        ids.tolist()
+
+
+@torch.inference_mode()
+def _with_cell(plain: PlainModel, streams: int, steps: int) -> None:
+    layer = plain.recurrent
+    cell = nn.LSTMCell(layer.input_size, layer.hidden_size)
+    cell.load_state_dict({name.removesuffix("_l0"): tensor for name, tensor in layer.state_dict().items()})
+    ids = torch.ones(streams, dtype=torch.int64)
+    state = (torch.zeros(streams, layer.hidden_size), torch.zeros(streams, layer.hidden_size))
+    for _ in range(steps):
+        state = cell(plain.inputs(ids), state)
+        ids = torch.multinomial(F.softmax(plain.output(state[0]) / _TEMPERATURE, dim=-1), 1)[:, 0]
+        ids.tolist()
+
+
+# ----------------------------------------------------------------------------------------------------- score
+
+
+def _scored(threads: int) -> Contest:
+    tokenizer = CharTokenizer(SYMBOLS)
+    config = TrainConfig(hidden=256, embedding=128, threads=threads, lines=True)
+    model, plain = _models(config, tokenizer)
+    decoder = Decoder(model.config, model.weights(), tokenizer)
+    decoder.threads = threads
+    lines = _lines(2_048)
+    characters = sum(len(line) + 1 for line in lines)
+    return Contest(
+        name="lines, LSTM 1 x 256",
+        peer="nn.LSTM",
+        unit="characters",
+        ours=lambda: list(score(decoder, lines)),
+        theirs=lambda: list(_with_padding(plain, tokenizer, lines)),
+        ours_units=characters,
+        peer_units=characters,
+        operations=2 * (4 * 256 * 256 + 256 * len(SYMBOLS)),
+    )
+
+
+@torch.inference_mode()
+def _with_padding(plain: PlainModel, tokenizer: Tokenizer, lines: Sequence[str]) -> Iterator[float]:
+    encoded = [tokenizer.encode(f"\n{line}\n").astype(np.int64) for line in lines]
+    encoded = [np.minimum(ids, plain.size - 1) for ids in encoded]
+    order = sorted(range(len(lines)), key=lambda i: len(encoded[i]))
+    found = [0.0] * len(lines)
+    for first in range(0, len(order), 64):
+        batch = order[first : first + 64]
+        padded = nn.utils.rnn.pad_sequence([torch.from_numpy(encoded[i]) for i in batch], padding_value=IGNORED)
+        logits, _ = plain(padded[:-1].clamp(min=0), None)
+        nats = F.cross_entropy(logits.flatten(0, 1), padded[1:].flatten(), ignore_index=IGNORED, reduction="none")
+        sums = nats.view(padded[1:].shape).sum(0).tolist()
+        for i, total in zip(batch, sums, strict=True):
+            found[i] = total / (len(lines[i]) + 1) / 0.6931471805599453
+    yield from found
+
+
+KINDS: dict[str, tuple[Callable[[int], Contest], ...]] = {
+    "train": (_lecture, _lecture_adamw, _shakespeare),
+    "generate": (
+        _written("nn.LSTM", 1),
+        _written("nn.LSTMCell", 1),
+        _written("nn.LSTM", 64),
+        _written("nn.LSTMCell", 64),
+    ),
+    "score": (_scored,),
+}
