@@ -7,6 +7,7 @@
 #ifndef LONGSHORT_DECODE_H
 #define LONGSHORT_DECODE_H
 
+#include "bytes.h"
 #include "layout.h"
 
 namespace ls {
@@ -21,6 +22,7 @@ struct Head {
   int64_t blocks() const { return ceil_div(H, W); }
   int64_t panel_floats() const { return (1 + blocks() * W) * kHeadVectors * W; }
   int64_t width() const { return panels() * kHeadVectors * W; }
+  int64_t byte_panel_floats() const { return kHeadVectors * W + bytes_floats(blocks() * W, kHeadVectors * W); }
 
   void pack(const float* weight, const float* bias, float* packed) const {
     for (int64_t panel = 0; panel < panels(); ++panel, packed += panel_floats())
@@ -30,6 +32,23 @@ struct Head {
         store(packed + n * W, rows ? load_part(bias + first, rows) : V{});
         transpose_block(weight + (rows ? first : 0) * H, H, rows, H, packed + (kHeadVectors + n) * W, kHeadVectors * W);
       }
+  }
+};
+
+/* A layer's panel with weights of eight bits: biases, then scales and bytes of W_ih, then those of W_hh. */
+template <class Cell>
+struct BytePanel {
+  static constexpr int NW = Sizes<Cell>::N * W;
+  const Sizes<Cell>& sizes;
+  int64_t inputs_at() const { return sizes.bias_floats(); }
+  int64_t hidden_at() const { return inputs_at() + bytes_floats(sizes.input_blocks * W, NW); }
+  int64_t floats() const { return hidden_at() + bytes_floats(sizes.hidden_blocks() * W, NW); }
+
+  void round(const float* packed, float* out) const {
+    __builtin_memcpy(out, packed, size_t(sizes.bias_floats()) * sizeof(float));
+    const float* inputs = packed + sizes.bias_floats();
+    round_to_bytes(inputs, sizes.input_blocks * W, NW, out + inputs_at());
+    round_to_bytes(inputs + sizes.input_floats(), sizes.hidden_blocks() * W, NW, out + hidden_at());
   }
 };
 
@@ -168,6 +187,17 @@ struct Language {
       }
   }
 
+  /* out = start + a weights, of floats or of bytes with their scales. */
+  template <int Vectors>
+  void product(int rows, int64_t blocks, const float* a_rows, int64_t a_block, const float* weights, Place start,
+               Place out) const {
+    if (!model.int8)
+      multiply_rows<Vectors>(rows, blocks, a_rows, a_block, weights, start, out, {});
+    else
+      multiply_bytes_rows<Vectors>(rows, blocks, a_rows, a_block, reinterpret_cast<const int8_t*>(weights + Vectors * W),
+                                   weights, start, out);
+  }
+
   void run_layer(const Rows& rows, int64_t layer, int now, const float* below) {
     const Sizes<Cell>& sizes = layer ? upper : first;
     const int64_t state = layer * layer_floats(rows), row_block = rows.room * W;
@@ -180,10 +210,11 @@ struct Language {
     }
     Tiles tiles(rows.count, max_rows<N>());
     alignas(64) float xg[kAccumulators * W], sums[kAccumulators * W];
+    const BytePanel<Cell> bytes{sizes};
     for (int64_t panel = 0; panel < sizes.panels; ++panel) {
-      const float* biases = model.packed[layer] + panel * sizes.panel_floats();
+      const float* biases = model.packed[layer] + panel * (model.int8 ? bytes.floats() : sizes.panel_floats());
       const float* inputs = biases + sizes.bias_floats();
-      const float* hidden = inputs + sizes.input_floats();
+      const float* hidden = model.int8 ? biases + bytes.hidden_at() : inputs + sizes.input_floats();
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         const int64_t row = tiles.begin(tile);
         const int count = tiles.size(tile);
@@ -192,7 +223,7 @@ struct Language {
             __builtin_memcpy(xg + r * NW, model.table + (rows.ids[row + r] * sizes.panels + panel) * NW, NW * sizeof(float));
         } else {
           Place start = {const_cast<float*>(biases), 0, W};
-          multiply_rows<N>(count, sizes.input_blocks, below + row * W, row_block, inputs, start, Place{xg, NW, W}, {});
+          product<N>(count, sizes.input_blocks, below + row * W, row_block, inputs, start, Place{xg, NW, W});
         }
         Place start = {xg, NW, W};
         if constexpr (kGru) { /* n starts from its own hidden bias: r multiplies the sum before the input's share is added */
@@ -200,8 +231,7 @@ struct Language {
           for (int r = 0; r < count; ++r) store(sums + r * NW + 2 * W, load(biases + 3 * W));
           start.p = sums;
         }
-        multiply_rows<N>(count, sizes.hidden_blocks(), rows.h[now] + state + row * W, row_block, hidden, start,
-                         Place{sums, NW, W}, {});
+        product<N>(count, sizes.hidden_blocks(), rows.h[now] + state + row * W, row_block, hidden, start, Place{sums, NW, W});
         finish_tile(rows, state, panel, row, count, now, sums, xg);
       }
     }
@@ -236,12 +266,12 @@ struct Language {
   void run_head(const Rows& rows, const float* h) {
     Tiles tiles(rows.count, max_rows<kHeadVectors>());
     for (int64_t panel = 0; panel < head.panels(); ++panel) {
-      const float* packed = model.head + panel * head.panel_floats();
+      const float* packed = model.head + panel * (model.int8 ? head.byte_panel_floats() : head.panel_floats());
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         const int64_t row = tiles.begin(tile);
         float* out = rows.logits + row * head.width() + panel * kHeadVectors * W;
-        multiply_rows<kHeadVectors>(tiles.size(tile), head.blocks(), h + row * W, rows.room * W, packed + kHeadVectors * W,
-                                    Place{const_cast<float*>(packed), 0, W}, Place{out, head.width(), W}, {});
+        product<kHeadVectors>(tiles.size(tile), head.blocks(), h + row * W, rows.room * W, packed + kHeadVectors * W,
+                              Place{const_cast<float*>(packed), 0, W}, Place{out, head.width(), W});
       }
     }
   }
@@ -310,6 +340,24 @@ struct Decode : Language<Cell, ls_decode_args> {
     Base::end(rows, a.steps);
   }
 };
+
+template <class Cell>
+static void round_layer(int64_t I, int64_t H, const float* packed, float* out) {
+  Sizes<Cell> sizes(I, H);
+  BytePanel<Cell> bytes{sizes};
+  for (int64_t panel = 0; panel < sizes.panels; ++panel)
+    bytes.round(packed + panel * sizes.panel_floats(), out + panel * bytes.floats());
+}
+
+static inline void round_head(const Head& head, const float* packed, float* out) {
+  constexpr int64_t columns = kHeadVectors * W;
+  for (int64_t panel = 0; panel < head.panels(); ++panel) {
+    __builtin_memcpy(out, packed, columns * sizeof(float));
+    round_to_bytes(packed + columns, head.blocks() * W, columns, out + columns);
+    packed += head.panel_floats();
+    out += head.byte_panel_floats();
+  }
+}
 
 /* table[symbol][panel][N][W] = rows[symbol][gate][H]. */
 template <class Cell>

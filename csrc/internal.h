@@ -24,6 +24,8 @@ struct Target {
   int64_t (*table_floats)(int32_t cell, int64_t symbols, int64_t H);
   int64_t (*head_floats)(int64_t V, int64_t H);
   void (*pack_table)(int32_t cell, int64_t symbols, int64_t H, const float* rows, float* table);
+  int64_t (*rounded_floats)(int32_t cell, int64_t I_or_V, int64_t H);
+  void (*round)(int32_t cell, int64_t I_or_V, int64_t H, const float* packed, float* rounded);
   void (*pack_head)(int64_t V, int64_t H, const float* weight, const float* bias, float* head);
   void (*apply)(int32_t function, int64_t n, const float* x, float* y);
 };

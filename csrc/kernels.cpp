@@ -106,6 +106,30 @@ static void pack_head(int64_t V, int64_t H, const float* weight, const float* bi
   Head{V, H}.pack(weight, bias, head);
 }
 
+template <class Cell>
+static int64_t rounded_floats_of(int64_t I, int64_t H) {
+  Sizes<Cell> sizes(I, H);
+  return sizes.panels * BytePanel<Cell>{sizes}.floats();
+}
+
+static int64_t rounded_floats(int32_t cell, int64_t I_or_V, int64_t H) {
+  switch (cell) {
+    case -1: return Head{I_or_V, H}.panels() * Head{I_or_V, H}.byte_panel_floats();
+    case LS_GRU: return rounded_floats_of<Gru>(I_or_V, H);
+    case LS_LSTM: return rounded_floats_of<Lstm>(I_or_V, H);
+    default: return rounded_floats_of<RnnTanh>(I_or_V, H);
+  }
+}
+
+static void round(int32_t cell, int64_t I_or_V, int64_t H, const float* packed, float* rounded) {
+  switch (cell) {
+    case -1: return round_head(Head{I_or_V, H}, packed, rounded);
+    case LS_GRU: return round_layer<Gru>(I_or_V, H, packed, rounded);
+    case LS_LSTM: return round_layer<Lstm>(I_or_V, H, packed, rounded);
+    default: return round_layer<RnnTanh>(I_or_V, H, packed, rounded);
+  }
+}
+
 static void apply(int32_t function, int64_t n, const float* x, float* y) {
   FlushSubnormals flush;
   for (int64_t i = 0; i < n; i += W) {
@@ -123,9 +147,10 @@ static void apply(int32_t function, int64_t n, const float* x, float* y) {
 #define LS_TEXT(a) #a
 extern const Target LS_JOIN(target_, LS_TARGET);
 const Target LS_JOIN(target_, LS_TARGET) = {
-    LS_QUOTE(LS_TARGET),      LS_TARGET::forward, LS_TARGET::backward, LS_TARGET::saved_floats,
-    LS_TARGET::packed_floats, LS_TARGET::pack,    LS_TARGET::decode,   LS_TARGET::read, LS_TARGET::table_floats,
-    LS_TARGET::head_floats,   LS_TARGET::pack_table_of, LS_TARGET::pack_head, LS_TARGET::apply,
+    LS_QUOTE(LS_TARGET),      LS_TARGET::forward,        LS_TARGET::backward, LS_TARGET::saved_floats,
+    LS_TARGET::packed_floats, LS_TARGET::pack,           LS_TARGET::decode,   LS_TARGET::read,
+    LS_TARGET::table_floats,  LS_TARGET::head_floats,    LS_TARGET::pack_table_of, LS_TARGET::rounded_floats,
+    LS_TARGET::round,         LS_TARGET::pack_head,      LS_TARGET::apply,
 };
 
 }  // namespace ls

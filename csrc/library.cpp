@@ -223,6 +223,18 @@ int32_t ls_pack_head(int64_t V, int64_t H, int32_t target, const float* weight, 
   return LS_OK;
 }
 
+int64_t ls_rounded_floats(int32_t cell, int64_t I_or_V, int64_t H, int32_t target) {
+  bool sizes = (is_cell(cell) || (cell == -1 && I_or_V > 0)) && are_widths(I_or_V, H);
+  const Target* found = sizes ? find(target) : nullptr;
+  return found ? found->rounded_floats(cell, I_or_V, H) : -1;
+}
+
+int32_t ls_round(int32_t cell, int64_t I_or_V, int64_t H, int32_t target, const float* packed, float* rounded) {
+  if (ls_rounded_floats(cell, I_or_V, H, target) < 0 || !packed || !rounded) return LS_BAD_ARGUMENT;
+  find(target)->round(cell, I_or_V, H, packed, rounded);
+  return LS_OK;
+}
+
 int32_t ls_read(const ls_read_args* args) {
   if (!args || !are_texts(args->model, args->B, args->T, args->num_threads)) return LS_BAD_ARGUMENT;
   const ls_model& model = args->model;

@@ -134,6 +134,8 @@ typedef struct {
   int64_t V, E, H, layers;  /* E: width of the embedding; not read where there is a table */
   int32_t cell;             /* enum ls_cell */
   int32_t target;           /* of all that was packed; -1: the active one */
+  int32_t int8;             /* not 0: layers and head are ls_round's, the table stays float32 */
+  int32_t reserved;
   const float* table;       /* ls_pack_table: what each of the V + 1 symbols gives the gates of the first layer; NULL: */
   const float* embedding;   /* V + 1 x E: what the first layer reads */
   const float* const* packed; /* ls_pack's, of each layer; of the first with I = 0 where there is a table, else I = E */
@@ -209,6 +211,11 @@ LS_API int64_t ls_table_floats(int32_t cell, int64_t V, int64_t H, int32_t targe
 LS_API int64_t ls_head_floats(int64_t V, int64_t H, int32_t target);
 LS_API int32_t ls_pack_table(int32_t cell, int64_t V, int64_t H, int32_t target, const float* rows, float* table);
 LS_API int32_t ls_pack_head(int64_t V, int64_t H, int32_t target, const float* weight, const float* bias, float* head);
+
+/* Packed weights as ls_read and ls_decode also take them: eight bits each and a scale a column. Of a layer that ls_pack has
+   packed, or with -1 as the cell of a head that ls_pack_head has. Floats that they take; -1: a bad argument. */
+LS_API int64_t ls_rounded_floats(int32_t cell, int64_t I_or_V, int64_t H, int32_t target);
+LS_API int32_t ls_round(int32_t cell, int64_t I_or_V, int64_t H, int32_t target, const float* packed, float* rounded);
 
 /* A number that changes when the weights do, if more than a few of them: from 64 values of each matrix and 8 of each bias.
    For who keeps packed weights and cannot be told of changes. 0: a bad argument. */

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from longshort import native, native_model, training
 from longshort.config import TrainConfig
 from longshort.decoder import Decoder
-from longshort.errors import ConfigError
-from longshort.generation import Request, Sampling, choose, generate, generate_many, uniform
+from longshort.errors import ConfigError, UsageError
+from longshort.generation import Request, Sampling, choose, cost_in_bits, generate, generate_many, uniform
 from longshort.model import LanguageModel
 from longshort.native_model import DecodeArgs, Draw, NativeModel, SamplingStructure
 from longshort.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
@@ -195,6 +195,79 @@ def test_the_state_is_zero_before_a_newline() -> None:
         np.testing.assert_allclose(state[1][:, row], states[1][:, 0], atol=1e-5)
 
 
+# ------------------------------------------------------------------------------------------------ eight bits
+
+
+def rounded(weights: Any) -> Any:
+    """Return a matrix (rows, K) with each row rounded to 127 steps to either side, as the kernels read it."""
+    scales = np.abs(weights).max(axis=1, keepdims=True) / np.float32(127)
+    safe = np.where(scales > 0, scales, 1)
+    steps = np.trunc(weights * (np.float32(1) / safe) + np.copysign(np.float32(0.5), weights))
+    return (steps * scales).astype(np.float32)
+
+
+@pytest.mark.parametrize("target", native.built_targets())
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("table", [True, False])
+def test_eight_bits_are_the_model_with_rounded_weights(
+    cell: str, table: bool, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if target not in native.targets():
+        pytest.skip(f"this processor has no {target}")
+    monkeypatch.setattr(native, "active_target", lambda: target)
+    if not table:
+        monkeypatch.setattr(native_model, "TABLE_BYTES", 0)
+    _, model = models(cell=cell, layers=2, hidden=37)
+    weights = model.weights()
+    few = Decoder(model.config, weights, TOKENIZER, "int8")
+    as_rounded = {
+        name: rounded(array)
+        if array.ndim == 2 and "embedding" not in name and not (table and name == "recurrent.weight_ih_l0")
+        else array
+        for name, array in weights.items()
+    }
+    same = Decoder(model.config, as_rounded, TOKENIZER)
+    rng = np.random.default_rng(5)
+    ids_TB, targets_TB = rng.integers(11, size=(12, 9)), rng.integers(10, size=(12, 9))
+    np.testing.assert_allclose(
+        few.nats(ids_TB, targets_TB, None)[0], same.nats(ids_TB, targets_TB, None)[0], rtol=2e-4, atol=2e-4
+    )
+    alone, _ = few.nats(ids_TB[:, 4:5], targets_TB[:, 4:5], None)
+    assert alone[:, 0].tobytes() == few.nats(ids_TB, targets_TB, None)[0][:, 4].tobytes()
+    text = "".join(generate(few, TOKENIZER, "abc", 50, Sampling(temperature=0)))
+    assert text == "".join(generate(same, TOKENIZER, "abc", 50, Sampling(temperature=0)))
+
+
+def test_what_eight_bits_cost_is_small_and_exact() -> None:
+    decoder, model = models(hidden=64)
+    few = Decoder(model.config, model.weights(), TOKENIZER, "int8")
+    cost = cost_in_bits(decoder, few)
+    assert 0 < cost < 0.03
+    assert cost_in_bits(decoder, decoder) == 0
+    # The divergence itself, where both have read the same: of all symbols, not of those that were written.
+    exact = []
+    logits_BV, state = start(model, [[9]] * 8)
+    ids = decoder.write(logits_BV, state, [Draw(1.0, None, None, 0, row, 0) for row in range(8)], 150)
+    for row in range(8):
+        for end in range(0, 150, 5):
+            read_ids = np.append(9, ids[:end, row])
+            p, q = (
+                np.exp(each - np.logaddexp.reduce(each))
+                for each in (m.logits(read_ids, None)[0] for m in (decoder, few))
+            )
+            exact.append(float((p * np.log(p / q)).sum()) / np.log(2))
+    assert cost == pytest.approx(np.mean(exact), rel=0.5)
+    with pytest.raises(UsageError, match="float32 or int8, not 'int4'"):
+        Decoder(model.config, model.weights(), TOKENIZER, "int4")
+
+
+def test_eight_bits_need_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = models()
+    monkeypatch.setattr(native, "ready", lambda: False)
+    with pytest.raises(UsageError, match="eight bits need native kernels"):
+        Decoder(model.config, model.weights(), TOKENIZER, "int8")
+
+
 # ----------------------------------------------------------------------------------------------- texts
 
 
@@ -236,8 +309,12 @@ def test_a_text_ends_before_the_first_stop(stop: list[str], seed: int) -> None:
     sampling = Sampling(temperature=1.0, seed=seed)
     whole = "".join(generate(decoder, decoder.tokenizer, "a", 60, sampling))
     pieces = list(generate(decoder, decoder.tokenizer, "a", 60, sampling, stop=stop))
-    places = [place for place in map(whole.find, stop) if place >= 0]
-    assert "".join(pieces) == whole[: min(places, default=len(whole))]
+    expected = whole
+    for end in range(1, len(whole) + 1):
+        if complete := [word for word in stop if whole[:end].endswith(word)]:
+            expected = whole[: end - max(map(len, complete))]
+            break
+    assert "".join(pieces) == expected
     assert all(pieces)
 
 

@@ -72,21 +72,27 @@ _HOME = {
 __all__ = [*_HOME, "load"]
 
 
-def load(path: str | Path, *, train: bool = False) -> Any:
+def load(path: str | Path, *, train: bool = False, weights: str = "float32") -> Any:
     """Return the model in a run or model directory.
 
     Args:
         path: a run (its best checkpoint, else its latest) or a model directory.
         train: whether to return a `LanguageModel`, which PyTorch can train on, instead of a torch-free `Decoder`.
+        weights: float32, or int8: a quarter of the memory, which one text alone waits for
+            (`generation.cost_in_bits` says what that costs).
 
     Raises:
-        UsageError: there is nothing at `path`, or the model's cell needs PyTorch.
+        UsageError: there is nothing at `path`, the model's cell needs PyTorch, or such weights cannot be had.
         CheckpointError: it is damaged, or its files do not belong together.
         MissingExtraError: `train` is asked for and PyTorch is not installed.
     """
+    if train and weights != "float32":
+        from longshort.errors import UsageError
+
+        raise UsageError(f"A model in training has float32 weights, not {weights}.")
     if train:
         return _module("model").load_language_model(path)
-    return _module("decoder").load_decoder(path)
+    return _module("decoder").load_decoder(path, weights)
 
 
 def _module(name: str) -> Any:

@@ -76,6 +76,9 @@ CELLS = {
 }
 
 
+PRECISIONS = ("float32", "int8")
+
+
 class Decoder:
     """A trained model that reads and predicts.
 
@@ -83,18 +86,24 @@ class Decoder:
         config: what the model is.
         weights: its weights by name, as `LanguageModel.weights` gives them.
         tokenizer: of the text it was trained on.
+        precision: of the weights in use: float32, or int8, which the native kernels have.
+            `generation.cost_in_bits` says what that costs.
 
     Raises:
-        UsageError: a cell that only PyTorch can run.
+        UsageError: a cell that only PyTorch can run, or a precision that cannot be had.
         CheckpointError: a weight is missing or has another shape than `config` says.
     """
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Array], tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Array], tokenizer: Tokenizer, precision: str = "float32"
+    ) -> None:
         if config.cell not in CELLS:
             raise UsageError(
                 f"The cell {config.cell!r} runs with PyTorch only; without it {', '.join(CELLS)} can be run.",
                 "Install PyTorch: pip install 'longshort[train]'",
             )
+        if precision not in PRECISIONS:
+            raise UsageError(f"Weights can be {' or '.join(PRECISIONS)}, not {precision!r}.")
         self.config = config
         self.tokenizer = tokenizer
         self._cell = CELLS[config.cell]
@@ -111,7 +120,11 @@ class Decoder:
                 for layer in range(config.layers)
             ]
             rows = w["embedding.weight"] if config.embedding else np.eye(config.vocab_size, dtype=np.float32)
-            self._native = NativeModel(config.cell, layers, _with_unknown(rows), (weight_VH, w["output.bias"]))
+            self._native = NativeModel(
+                config.cell, layers, _with_unknown(rows), (weight_VH, w["output.bias"]), int8=precision == "int8"
+            )
+        elif precision == "int8":
+            raise UsageError(f"Weights of eight bits need native kernels. {native.reason()}")
         self._output = weight_VH.T
 
     @cached_property
@@ -242,13 +255,17 @@ def check_weights(config: ModelConfig, num_gates: int, weights: Mapping[str, Arr
     return shapes
 
 
-def load_decoder(path: str | Path) -> Decoder:
+def load_decoder(path: str | Path, precision: str = "float32") -> Decoder:
     """Return the model saved at `path`, a run or a model directory.
 
+    Args:
+        path: where it is.
+        precision: of the weights in use, as of `Decoder`.
+
     Raises:
-        UsageError: there is nothing at `path`, or only PyTorch can run the model.
+        UsageError: there is nothing at `path`, or only PyTorch can run the model, or not with that precision.
         CheckpointError: it is damaged, or the files do not belong together.
     """
     saved = checkpoint.load_model(path)
     config = ModelConfig.from_dict(saved.model, f"{saved.path}/config.json")
-    return Decoder(config, saved.weights, tokenizers.from_json(saved.tokenizer_json))
+    return Decoder(config, saved.weights, tokenizers.from_json(saved.tokenizer_json), precision)

@@ -134,6 +134,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ls_read": (_i32, (_pointer,)),
     "ls_table_floats": (_i64, (_i32, _i64, _i64, _i32)),
     "ls_head_floats": (_i64, (_i64, _i64, _i32)),
+    "ls_rounded_floats": (_i64, (_i32, _i64, _i64, _i32)),
+    "ls_round": (_i32, (_i32, _i64, _i64, _i32, _pointer, _pointer)),
     "ls_pack_table": (_i32, (_i32, _i64, _i64, _i32, _pointer, _pointer)),
     "ls_pack_head": (_i32, (_i64, _i64, _i32, _pointer, _pointer, _pointer)),
     "ls_apply": (_i32, (_i32, _i32, _i64, _pointer, _pointer)),

@@ -28,7 +28,7 @@ class ModelStructure(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("V", "E", "H", "layers")),
-        *((name, ctypes.c_int32) for name in ("cell", "target")),
+        *((name, ctypes.c_int32) for name in ("cell", "target", "int8", "reserved")),
         *((name, ctypes.c_void_p) for name in ("table", "embedding", "packed", "head")),
     )
 
@@ -88,6 +88,7 @@ class NativeModel:
         rows: (V + 1, E): what the first layer reads of each symbol, and of one outside the vocabulary.
         output: (V, H) and (V): the output layer.
         target: a build of the kernels; None: the active one.
+        int8: whether the weights are rounded to eight bits and a scale a unit; the table stays float32.
 
     Raises:
         ValueError: shapes or types that do not fit.
@@ -101,6 +102,7 @@ class NativeModel:
         rows: Array,
         output: tuple[Array, Array],
         target: str | None = None,
+        int8: bool = False,
     ) -> None:
         self._library = native.need()
         self.target = target or native.active_target()
@@ -115,16 +117,28 @@ class NativeModel:
         else:
             self._embedding = native.float_array("rows", rows, (size, E))
         self._packed = [native.pack(cell, weights, self.target) for weights in (first, *layers[1:])]
-        self._pointers = (ctypes.c_void_p * len(layers))(*(address(packed) for packed in self._packed))
         weight = native.float_array("output weight", output[0], (self.V, H))
         bias = native.float_array("output bias", output[1], (self.V,))
         self._head = native.aligned(self._library.ls_head_floats(self.V, H, number))
         found = self._library.ls_pack_head(self.V, H, number, address(weight), address(bias), address(self._head))
         native.check_status(found)
-        self._structure = ModelStructure(self.V, E, H, len(layers), native.CELLS[cell], number)
+        if int8:
+            widths = [weights.weight_ih.shape[1] for weights in (first, *layers[1:])]
+            self._packed = [
+                self._rounded(native.CELLS[cell], width, packed, number)
+                for width, packed in zip(widths, self._packed, strict=True)
+            ]
+            self._head = self._rounded(-1, self.V, self._head, number)
+        self._pointers = (ctypes.c_void_p * len(layers))(*(address(packed) for packed in self._packed))
+        self._structure = ModelStructure(self.V, E, H, len(layers), native.CELLS[cell], number, int8)
         self._structure.table, self._structure.embedding = address(self._table), address(self._embedding)
         self._structure.packed = ctypes.cast(self._pointers, ctypes.c_void_p)
         self._structure.head = address(self._head)
+
+    def _rounded(self, cell: int, width: int, packed: Array, number: int) -> Array:
+        rounded = native.aligned(self._library.ls_rounded_floats(cell, width, self.H, number))
+        native.check_status(self._library.ls_round(cell, width, self.H, number, address(packed), address(rounded)))
+        return rounded
 
     def _pack_table(self, gates: Array, number: int) -> Array:
         cell, V, H = native.CELLS[self.cell], self.V, self.H
