@@ -13,7 +13,7 @@ BIN := .venv/bin
 export LONGSHORT_REQUIRE_NATIVE ?= $(shell command -v $(CXX) >/dev/null 2>&1 && echo 1 || echo 0)
 NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: demo test campaign style types pytest native sanitize clean
+.PHONY: demo test campaign style types pytest native sanitize bench-peers clean
 
 demo: .venv/installed
 	$(BIN)/longshort demo
@@ -33,6 +33,10 @@ pytest: .venv/installed
 # The long tests: kills, cuts, faults, flipped bits, hostile files. Results go to docs/campaign.md.
 campaign: .venv/installed
 	LONGSHORT_CAMPAIGN=1 $(BIN)/pytest -s -m campaign
+
+# What others give on the same work, into benchmarks/results; installs them beside this environment.
+bench-peers: .venv/installed
+	$(BIN)/python benchmarks/peers/run.py
 
 # Compile the kernels anew after a change in csrc, showing every warning; needs CMake.
 native:

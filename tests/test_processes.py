@@ -280,7 +280,7 @@ def test_two_processes_that_are_killed_or_stopped_are_resumed_bit_for_bit(tmp_pa
                 trials.failed(f"{how.name} at {cut}: it did not say what it saved: {said[-500:]}")
             done = subprocess.run([*launch, "resume", run], capture_output=True, text=True, check=False)
             if done.returncode or fingerprint(run) != whole:
-                trials.failed(f"{how.name} at {cut}: exit {done.returncode}, another run: {done.stderr[:900]}")
+                trials.failed(f"{how.name} at {cut}: exit {done.returncode}, another run: {done.stderr[-1500:]}")
             shutil.rmtree(run)
 
 
