@@ -2,7 +2,8 @@
 
      symbol -> its row of the table -> layers -> logits -> -log p of the symbol that followed, or a symbol is chosen -> ...
 
-   Rows are texts that have nothing to do with each other, so threads divide them and never wait. */
+   Texts have nothing to do with each other, so threads divide them and never wait. Few texts wait for the weights to come from the
+   caches, so there threads divide the panels, and wait for each other after every layer. */
 
 #ifndef LONGSHORT_DECODE_H
 #define LONGSHORT_DECODE_H
@@ -64,8 +65,8 @@ static inline double log_sum(const float* logits, int64_t n) {
   return double(largest) + logarithm(sum);
 }
 
-/* What reading and writing share. Args: ls_read_args or ls_decode_args. */
-template <class Cell, class Args>
+/* What reading and writing share. Pass, Read or Decode, says what happens before and after each step. */
+template <class Pass, class Cell, class Args>
 struct Language {
   static constexpr int N = panel_vectors<Cell>();
   static constexpr int NW = N * W;
@@ -76,7 +77,10 @@ struct Language {
   const ls_model& model;
   const Sizes<Cell> first, upper; /* of the first layer, which has no product for its input where there is a table */
   const Head head;
+  const int64_t steps;
   int threads, status;
+  bool together; /* the threads divide the panels of all rows; else the rows */
+  Team::Shared shared;
 
   /* What one thread needs for its rows. */
   struct Rows {
@@ -92,10 +96,74 @@ struct Language {
 
   Language(const Args& args, int64_t steps)
       : a(args), model(args.model), first(args.model.table ? 0 : args.model.E, args.model.H),
-        upper(args.model.H, args.model.H), head{args.model.V, args.model.H}, status(LS_OK) {
+        upper(args.model.H, args.model.H), head{args.model.V, args.model.H}, steps(steps), status(LS_OK), shared{} {
     double inputs = double(model.table ? 0 : model.E) + double(model.layers - 1) * double(model.H);
-    double flops = 2.0 * (G * double(model.H) * (inputs + double(model.layers * model.H)) + double(model.V * model.H));
-    threads = useful_threads(int(smaller(a.num_threads, a.B)), flops * double(a.B) * double(steps), 1.0);
+    double weights = G * double(model.H) * (inputs + double(model.layers * model.H)) + double(model.V * model.H);
+    together = a.B < a.num_threads * max_rows<N>();
+    /* A weight of few rows takes the time of five operations to come. */
+    double flops = weights * (together ? larger(2 * a.B, model.int8 ? 2 : 5) : 2 * a.B) * double(steps);
+    int most = int(smaller(a.num_threads, together ? upper.panels : a.B));
+    threads = useful_threads(most, flops, together ? double(steps * (model.layers + 2)) : 1.0);
+  }
+
+  int32_t run() {
+    if (threads > 1 && together) {
+      Rows rows{};
+      rows.count = a.B;
+      if (!begin(rows)) return status;
+      struct Context {
+        Language* self;
+        Rows* rows;
+      } context{this, &rows};
+      parallel(
+          threads,
+          [](void* given, int thread, int count) {
+            FlushSubnormals flush;
+            Context* context = static_cast<Context*>(given);
+            context->self->work(*context->rows, Team(&context->self->shared, thread, count));
+          },
+          &context);
+      end(rows);
+    } else {
+      parallel(
+          threads,
+          [](void* context, int thread, int count) { static_cast<Language*>(context)->work_alone(thread, count); }, this);
+    }
+    return status;
+  }
+
+  void work_alone(int thread, int count) {
+    FlushSubnormals flush;
+    Rows rows{};
+    rows.begin = a.B * thread / count;
+    rows.count = a.B * (thread + 1) / count - rows.begin;
+    if (rows.count == 0 || !begin(rows)) return;
+    work(rows, Team(nullptr, 0, 1));
+    end(rows);
+  }
+
+  Pass& pass() { return static_cast<Pass&>(*this); }
+
+  /* All steps of some rows, by one thread or by several. */
+  void work(const Rows& rows, Team team) {
+    for (int64_t t = 0; t < steps; ++t) {
+      const int now = t & 1;
+      if (team.leads()) {
+        pass().before(rows, t);
+        if (!model.table) copy_embedding(rows);
+      }
+      if (!team.wait()) return;
+      const float* below = rows.x;
+      for (int64_t layer = 0; layer < model.layers; ++layer) {
+        run_layer(rows, layer, now, below, team);
+        if (!team.wait()) return;
+        below = rows.h[1 - now] + layer * layer_floats(rows);
+      }
+      if (!pass().wants_logits(t)) continue;
+      run_head(rows, below, team);
+      if (!team.wait()) return;
+      if (team.leads()) pass().after(rows, t);
+    }
   }
 
   int64_t layer_floats(const Rows& rows) const { return upper.U * rows.room * W; }
@@ -112,11 +180,8 @@ struct Language {
     return arena.floats();
   }
 
-  /* A thread's rows, with their memory and the state before the first step. False: there are none, or no memory. */
-  bool begin(Rows& rows, int thread, int count) {
-    rows.begin = a.B * thread / count;
-    rows.count = a.B * (thread + 1) / count - rows.begin;
-    if (rows.count == 0) return false;
+  /* Gives rows their memory and the state before the first step. False: there is no memory. */
+  bool begin(Rows& rows) {
     rows.memory = static_cast<float*>(take(size_t(carve(rows, nullptr)) * sizeof(float)));
     if (!rows.memory) {
       __atomic_store_n(&status, int(LS_OUT_OF_MEMORY), __ATOMIC_RELAXED);
@@ -132,11 +197,13 @@ struct Language {
           store(rows.h[1] + to, V{});
           if (kLstm) store(rows.c + to, units ? load_part(a.c + from, units) : V{});
         }
+    pass().start(rows);
     return true;
   }
 
-  /* Gives back the state after `steps`, and the memory. */
-  void end(const Rows& rows, int64_t steps) {
+  /* Gives back the state after the last step, and the memory. */
+  void end(const Rows& rows) {
+    pass().finish(rows);
     for (int64_t layer = 0; layer < model.layers; ++layer)
       for (int64_t block = 0; block < upper.U; ++block)
         for (int64_t row = 0; row < rows.count; ++row) {
@@ -147,16 +214,6 @@ struct Language {
           if (kLstm) store_part(a.c + to, load(rows.c + from), units);
         }
     give(rows.memory);
-  }
-
-  /* Reads one symbol of each row, rows.ids. */
-  void step(const Rows& rows, int now, bool logits) {
-    const float* below = nullptr;
-    for (int64_t layer = 0; layer < model.layers; ++layer) {
-      run_layer(rows, layer, now, below);
-      below = rows.h[1 - now] + layer * layer_floats(rows);
-    }
-    if (logits) run_head(rows, below);
   }
 
   float* logits_of(const Rows& rows, int64_t row) const { return rows.logits + row * head.width(); }
@@ -198,20 +255,20 @@ struct Language {
                                    weights, start, out);
   }
 
-  void run_layer(const Rows& rows, int64_t layer, int now, const float* below) {
+  void copy_embedding(const Rows& rows) {
+    for (int64_t row = 0; row < rows.count; ++row)
+      for (int64_t block = 0; block < first.input_blocks; ++block)
+        copy_row_block(model.embedding + rows.ids[row] * model.E, model.E, block, rows.x + (block * rows.room + row) * W);
+  }
+
+  void run_layer(const Rows& rows, int64_t layer, int now, const float* below, const Team& team) {
     const Sizes<Cell>& sizes = layer ? upper : first;
     const int64_t state = layer * layer_floats(rows), row_block = rows.room * W;
     const bool from_table = layer == 0 && model.table;
-    if (layer == 0 && !from_table) {
-      for (int64_t row = 0; row < rows.count; ++row)
-        for (int64_t block = 0; block < sizes.input_blocks; ++block)
-          copy_row_block(model.embedding + rows.ids[row] * model.E, model.E, block, rows.x + (block * rows.room + row) * W);
-      below = rows.x;
-    }
     Tiles tiles(rows.count, max_rows<N>());
     alignas(64) float xg[kAccumulators * W], sums[kAccumulators * W];
     const BytePanel<Cell> bytes{sizes};
-    for (int64_t panel = 0; panel < sizes.panels; ++panel) {
+    for (int64_t panel = team.begin(sizes.panels); panel < team.end(sizes.panels); ++panel) {
       const float* biases = model.packed[layer] + panel * (model.int8 ? bytes.floats() : sizes.panel_floats());
       const float* inputs = biases + sizes.bias_floats();
       const float* hidden = model.int8 ? biases + bytes.hidden_at() : inputs + sizes.input_floats();
@@ -263,9 +320,9 @@ struct Language {
     }
   }
 
-  void run_head(const Rows& rows, const float* h) {
+  void run_head(const Rows& rows, const float* h, const Team& team) {
     Tiles tiles(rows.count, max_rows<kHeadVectors>());
-    for (int64_t panel = 0; panel < head.panels(); ++panel) {
+    for (int64_t panel = team.begin(head.panels()); panel < team.end(head.panels()); ++panel) {
       const float* packed = model.head + panel * (model.int8 ? head.byte_panel_floats() : head.panel_floats());
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         const int64_t row = tiles.begin(tile);
@@ -278,67 +335,50 @@ struct Language {
 };
 
 template <class Cell>
-struct Read : Language<Cell, ls_read_args> {
-  using Base = Language<Cell, ls_read_args>;
+struct Read : Language<Read<Cell>, Cell, ls_read_args> {
+  using Base = Language<Read<Cell>, Cell, ls_read_args>;
+  using Rows = typename Base::Rows;
   using Base::a, Base::model;
 
   explicit Read(const ls_read_args& args) : Base(args, args.T) {}
 
-  int32_t run() {
-    parallel(
-        Base::threads, [](void* context, int thread, int count) { static_cast<Read*>(context)->work(thread, count); }, this);
-    return Base::status;
+  void start(const Rows&) {}
+  void before(const Rows& rows, int64_t t) {
+    __builtin_memcpy(rows.ids, a.ids + t * a.B + rows.begin, size_t(rows.count) * sizeof(int64_t));
   }
-
-  void work(int thread, int count) {
-    FlushSubnormals flush;
-    typename Base::Rows rows{};
-    if (!Base::begin(rows, thread, count)) return;
-    for (int64_t t = 0; t < a.T; ++t) {
-      const int64_t at = t * a.B + rows.begin;
-      for (int64_t row = 0; row < rows.count; ++row) rows.ids[row] = a.ids[at + row];
-      Base::step(rows, t & 1, a.nats || t + 1 == a.T);
-      for (int64_t row = 0; a.nats && row < rows.count; ++row) {
-        const float* logits = Base::logits_of(rows, row);
-        int64_t target = a.targets[at + row];
-        a.nats[at + row] = target < 0 ? 0.0 : log_sum(logits, model.V) - double(logits[target]);
-      }
+  bool wants_logits(int64_t t) const { return a.nats || t + 1 == a.T; }
+  void after(const Rows& rows, int64_t t) {
+    const int64_t at = t * a.B + rows.begin;
+    for (int64_t row = 0; a.nats && row < rows.count; ++row) {
+      const float* logits = Base::logits_of(rows, row);
+      int64_t target = a.targets[at + row];
+      a.nats[at + row] = target < 0 ? 0.0 : log_sum(logits, model.V) - double(logits[target]);
     }
+  }
+  void finish(const Rows& rows) {
     if (a.logits) Base::template copy_logits<true>(rows, a.logits);
-    Base::end(rows, a.T);
   }
 };
 
 template <class Cell>
-struct Decode : Language<Cell, ls_decode_args> {
-  using Base = Language<Cell, ls_decode_args>;
+struct Decode : Language<Decode<Cell>, Cell, ls_decode_args> {
+  using Base = Language<Decode<Cell>, Cell, ls_decode_args>;
+  using Rows = typename Base::Rows;
   using Base::a, Base::model;
 
   explicit Decode(const ls_decode_args& args) : Base(args, args.steps) {}
 
-  int32_t run() {
-    parallel(
-        Base::threads, [](void* context, int thread, int count) { static_cast<Decode*>(context)->work(thread, count); },
-        this);
-    return Base::status;
-  }
-
-  void work(int thread, int count) {
-    FlushSubnormals flush;
-    typename Base::Rows rows{};
-    if (!Base::begin(rows, thread, count)) return;
-    Base::template copy_logits<false>(rows, a.logits);
-    for (int64_t step = 0; step < a.steps; ++step) {
-      for (int64_t row = 0; row < rows.count; ++row) {
-        int64_t id = choose(Base::logits_of(rows, row), model.V, a.sampling[rows.begin + row], step, rows.choice);
-        a.ids[step * a.B + rows.begin + row] = rows.ids[row] = id;
-        if (id == a.newline) Base::forget(rows, row, step & 1);
-      }
-      Base::step(rows, step & 1, true);
+  void start(const Rows& rows) { Base::template copy_logits<false>(rows, a.logits); }
+  void before(const Rows& rows, int64_t step) {
+    for (int64_t row = 0; row < rows.count; ++row) {
+      int64_t id = choose(Base::logits_of(rows, row), model.V, a.sampling[rows.begin + row], step, rows.choice);
+      a.ids[step * a.B + rows.begin + row] = rows.ids[row] = id;
+      if (id == a.newline) Base::forget(rows, row, step & 1);
     }
-    Base::template copy_logits<true>(rows, a.logits);
-    Base::end(rows, a.steps);
   }
+  bool wants_logits(int64_t) const { return true; }
+  void after(const Rows&, int64_t) {}
+  void finish(const Rows& rows) { Base::template copy_logits<true>(rows, a.logits); }
 };
 
 template <class Cell>

@@ -58,6 +58,9 @@ class Team {
   /* Waits until all have come here. False: this thread has nothing more to do. */
   bool wait();
 
+  /* Whether this is the first thread, which stays where the others leave. */
+  bool leads() const { return index_ == 0; }
+
   /* This thread's share of n pieces. */
   int64_t begin(int64_t n) const { return n * index_ / count_; }
   int64_t end(int64_t n) const { return n * (index_ + 1) / count_; }

@@ -159,6 +159,29 @@ def test_a_text_is_the_same_alone_in_a_batch_and_in_pieces(cell: str) -> None:
         assert [s[:, 0].tobytes() for s in own] == [s[:, row].tobytes() for s in state]
 
 
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize("table", [True, False])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_threads_that_share_a_text_give_the_same_bits(
+    cell: str, table: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few texts of a large model: the threads divide its units, and wait for each other after every layer."""
+    if not table:
+        monkeypatch.setattr(native_model, "TABLE_BYTES", 0)
+    _, model = models(cell=cell, layers=2, hidden=530)
+    decoder = Decoder(model.config, model.weights(), TOKENIZER, precision)
+    for B in (1, 5):
+        found = []
+        for threads in (1, 2, 3):
+            decoder.threads = threads
+            logits_BV, state = start(model, [[row % 10, 3] for row in range(B)])
+            draws = [Draw(0.9, None, None, 4, row, 0) for row in range(B)]
+            ids = decoder.write(logits_BV, state, draws, 60, newline=1)
+            nats, after = decoder.nats(ids, ids, None)
+            found.append((ids.tobytes(), logits_BV.tobytes(), nats.tobytes(), *(s.tobytes() for s in (*state, *after))))
+        assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_what_is_read_has_the_same_bits_alone_and_in_any_batch(cell: str) -> None:
     decoder, model = models(cell=cell, layers=2, hidden=70)

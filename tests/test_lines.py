@@ -110,8 +110,8 @@ def test_a_run_on_lines_is_measured_as_it_was_trained(options: dict[str, Any], l
     lines = log(300).removesuffix("\n").split("\n")[270:]  # the last tenth of the lines
     heldout = "".join(f"{line}\n" for line in lines)
     # The same figure for the text at hand, for the run's own part and from lines read one by one.
-    assert evaluate(model, model.tokenizer, heldout) == finished.heldout
-    assert evaluate(model, model.tokenizer, training.heldout_part(out, model.tokenizer)) == finished.heldout
+    assert evaluate(model.reader(), model.tokenizer, heldout) == finished.heldout
+    assert evaluate(model.reader(), model.tokenizer, training.heldout_part(out, model.tokenizer)) == finished.heldout
     total, symbols = one_by_one(model.double(), model.tokenizer, lines, 1000)
     assert finished.heldout.tokens == symbols
     assert finished.heldout.nats_per_token == pytest.approx(total.item() / symbols, rel=1e-5)

@@ -75,8 +75,10 @@ def test_the_last_figure_is_the_best_checkpoints_in_one_lane(text_file: Path, tm
     assert isinstance(finished, training.Finished)
     model = load_language_model(out)
     assert model.tokenizer is not None
-    again = evaluate(model, model.tokenizer, training.heldout_part(out, model.tokenizer))
+    again = evaluate(model.reader(), model.tokenizer, training.heldout_part(out, model.tokenizer))
     assert again == finished.heldout
+    by_torch = evaluate(model, model.tokenizer, training.heldout_part(out, model.tokenizer))
+    assert by_torch.nats_per_token == pytest.approx(again.nats_per_token, abs=1e-6)
     assert json.loads((out / "result.json").read_text(encoding="utf-8"))["heldout"] == again.to_dict()
 
 

@@ -144,22 +144,23 @@ def evaluate(
             raise UsageError("--split valid is the run's own text; TEXT and --corpus do not go with it.")
         if not checkpoint.is_run(Path(model)):
             raise UsageError(f"{model} is not a run, so it has no held-out part.", "Give a TEXT, or a run directory.")
-        torch_model = _language_model(model)
+        _need_torch("eval --split")
         from longshort import training
 
         config = training.run_config(Path(model))
         if config.lines and (block or lanes):
             raise UsageError(f"{model} was trained on lines: --block and --lanes do not go with --split valid.")
-        part, name = training.heldout_part(Path(model), torch_model.tokenizer, _path(data_dir)), "held-out part"
-        lanes = lanes or (config.eval_lanes or 1 if block is None else 1)
         _set_threads(config.threads)
+        reader = _reader(model)
+        part, name = training.heldout_part(Path(model), reader.tokenizer, _path(data_dir)), "held-out part"
+        lanes = lanes or (config.eval_lanes or 1 if block is None else 1)
     else:
         source = corpora.find(corpora.keep_standard_input(text), corpus, _path(data_dir))
-        torch_model = _language_model(model, required=False) or longshort.load(model)
-        lines = torch_model.config.lines and not block and not lanes
-        part = encoding.encode(source, encoding.survey(source), torch_model.tokenizer, 0, lines)[1]
+        reader = _reader(model)
+        lines = reader.config.lines and not block and not lanes
+        part = encoding.encode(source, encoding.survey(source), reader.tokenizer, 0, lines)[1]
         name = source.name
-    found = evaluate(torch_model, torch_model.tokenizer, part, lanes=lanes or 1, block=block)
+    found = evaluate(reader, reader.tokenizer, part, lanes=lanes or 1, block=block)
     if json:
         _print_json({"model": model, "text": name, **found.to_dict()})
         return
@@ -533,6 +534,12 @@ def _decoder(model: str | Path) -> Any:
         if loaded is None:
             raise
         return loaded
+
+
+def _reader(model: str | Path) -> Any:
+    """Return what reads texts quickest: a decoder on native kernels, else PyTorch, else a decoder on NumPy."""
+    loaded = _decoder(model)
+    return loaded if getattr(loaded, "writes", True) else _language_model(model, required=False) or loaded
 
 
 def _rounded(model: str | Path, weights: str) -> Any:

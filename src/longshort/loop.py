@@ -295,7 +295,7 @@ class Loop:
     def _evaluate(self, part: Part, lanes: int) -> Evaluation:
         """Evaluate, and refuse a figure that is not finite before anything is saved with it."""
         lanes = 1 if self.config.lines else lanes
-        found = evaluate(self.model, self.prepared.tokenizer, part, lanes=lanes, pause=self._stop_here)
+        found = evaluate(self.model.reader(), self.prepared.tokenizer, part, lanes=lanes, pause=self._stop_here)
         if not math.isfinite(found.nats_per_token):
             raise self._diverged(f"the held-out text has {found.nats_per_token} nats a token")
         return found

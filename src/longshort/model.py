@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from longshort import cells, checkpoint, kernels
+from longshort import cells, checkpoint, kernels, native
 from longshort.cells import State
 from longshort.config import ModelConfig
-from longshort.decoder import check_weights
+from longshort.decoder import Decoder, check_weights
 from longshort.layers import CellStack
 from longshort.text import tokenizers
 from longshort.text.tokenizers import Tokenizer
@@ -115,6 +115,15 @@ class LanguageModel(nn.Module):
         if self.config.tied:
             state["output.weight"] = state["embedding.weight"]
         self.load_state_dict(state)
+
+    def reader(self) -> LanguageModel | Decoder:
+        """Return what reads texts quickest with the weights as they are now: a decoder, where native kernels run it."""
+        native_kernels = kernels.active() in ("auto", "native") and self.config.cell in native.CELLS and native.ready()
+        if self.tokenizer is None or self.output.bias.is_cuda or not native_kernels:
+            return self
+        decoder = Decoder(self.config, self.weights(), self.tokenizer)
+        decoder.threads = torch.get_num_threads()
+        return decoder
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -233,7 +233,8 @@ def _require_writable(name: str, array: Array, shape: tuple[int, ...]) -> None:
 
 def _gates(cell: str, weights: Weights, rows: Array) -> Array:
     """Return what each row gives the gates, (V + 1, G): the product with W_ih and the biases that it can take in."""
-    gates = rows @ weights.weight_ih.T
+    with np.errstate(invalid="ignore", over="ignore"):  # weights of a run that diverged: who reads the figures sees it
+        gates = rows @ weights.weight_ih.T
     if weights.bias_ih is not None:
         gates += weights.bias_ih
     if weights.bias_hh is not None:  # of the GRU's n it stays with W_hh h: r multiplies both
