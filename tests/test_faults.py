@@ -426,6 +426,8 @@ for arguments in (
     ["eval", "run", "--split", "valid"],
     ["eval", "run", "text.txt", "--json"],
     ["generate", "run", "--length", "9"],
+    ["generate", "run", "--length", "9", "--weights", "int8", "--samples", "2"],
+    ["score", "run", "text.txt", "--top", "2"],
     ["compare", "text.txt", "--cells", "rnn", "--epochs", "1", "--json"],
     ["demo", "--minutes", "0.005", "--out", "demo"],
     ["doctor"],

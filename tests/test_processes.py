@@ -55,6 +55,8 @@ def in_both(rank: int, place: Path, ports: list[str]) -> None:
     """Make every case, and as process 0 write down what each ended with."""
     torch.set_num_threads(1)
     found: dict[str, str] = {}
+    pickled: list[Any] = []
+    sys.addaudithook(lambda event, arguments: pickled.append(arguments) if event == "pickle.find_class" else None)
 
     def case(name: str, lead: Callable[[processes.Team], Any], stop: Callable[[], bool] = never) -> None:
         os.environ["MASTER_PORT"] = ports.pop(0)
@@ -101,6 +103,7 @@ def in_both(rank: int, place: Path, ports: list[str]) -> None:
         if rank:
             patch.setattr(encoding, "survey", lambda source: dataclasses.replace(survey(source), sha256="0" * 64))
         case("other text", train("other-text", SMALL))
+    assert not pickled, pickled
 
 
 @pytest.fixture(scope="module")

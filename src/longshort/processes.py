@@ -114,6 +114,11 @@ class Team:
                 arrays[name] = flat.numpy().view(kind).reshape(shape)
         return values or {}, arrays
 
+    def part(self) -> None:
+        """Wait until all have heard the order to end, so that no connection is closed on one that is still reading."""
+        with suppress(RuntimeError):  # another has been quicker
+            dist.barrier()
+
     def __enter__(self) -> Team:
         return self
 
@@ -122,9 +127,9 @@ class Team:
     ) -> None:
         """Let all end, with the exit status that process 0 is about to have."""
         if self.size > 1:
-            if not self._at_work:
+            if self.leads and not self._at_work:
                 with suppress(TrainingError), self.order(END, 0 if error is None else getattr(error, "exit_code", 1)):
-                    pass
+                    self.part()
             dist.destroy_process_group()
 
     @contextmanager

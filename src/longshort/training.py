@@ -416,6 +416,7 @@ def follow(team: Team, stop: Stop = lambda: False) -> int:
     """
     what, number, second = team.next_order()
     if what == END:
+        team.part()
         return number
     brief, arrays = team.tell(None)
     config, tokenizer = TrainConfig.from_dict(brief["config"]), from_json(brief["tokenizer"])
@@ -436,6 +437,7 @@ def follow(team: Team, stop: Stop = lambda: False) -> int:
         elif what == COLLECT:
             stepper.collect(bool(number))
         else:
+            team.part()
             return number
 
 
