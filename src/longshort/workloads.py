@@ -38,6 +38,8 @@ from longshort.timing import Side, interleave, spread
 
 SYMBOLS = "\n !',-.:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz$&3"
 """As many as the tiny Shakespeare text has: 65."""
+BLOCKS = 9
+BLOCK_SECONDS = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +140,9 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _measure(contest: Contest) -> Row:
-    timing = interleave(Side(contest.ours), Side(contest.theirs), peers.gemm(), blocks=9, block_seconds=0.3)
+    timing = interleave(
+        Side(contest.ours), Side(contest.theirs), peers.gemm(), blocks=BLOCKS, block_seconds=BLOCK_SECONDS
+    )
     ours = [seconds / contest.ours_units for seconds in timing.ours]
     theirs = [seconds / contest.peer_units for seconds in timing.peer]
     gemm = 2 * peers.GEMM_SIZE**3 / statistics.median(timing.gemm)
@@ -195,7 +199,8 @@ def _models(config: TrainConfig, tokenizer: Tokenizer) -> tuple[LanguageModel, P
 
 def _lines(number: int) -> list[str]:
     """Return lines of made-up English, of the lengths that lines of logs and plays have."""
-    words = grammar.generate(number * 60, seed=5).replace("\n", " ").split()
+    text = grammar.generate(number * 60, seed=5).replace("\n", " ")
+    words = "".join(c for c in text if c in SYMBOLS).split()
     generator = np.random.default_rng(0)
     lines, first = [], 0
     for _ in range(number):
@@ -220,15 +225,15 @@ def _train(name: str, config: TrainConfig, symbols: str) -> Contest:
     if config.optimizer == "sgd":
         optimizer = torch.optim.SGD(parameters, lr=config.lr)
     else:
-        optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     turn = {"ours": 0, "peer": 0}
     state: list[Any] = [tuple(torch.zeros(1, B, H) for _ in range(2))]
 
-    def ours() -> None:
+    def ours() -> float:
         turn["ours"] += 1
-        stepper.step(turn["ours"], batches[turn["ours"] % 64])
+        return stepper.step(turn["ours"], batches[turn["ours"] % 64])[0]
 
-    def peer() -> None:
+    def peer() -> float:
         turn["peer"] += 1
         batch = batches[turn["peer"] % 64]
         inputs, targets = torch.from_numpy(batch.inputs_TB), torch.from_numpy(batch.targets_TB)
@@ -239,24 +244,30 @@ def _train(name: str, config: TrainConfig, symbols: str) -> Contest:
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, config.clip or 1.0)
         optimizer.step()
-        loss.item()
+        return loss.item()
 
     operations = 3 * 2 * T * B * (4 * H * H + H * V)
     return Contest(name=name, peer="nn.LSTM", unit="steps", ours=ours, theirs=peer, operations=operations)
 
 
+_CONSTANT: dict[str, Any] = {"warmup": 0.0, "final_lr": 1.0}
+"""The learning rate of both sides stays what it is."""
+
+
 def _lecture(threads: int) -> Contest:
-    config = TrainConfig(hidden=256, embedding=0, batch_size=32, seq_len=35, optimizer="sgd", lr=1.0, threads=threads)
+    config = TrainConfig(
+        hidden=256, embedding=0, batch_size=32, seq_len=35, optimizer="sgd", lr=1.0, threads=threads, **_CONSTANT
+    )
     return _train("the lecture's: one-hot, 1 x 256, SGD", config, SYMBOLS[-28:])
 
 
 def _lecture_adamw(threads: int) -> Contest:
-    config = TrainConfig(hidden=256, embedding=256, batch_size=32, seq_len=35, threads=threads)
+    config = TrainConfig(hidden=256, embedding=256, batch_size=32, seq_len=35, threads=threads, **_CONSTANT)
     return _train("embedding 256, 1 x 256, AdamW", config, SYMBOLS[-28:])
 
 
 def _shakespeare(threads: int) -> Contest:
-    config = TrainConfig(hidden=512, embedding=512, batch_size=32, seq_len=64, threads=threads)
+    config = TrainConfig(hidden=512, embedding=512, batch_size=32, seq_len=64, threads=threads, **_CONSTANT)
     return _train("embedding 512, 1 x 512, T=64, AdamW", config, SYMBOLS)
 
 
