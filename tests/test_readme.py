@@ -124,6 +124,14 @@ def test_the_layers_table_is_the_result_file() -> None:
     assert f"{best['ratio']:.0f} times ({case}" in PAGE
 
 
+def test_the_table_of_workloads_is_the_result_files() -> None:
+    for what in ("generate", "score", "train"):
+        path = ROOT / "benchmarks" / "results" / f"2026-11-25-{what}.json"
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            figures = [f"{row['ours_per_second']:,.0f} {row['unit']}/s", row["peer"], f"{row['ratio']:.2f}"]
+            assert f"| {row['name']} | {' | '.join(figures)} | {row['gemm_share']:.0%} |" in PAGE
+
+
 def test_the_lectures_seconds_on_our_kernels_are_the_result_file() -> None:
     groups = screen.summary(json.loads(NATIVE.read_text(encoding="utf-8"))["rows"])
     seconds = {(g["cell"], g["implementation"]): f"{g['seconds_per_epoch']:.3f}" for g in groups}
