@@ -483,8 +483,6 @@ def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train"], "bench train is not there yet"),
-        (["score"], "bench score is not there yet"),
         (["layer"], "layers"),
         ([], "WHAT"),
         (["layers", "--grid", "huge"], "no grid called 'huge' here; there are quick, marks, full, options"),
