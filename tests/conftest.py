@@ -30,6 +30,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         shutil.rmtree(CACHE / "stdin", ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest first, so that no worker is left with one at the end."""
+    longest = ("test_sanitizers", "test_faults", "test_build", "test_processes", "test_readme")
+    items.sort(key=lambda item: not item.nodeid.removeprefix("tests/").startswith(longest))
+
+
 SHARED_TEXTS = ROOT.parent / "shared" / "data"
 
 
