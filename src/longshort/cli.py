@@ -198,13 +198,13 @@ def generate(
     """Write text: warm the state on the prompt, then sample symbol by symbol."""
     if length < 0:
         raise UsageError(f"--length must be at least 0, not {length}.")
-    from longshort import generation
-    from longshort.screen import visible
-
     if samples < 1:
         raise UsageError(f"--samples must be at least 1, not {samples}.")
     if "" in stop:
         raise UsageError("--stop is empty.", "An unset shell variable looks like this.")
+    from longshort import generation
+    from longshort.screen import visible
+
     if greedy and not (temperature is None and top_k is None and top_p is None):
         raise UsageError("--greedy takes the most probable symbol; temperature, top-k and top-p do not go with it.")
     given = {"temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
@@ -384,14 +384,14 @@ def _bench_workloads(what: str, refused: list[str], threads: str | None, out: st
     if out == "":
         raise UsageError("--out is empty.", "An unset shell variable looks like this.")
     _need_torch("bench")
-    from longshort import durable, screen, workloads
+    from longshort import durable, ledger, screen, workloads
 
     if out is not None:
         durable.require_writable_directory(Path(out).absolute().parent)
     with screen.Ticker() as ticker:
         result = workloads.result(what, number, ticker.report_workload)
     if out is not None:
-        workloads.write(Path(out), result)
+        ledger.write(Path(out), result)
     if json:
         _print_json(result)
     else:
@@ -546,7 +546,8 @@ def _rounded(model: str | Path, weights: str) -> Any:
     """Return a decoder with rounded weights, and say what they cost."""
     from longshort.generation import cost_in_bits
 
-    loaded, exact = longshort.load(model, weights=weights), longshort.load(model)
+    exact = longshort.load(model)
+    loaded = exact.rounded(weights)
     cost = cost_in_bits(exact, loaded)
     _say(f"longshort: {weights} weights cost {cost:.4f} bits a character (on 16 texts that the model wrote).")
     return loaded

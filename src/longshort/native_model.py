@@ -80,19 +80,18 @@ class Draw(NamedTuple):
 
 
 class NativeModel:
-    """A language model, packed for one target.
+    """A language model, packed for the active target.
 
     Args:
         cell: one of `native.CELLS`.
         layers: their weights, biases included; the first as wide as the embedding.
         rows: (V + 1, E): what the first layer reads of each symbol, and of one outside the vocabulary.
         output: (V, H) and (V): the output layer.
-        target: a build of the kernels; None: the active one.
         int8: whether the weights are rounded to eight bits and a scale a unit; the table stays float32.
 
     Raises:
         ValueError: shapes or types that do not fit.
-        UsageError: there is no such target, or no library.
+        UsageError: there is no library.
     """
 
     def __init__(
@@ -101,12 +100,11 @@ class NativeModel:
         layers: Sequence[Weights],
         rows: Array,
         output: tuple[Array, Array],
-        target: str | None = None,
         int8: bool = False,
     ) -> None:
         self._library = native.need()
-        self.target = target or native.active_target()
-        number = native.index_of(self._library, self.target)
+        target = native.active_target()
+        number = native.index_of(self._library, target)
         (size, E), H = rows.shape, layers[0].weight_hh.shape[1]
         self.V, self.H, self.num_layers, self.cell = size - 1, H, len(layers), cell
         first = layers[0]
@@ -116,7 +114,7 @@ class NativeModel:
             first = first._replace(weight_ih=np.empty((len(first.weight_hh), 0), np.float32))
         else:
             self._embedding = native.float_array("rows", rows, (size, E))
-        self._packed = [native.pack(cell, weights, self.target) for weights in (first, *layers[1:])]
+        self._packed = [native.pack(cell, weights, target) for weights in (first, *layers[1:])]
         weight = native.float_array("output weight", output[0], (self.V, H))
         bias = native.float_array("output bias", output[1], (self.V,))
         self._head = native.aligned(self._library.ls_head_floats(self.V, H, number))

@@ -225,9 +225,8 @@ class Stepper:
             TrainingError: the processes no longer have the same weights.
         """
         team = self.team
-        digest = hashlib.sha256(b"".join(array.tobytes() for array in self.model.weights().values())).digest()
         with team.order(COLLECT, int(state)):
-            digests = team.collect(torch.tensor(list(digest), dtype=torch.uint8))
+            digests = team.collect(self._digest()) if team.size > 1 else []
             rows = [team.collect(tensor) for tensor in self.state or ()] if state else []
             random = {kind: team.collect(kept) for kind, kept in snapshot.random_numbers(self.device).items()}
         if strayed := [rank for rank, found in enumerate(digests) if not torch.equal(found, digests[0])]:
@@ -236,6 +235,10 @@ class Stepper:
                 "Processors of different kinds may compute differently: train on one kind.",
             )
         return tuple(torch.cat(tensors, dim=1) for tensors in rows if tensors) or None, random
+
+    def _digest(self) -> Tensor:
+        content = b"".join(array.tobytes() for array in self.model.weights().values())
+        return torch.tensor(list(hashlib.sha256(content).digest()), dtype=torch.uint8)
 
     def _read(self, batch: Batch) -> float:
         """Add the gradients of what these rows are of the mean loss of the batch and return it, in nats a token.

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,11 +131,6 @@ def result(
         "noisy": sum(row.noisy for row in rows),
         "rows": [asdict(row) for row in rows],
     }
-
-
-def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a result as a file, whole or not at all."""
-    ledger.write(path, content)
 
 
 def _measure(contest: Contest) -> Row:
