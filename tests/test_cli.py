@@ -134,7 +134,7 @@ def test_eval_of_the_held_out_part_repeats_the_trainings_figure(
     assert found["format_version"] == 1
     keys = ["tokens", "nats_per_token", "perplexity", "bits_per_character", "bits_per_byte", "protocol"]
     assert set(keys) <= set(found)
-    assert found["protocol"] == "state carried through the text, one lane"
+    assert "one lane" in found["protocol"]
     assert found["perplexity"] == pytest.approx(math.exp(found["nats_per_token"]))
     shown = out_of(capsys, "eval", str(workplace / "run"), "--split", "valid")
     assert f"{found['nats_per_token']:.4f} nats a token" in shown
@@ -167,6 +167,21 @@ def test_generate_repeats_by_seed_and_continues_the_prompt(workplace: Path, caps
         capsys, "generate", run, "--prompt", "the ", "--length", "60", "--top-k", "1", "--seed", "9"
     )
     assert out_of(capsys, "generate", run, "--prompt", "the ", "--length", "0") == "the \n"
+
+
+def test_a_text_goes_on_from_a_state_file(workplace: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run, kept = str(workplace / "run"), str(tmp_path / "talk")
+    whole = out_of(capsys, "generate", run, "--prompt", "the ", "--length", "90")
+    first = out_of(capsys, "generate", run, "--prompt", "the ", "--length", "50", "--state", kept)
+    assert first.removesuffix("\n") + out_of(capsys, "generate", run, "--length", "40", "--state", kept) == whole
+    before = Path(kept).read_bytes()
+    assert "does not go with" in complaint(capsys, 2, "generate", run, "--state", kept, "--samples", "2")
+    other = str(next((workplace / "run" / "checkpoints").iterdir()))
+    out_of(capsys, "generate", other, "--length", "3", "--state", kept, "--json")
+    assert Path(kept).read_bytes() != before
+    Path(kept).write_bytes(before[:-1])
+    assert "is damaged" in complaint(capsys, 1, "generate", run, "--state", kept)
+    assert "nowhere" in complaint(capsys, 1, "generate", run, "--state", "/proc/nowhere/talk")
 
 
 def test_unseen_prompt_characters_are_named(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -472,6 +487,10 @@ def test_no_pickle_is_ever_read(workplace: Path) -> None:
         "from longshort.cli import main; status = main(sys.argv[1:]); sys.exit(3 if found else status)"
     )
     run, text = str(workplace / "run"), str(workplace / "english.txt")
-    for arguments in (["train", text, "--steps", "2", *TINY], ["generate", run], ["eval", run, "--split", "valid"]):
+    for arguments in (
+        ["train", text, "--steps", "2", *TINY],
+        ["generate", run, "--state", "talk"],
+        ["eval", run, "--split", "valid"],
+    ):
         done = python("-c", program, *arguments)
         assert done.returncode == 0, done.stderr

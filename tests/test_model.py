@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longshort import cells, checkpoint, kernels, native
+from longshort import cells, checkpoint, evaluation, kernels, native
 from longshort.config import ModelConfig, TrainConfig
 from longshort.decoder import Decoder, load_decoder
 from longshort.errors import CheckpointError, ConfigError, TextError, UsageError
@@ -271,6 +271,31 @@ def test_protocols_carry_and_zero_the_state_where_they_say(
     found = evaluate(model, TOKENIZER, text, block=block)
     assert found.nats_per_token == pytest.approx(in_blocks / (length - 1), abs=1e-5)
     assert str(block) in found.protocol
+
+
+@settings(max_examples=20)
+@given(length=st.integers(2, 200), lanes=st.integers(1, 9), overlap=st.integers(0, 70))
+def test_each_lane_is_read_from_so_far_before_it(length: int, lanes: int, overlap: int) -> None:
+    model = model_of(cell="gru")
+    text = "".join(np.random.default_rng(length).choice(list(SYMBOLS), size=length))
+    ids = torch.tensor([SYMBOLS.index(c) for c in text]).unsqueeze(1)
+    total, part = 0.0, -(-(length - 1) // lanes)
+    for first in range(0, length - 1, part):
+        begin, end = max(first - overlap, 0), min(first + part, length - 1)
+        logits = model(ids[begin:end])[0][first - begin :, 0]
+        total += float(torch.nn.functional.cross_entropy(logits, ids[first + 1 : end + 1, 0], reduction="sum").detach())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "OVERLAP", overlap)
+        found = evaluate(model, TOKENIZER, text, lanes=lanes)
+    assert found.nats_per_token == pytest.approx(total / (length - 1), abs=1e-5)
+    assert found.tokens == length - 1
+
+
+def test_a_text_is_read_in_as_many_lanes_as_its_length_is_worth() -> None:
+    assert [evaluation.lanes_for(tokens) for tokens in (0, 1, 8191, 8192, 10**9)] == [1, 1, 1, 2, 64]
+    model, text = constant_model([1 / 8] * 8), SYMBOLS * 1100
+    assert "each of 2 lanes, which overlap by 512 tokens" in evaluate(model, TOKENIZER, text).protocol
+    assert "one lane" in evaluate(model, TOKENIZER, text, lanes=1).protocol
 
 
 def test_bytes_and_characters_differ_where_the_text_is_not_ascii() -> None:

@@ -262,8 +262,8 @@ def test_the_length_of_a_run_is_settled_once() -> None:
     assert training.settle(TrainConfig(), 10, 9).steps == 100
     settled = training.settle(TrainConfig(steps=7), 10, 9)
     assert (settled.steps, settled.epochs, settled.validate_every, settled.eval_lanes) == (7, None, 1, 1)
-    assert training.settle(TrainConfig(), 1, heldout_tokens=131_071).eval_lanes == 1
-    assert training.settle(TrainConfig(), 1, heldout_tokens=131_072).eval_lanes == 2
+    assert training.settle(TrainConfig(), 1, heldout_tokens=8191).eval_lanes == 1
+    assert training.settle(TrainConfig(), 1, heldout_tokens=8192).eval_lanes == 2
     assert training.settle(TrainConfig(), 1, heldout_tokens=10**9).eval_lanes == 64
     assert settled.threads == torch.get_num_threads()
     with pytest.raises(UsageError, match="not both"):

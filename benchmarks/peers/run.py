@@ -2,7 +2,8 @@
 
 python benchmarks/peers/run.py [NAME ...]
 
-A script's packages go into build/peers/NAME; its JSON goes into benchmarks/results.
+A script's packages go into build/peers/NAME; its JSON goes into benchmarks/results. A script that says `apart` starts
+its peer as a process, as its packages do not go with ours.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ ROOT = HERE.parent.parent
 
 def main(names: list[str]) -> None:
     for script in sorted(HERE.glob("*.py")):
-        if script.name == "run.py" or (names and script.stem not in names):
-            continue
         found = re.search(r"^# /// script\n(.*?)^# ///$", script.read_text("utf-8"), re.MULTILINE | re.DOTALL)
-        assert found, f"{script} pins nothing"
-        pins = tomllib.loads(re.sub(r"^# ?", "", found.group(1), flags=re.MULTILINE))["dependencies"]
+        if not found or (names and script.stem not in names):
+            continue
+        header = tomllib.loads(re.sub(r"^# ?", "", found.group(1), flags=re.MULTILINE))
+        pins, apart = header["dependencies"], header.get("tool", {}).get("longshort", {}).get("apart", False)
         place = ROOT / "build" / "peers" / script.stem
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--target", str(place)]
-        subprocess.run([*install, "-c", str(ROOT / "constraints.txt"), *pins], check=True)
+        ours = [] if apart else ["-c", str(ROOT / "constraints.txt")]
+        subprocess.run([*install, *ours, *pins], check=True)
         done = subprocess.run(
             [sys.executable, str(script)],
-            env=os.environ | {"PYTHONPATH": str(place)},
+            env=os.environ | {"PEER_PACKAGES" if apart else "PYTHONPATH": str(place)},
             stdout=subprocess.PIPE,
             text=True,
             check=True,

@@ -430,7 +430,7 @@ def load_training(path: Path) -> tuple[Saved, Training]:
     if values.get("step") != saved.step or not _are_marks(values.get("logs")):
         refuse(path / _POSITION, "it does not belong to the model")
     data = _read_verified(path / _STATE, entries[_STATE])
-    return saved, Training(_decode_arrays(data, path / _STATE, (np.float32, np.uint8)), values)
+    return saved, Training(decode_arrays(data, path / _STATE, (np.float32, np.uint8)), values)
 
 
 def _are_marks(logs: Any) -> bool:
@@ -532,7 +532,7 @@ def _pack(weights: Arrays, model: Json, tokenizer_json: str, extra: Json, step: 
     if taken := config.keys() & extra.keys():
         raise ValueError(f"extra may not hold {', '.join(sorted(taken))}")
     files = {
-        _WEIGHTS: _encode_arrays(weights),
+        _WEIGHTS: encode_arrays(weights),
         _CONFIG: json_bytes({**config, **extra}),
         _TOKENIZER: tokenizer,
     }
@@ -548,7 +548,7 @@ def _pack(weights: Arrays, model: Json, tokenizer_json: str, extra: Json, step: 
 def _with_training(files: Mapping[str, bytes], step: int, training: Training, logs: Json) -> dict[str, bytes]:
     """Return the files of a checkpoint that training can go on from."""
     position = json_bytes({"step": step, "logs": logs, **training.values})
-    more = {_STATE: _encode_arrays(training.arrays), _POSITION: position}
+    more = {_STATE: encode_arrays(training.arrays), _POSITION: position}
     return _with_manifest({name: files[name] for name in _OF_MODELS} | more)
 
 
@@ -588,17 +588,19 @@ def _check_config(config: dict[str, Any], tokenizer: bytes, directory: Path) -> 
         refuse(directory / _TOKENIZER, "it is not the tokenizer that the model was trained with")
 
 
-def _encode_arrays(arrays: Arrays) -> bytes:
+def encode_arrays(arrays: Arrays) -> bytes:
+    """Return arrays by name as the bytes of a safetensors file."""
     # safetensors reads an array's memory from its start on: a transposed view must be copied first.
     return safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in arrays.items()})
 
 
 def _decode_weights(data: bytes, source: Path) -> dict[str, NDArray[np.float32]]:
-    arrays = _decode_arrays(data, source, (np.float32, np.float16))
+    arrays = decode_arrays(data, source, (np.float32, np.float16))
     return {name: np.require(array, np.float32, ["C", "A", "W"]) for name, array in arrays.items()}
 
 
-def _decode_arrays(data: bytes, source: Path, allowed: tuple[Any, Any]) -> dict[str, NDArray[Any]]:
+def decode_arrays(data: bytes, source: Path, allowed: tuple[Any, ...]) -> dict[str, NDArray[Any]]:
+    """Return the arrays in the bytes of a safetensors file; CheckpointError where they hold others than `allowed`."""
     try:
         arrays = safetensors.numpy.load(data)
     except Exception as error:  # whatever the parser says of bytes that anyone may have made

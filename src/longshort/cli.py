@@ -26,6 +26,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 import longshort
+from longshort import durable
 from longshort.config import TrainConfig
 from longshort.errors import LongshortError, MissingExtraError, OutputError, UsageError
 from longshort.flags import Corpus, DataDir, Int, Json, TrainFlags
@@ -128,7 +129,9 @@ def evaluate(
         Literal["valid"] | None, Parameter(help="Take the run's own held-out part instead of TEXT.")
     ] = None,
     block: Annotated[Int | None, Parameter(help="Zero state at the start of every block of this many tokens.")] = None,
-    lanes: Annotated[Int | None, Parameter(help="Parts that are read side by side: quicker, a little worse.")] = None,
+    lanes: Annotated[
+        Int | None, Parameter(help="Overlapping parts that are read side by side; by the text's length if not given.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure how well a model predicts a text: state carried through the text, or zero at every block."""
@@ -153,14 +156,14 @@ def evaluate(
         _set_threads(config.threads)
         reader = _reader(model)
         part, name = training.heldout_part(Path(model), reader.tokenizer, _path(data_dir)), "held-out part"
-        lanes = lanes or (config.eval_lanes or 1 if block is None else 1)
+        lanes = lanes or (config.eval_lanes if block is None else None)
     else:
         source = corpora.find(corpora.keep_standard_input(text), corpus, _path(data_dir))
         reader = _reader(model)
         lines = reader.config.lines and not block and not lanes
         part = encoding.encode(source, encoding.survey(source), reader.tokenizer, 0, lines)[1]
         name = source.name
-    found = evaluate(reader, reader.tokenizer, part, lanes=lanes or 1, block=block)
+    found = evaluate(reader, reader.tokenizer, part, lanes=lanes, block=block)
     if json:
         _print_json({"model": model, "text": name, **found.to_dict()})
         return
@@ -189,6 +192,9 @@ def generate(
     stop: Annotated[
         tuple[str, ...], Parameter(help="End before this text; may be given several times.", negative="")
     ] = (),
+    state: Annotated[
+        str | None, Parameter(help="File to go on from, if it is there, and to leave the state in afterwards.")
+    ] = None,
     samples: Annotated[Int, Parameter(help="Write so many texts, side by side.")] = 1,
     weights: Annotated[
         Literal["float32", "int8"], Parameter(help="int8 takes a quarter of the memory, and says what it costs.")
@@ -200,6 +206,8 @@ def generate(
         raise UsageError(f"--length must be at least 0, not {length}.")
     if samples < 1:
         raise UsageError(f"--samples must be at least 1, not {samples}.")
+    if state is not None and samples > 1:
+        raise UsageError("--state keeps one text; --samples does not go with it.")
     if "" in stop:
         raise UsageError("--stop is empty.", "An unset shell variable looks like this.")
     from longshort import generation
@@ -211,7 +219,7 @@ def generate(
     sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if json or samples > 1:
         texts = [""] * samples
-        for number, piece in _pieces(model, prompt, length, sampling, stop, range(samples), weights):
+        for number, piece in _pieces(model, prompt, length, sampling, stop, range(samples), weights, state):
             texts[number] += piece
     if json:
         written = {"text": texts[0]} if samples == 1 else {"texts": texts}
@@ -221,7 +229,7 @@ def generate(
         for number, text in enumerate(texts, start=1):
             print(f"--- {number}", visible(prompt + text), sep="\n")
     else:
-        _generate_to_screen(model, prompt, length, sampling, stop, weights=weights)
+        _generate_to_screen(model, prompt, length, sampling, stop, weights=weights, state=state)
 
 
 @app.command
@@ -491,19 +499,27 @@ def _pieces(
     stop: tuple[str, ...] = (),
     streams: Iterable[int] = (0,),
     weights: str = "float32",
+    state: str | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Yield (number, piece) of what `model` writes, a text for each of the streams."""
+    from longshort.continuation import Continuation
     from longshort.generation import Request, Sampling, generate_many
 
     rest: dict[str, Any] = {"prompt": prompt, "length": length, "sampling": Sampling(**settings), "stop": stop}
-    requests = [Request(**rest, stream=stream) for stream in streams]
     loaded = _decoder(model) if weights == "float32" else _rounded(model, weights)
+    if state is not None:
+        durable.require_writable_directory(Path(state).parent)
+        rest["after"] = Continuation.load(state, loaded) if os.path.lexists(state) else None
+    requests = [Request(**rest, stream=stream) for stream in streams]
+    ends: dict[int, Continuation] = {}
     unseen = sorted({c for c in prompt if (loaded.tokenizer.encode(c) == loaded.tokenizer.size).any()})
-    pieces = generate_many(loaded, loaded.tokenizer, requests)
+    pieces = generate_many(loaded, loaded.tokenizer, requests, None if state is None else ends)
     if unseen and len(unseen) < len(set(prompt)):
         shown = ", ".join(repr(c) for c in unseen[:8])
         _say(f"longshort: the model never saw {shown}{' ...' if len(unseen) > 8 else ''}; read as <unk>.")
     yield from pieces
+    if state is not None:
+        ends[0].save(state, loaded)
 
 
 def _generate_to_screen(
@@ -514,11 +530,13 @@ def _generate_to_screen(
     stop: tuple[str, ...] = (),
     stream: int = 0,
     weights: str = "float32",
+    state: str | None = None,
 ) -> None:
     from longshort.screen import visible
 
     started = False
-    for _, piece in itertools.chain(_pieces(model, prompt, length, settings, stop, (stream,), weights), ((0, ""),)):
+    pieces = _pieces(model, prompt, length, settings, stop, (stream,), weights, state)
+    for _, piece in itertools.chain(pieces, ((0, ""),)):
         sys.stdout.write(visible(piece if started else prompt + piece))
         sys.stdout.flush()
         started = True

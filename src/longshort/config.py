@@ -173,7 +173,7 @@ class TrainConfig(Architecture):
     device: str = option("cpu", "cpu, or cuda.", choices=("cpu", "cuda"))
     validate_every: int | None = option(None, "Steps between looks at held-out text; a tenth of all if unset.", least=1)
     eval_lanes: int | None = option(
-        None, "Lanes in which the held-out text is read for the last figure; one, unless it is very long.", least=1
+        None, "Overlapping lanes in which held-out text is read for the last figure; by its length if unset.", least=1
     )
     save_every: int | None = option(
         None, "Steps between checkpoints, beside those at looks; every five minutes if unset.", least=1

@@ -190,6 +190,10 @@ class Decoder:
         h_TBH, state = self._run(ids_T[:, None], state)
         return h_TBH[-1, 0] @ self._output + self._weights["output.bias"], state
 
+    def weights(self) -> dict[str, Array]:
+        """Return the weights by name, as they were given."""
+        return dict(self._weights)
+
     def rounded(self, precision: str) -> Decoder:
         """Return the same model with weights of another precision."""
         return Decoder(self.config, self._weights, self.tokenizer, precision)

@@ -3,9 +3,9 @@
 One function, `evaluate`, serves training and the command line. The first symbol of the text is read, not predicted.
 Its protocols, named in each result:
 
-    one lane       the state is carried through the whole text from a zero state: the default, and the exact figure
-    N lanes        the text is cut into N parts that are read side by side, each from a zero state: quick, and a
-                   little worse than one lane, for looks during training
+    one lane       the state is carried through the whole text from a zero state: the exact figure
+    N lanes        the text is cut into N parts that are read side by side, each from a zero state that far before its
+                   part that the state is what it would be: the default for longer texts, within 0.001 nats of one lane
     blocks of N    the state is zero at the start of every block of N symbols: how models with a limited context
                    are measured
     lines          each line from a zero state, after a newline; the line and its own newline are predicted: what a
@@ -27,6 +27,10 @@ from longshort.errors import ConfigError, TextError
 from longshort.text.encoding import Part, encode_text
 from longshort.text.tokenizers import Tokenizer
 
+OVERLAP = 512
+"""Tokens that a lane reads before those it counts. docs/log.md has what lanes without them lose."""
+_TOKENS_A_LANE = 4096
+_MOST_LANES = 64
 _TOKENS_A_CALL = 4096
 _LOGITS_A_CALL = 2**22
 _LINES_TO_SORT = 4096
@@ -70,12 +74,17 @@ class Evaluation:
         return asdict(self)
 
 
+def lanes_for(tokens: int) -> int:
+    """Return the number of lanes in which a text of `tokens` is read where nobody asks for another."""
+    return max(1, min(tokens // _TOKENS_A_LANE, _MOST_LANES))
+
+
 def evaluate(
     model: Model,
     tokenizer: Tokenizer,
     text: str | Part,
     *,
-    lanes: int = 1,
+    lanes: int | None = None,
     block: int | None = None,
     lines: bool | None = None,
     pause: Callable[[], None] = lambda: None,
@@ -86,7 +95,8 @@ def evaluate(
         model: a decoder or a `LanguageModel`.
         tokenizer: the model's.
         text: what to predict, at least two symbols; or its ids, which may be more than the memory holds.
-        lanes: parts that are read side by side, state carried within each.
+        lanes: parts that are read side by side, each after the `OVERLAP` tokens before it; if None, as many as
+            `lanes_for` gives.
         block: if given, the state is zero at the start of every block of this many symbols.
         lines: whether each line is read from a zero state; if None, whether the model was trained so. Of a text that
             is given as ids, whether they were made so.
@@ -96,14 +106,15 @@ def evaluate(
         TextError: nothing in the text can be predicted.
         ConfigError: `lanes` or `block` is below one, or several protocols are asked for.
     """
-    if lanes < 1 or (block is not None and block < 1) or (block is not None and lanes > 1):
+    asked = 1 if lanes is None else lanes
+    if asked < 1 or (block is not None and (block < 1 or asked > 1)):
         raise ConfigError(f"lanes and block must be at least 1 and not both be given; not {lanes} and {block}.")
     if isinstance(text, Part):
         part = text
     else:
-        carried = block is not None or lanes > 1
+        carried = block is not None or asked > 1
         part = encode_text(tokenizer, text, not carried and model.config.lines if lines is None else lines)
-    if part.breaks is not None and (block is not None or lanes > 1):
+    if part.breaks is not None and (block is not None or asked > 1):
         raise ConfigError("Lines are read from a zero state each: lanes and block do not go with them.")
     if not part.known:
         raise TextError(
@@ -117,14 +128,16 @@ def evaluate(
     elif block is not None:
         protocol = f"zero state at the start of every block of {block} tokens"
         starts = range(0, part.tokens, block * 64)
-        total = sum(_rows(model, size, part.ids[start : start + block * 64 + 1], block, pause) for start in starts)
+        total = sum(_rows(model, size, part.ids[start : start + block * 64 + 1], block, 0, pause) for start in starts)
     else:
-        length = -(-part.tokens // lanes)
+        length = -(-part.tokens // (lanes or lanes_for(part.tokens)))
         lanes = -(-part.tokens // length)
         protocol = (
-            "state carried through the text, one lane" if lanes == 1 else f"state carried in each of {lanes} lanes"
+            "state carried through the text, one lane"
+            if lanes == 1
+            else f"state carried in each of {lanes} lanes, which overlap by {OVERLAP} tokens"
         )
-        total = _rows(model, size, part.ids, length, pause)
+        total = _rows(model, size, part.ids, length, OVERLAP, pause)
     bits = total / math.log(2)
     nats_per_token = total / part.known
     return Evaluation(
@@ -140,13 +153,13 @@ def evaluate(
     )
 
 
-def _rows(model: Model, size: int, ids: NDArray[Any], length: int, pause: Callable[[], None]) -> float:
-    """Return the nats of all symbols but the first, read in rows of `length`, each from a zero state."""
+def _rows(model: Model, size: int, ids: NDArray[Any], length: int, overlap: int, pause: Callable[[], None]) -> float:
+    """Return the nats of all symbols but the first, read in rows of `length`, each `overlap` after a zero state."""
     num_pairs = len(ids) - 1
     starts_B = np.arange(0, num_pairs, length)
     ends_B = np.minimum(starts_B + length, num_pairs)
     total = 0.0
-    for nats_TB, counted_TB in read(model, size, ids, starts_B, ends_B):
+    for nats_TB, counted_TB in read(model, size, ids, np.maximum(starts_B - overlap, 0), ends_B, starts_B):
         pause()
         total += float(nats_TB[counted_TB].sum())
     return total
@@ -167,7 +180,12 @@ def _lines(model: Model, size: int, ids: NDArray[Any], breaks: NDArray[np.uint64
 
 
 def read(
-    model: Model, size: int, ids: NDArray[Any], starts_B: NDArray[np.int64], ends_B: NDArray[np.int64]
+    model: Model,
+    size: int,
+    ids: NDArray[Any],
+    starts_B: NDArray[np.int64],
+    ends_B: NDArray[np.int64],
+    counted_from_B: NDArray[np.int64] | None = None,
 ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
     """Predict stretches of a text side by side, each from a zero state, window by window.
 
@@ -177,9 +195,10 @@ def read(
         ids: the text, which may be memory-mapped.
         starts_B: place of each stretch's first id, which is only read.
         ends_B: place of each stretch's last id, which is predicted.
+        counted_from_B: place of the id after which each stretch counts; at its start if None.
 
     Yields:
-        -log p of each symbol in nats, and whether it is one of the stretch that the vocabulary holds, (T, B) both.
+        -log p of each symbol in nats, and whether it counts: one of the stretch that the vocabulary holds, (T, B) both.
     """
     state = None
     longest = int((ends_B - starts_B).max())
@@ -187,9 +206,10 @@ def read(
     for first in range(0, longest, window):
         positions_TB = starts_B + np.arange(first, min(first + window, longest))[:, None]
         inside_TB = positions_TB < ends_B
+        counts_TB = inside_TB if counted_from_B is None else inside_TB & (positions_TB >= counted_from_B)
         positions_TB = np.where(inside_TB, positions_TB, starts_B)
         targets_TB = ids[positions_TB + 1].astype(np.int64)
-        counted_TB = inside_TB & (targets_TB < size)
+        counted_TB = counts_TB & (targets_TB < size)
         inputs_TB = ids[positions_TB].astype(np.int64)
         nats_TB, state = model.nats(inputs_TB, np.where(counted_TB, targets_TB, 0), state)
         yield nats_TB, counted_TB

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longshort.config import Options, option
+from longshort.continuation import TAIL, Continuation
 from longshort.decoder import Decoder
 from longshort.errors import ConfigError, VocabularyError
 from longshort.evaluation import Model
@@ -48,6 +50,8 @@ class Request:
     """The text ends before the first of these that would be complete in it."""
     stream: int = 0
     """Number of this text among those of one seed; each has its own random numbers."""
+    after: Continuation | None = None
+    """The text that this one goes on with, as if both were one; with it, an empty prompt reads nothing."""
 
     def __post_init__(self) -> None:
         if self.length < 0:
@@ -65,6 +69,7 @@ def generate(
     *,
     stop: Sequence[str] = (),
     stream: int = 0,
+    after: Continuation | None = None,
 ) -> Iterator[str]:
     """Yield text that continues `prompt`, piece by piece; their concatenation is the whole.
 
@@ -79,17 +84,23 @@ def generate(
         sampling: temperature, top-k, top-p, seed.
         stop: the text ends before the first of these.
         stream: number of this text among those of one seed.
+        after: the text that this one goes on with.
 
     Raises:
         ConfigError: a value outside its range.
         VocabularyError: the prompt holds a symbol that the model never saw, and none that it did.
     """
-    request = Request(prompt=prompt, length=length, sampling=sampling or Sampling(), stop=tuple(stop), stream=stream)
-    for _, piece in generate_many(model, tokenizer, [request]):
+    rest = {"sampling": sampling or Sampling(), "stop": tuple(stop), "stream": stream, "after": after}
+    for _, piece in generate_many(model, tokenizer, [Request(prompt=prompt, length=length, **rest)]):  # type: ignore[arg-type]
         yield piece
 
 
-def generate_many(model: Model, tokenizer: Tokenizer, requests: Sequence[Request]) -> Iterator[tuple[int, str]]:
+def generate_many(
+    model: Model,
+    tokenizer: Tokenizer,
+    requests: Sequence[Request],
+    ends: dict[int, Continuation] | None = None,
+) -> Iterator[tuple[int, str]]:
     """Yield (number of the request, piece) as the texts grow side by side; each is the one that `generate` gives.
 
     Args:
@@ -97,25 +108,29 @@ def generate_many(model: Model, tokenizer: Tokenizer, requests: Sequence[Request
             `LanguageModel`, which writes one text after the other.
         tokenizer: the model's.
         requests: what to write.
+        ends: if given, filled with where each text ends, by number, so that another can go on with it; a character
+            whose last bytes are not written yet is then left to that one.
 
     Raises:
         VocabularyError: as `generate`.
     """
     newline = tokenizer.newline if model.config.lines else None
-    texts = [_Text(number, request, model, tokenizer, newline) for number, request in enumerate(requests)]
+    texts = [
+        _Text(number, request, model, tokenizer, newline, ends is not None) for number, request in enumerate(requests)
+    ]
     if isinstance(model, Decoder) and model.writes:
         yield from _side_by_side(model, [text for text in texts if text.left], newline)
-        return
-    for text in texts:
-        while text.left:
-            request = text.request
-            chosen = choose(
-                text.logits_V, request.sampling, uniform(request.sampling.seed, request.stream, text.position)
-            )
-            yield from text.take([chosen])
-            if text.left:
-                state = None if chosen == newline else text.state
-                text.logits_V, text.state = model.logits(np.array([chosen]), state)
+    else:
+        for text in texts:
+            while text.left:
+                sampling, stream = text.request.sampling, text.request.stream
+                chosen = choose(text.logits_V, sampling, uniform(sampling.seed, stream, text.position))
+                yield from text.take([chosen])
+                if text.left or ends is not None:
+                    state = None if chosen == newline else text.state
+                    text.logits_V, text.state = model.logits(np.array([chosen]), state)
+    if ends is not None:
+        ends |= {text.number: text.end() for text in texts}
 
 
 def cost_in_bits(exact: Decoder, other: Decoder, *, texts: int = 16, length: int = 256) -> float:
@@ -177,18 +192,36 @@ def _side_by_side(model: Decoder, texts: list[_Text], newline: int | None) -> It
 class _Text:
     """A text that is being written: where its model is, and what of it has not been given out."""
 
-    def __init__(self, number: int, request: Request, model: Model, tokenizer: Tokenizer, newline: int | None) -> None:
+    def __init__(
+        self,
+        number: int,
+        request: Request,
+        model: Model,
+        tokenizer: Tokenizer,
+        newline: int | None,
+        goes_on: bool,
+    ) -> None:
         self.number, self.request = number, request
-        self.left, self.position = request.length, 0
-        prompt = request.prompt
-        if newline is None:
-            ids = prompt_ids(tokenizer, prompt)
-        else:
-            line = prompt.rpartition("\n")[2]
-            ids = np.append(newline, prompt_ids(tokenizer, line) if line else np.empty(0, dtype=np.int64))
-        self.logits_V, self.state = model.logits(ids, None)
+        self.left = request.length
+        self._model, self._tokenizer, self._newline, self._goes_on = model, tokenizer, newline, goes_on
+        after, prompt = request.after, request.prompt
+        self.position = after.position if after else 0
+        self._prompted = _read(model, tokenizer, newline, prompt, after)
+        self.logits_V, self.state = self._prompted.logits_V, self._prompted.state
+        self._tail: list[int] = self._prompted.tail.tolist()
         self._writer = tokenizer.writer(prompt)
-        self._held = ""
+        if after and not prompt:
+            for symbol in self._tail:
+                self._writer.write(symbol)
+        self._held = self._given = self._stop = ""
+
+    def end(self) -> Continuation:
+        """Return where the text ends, which is before a stop."""
+        if self._stop:
+            # The model has read on, how far depends on the time it took: what was given out is read once more.
+            read = _read(self._model, self._tokenizer, self._newline, self._given, self._prompted)
+            return replace(read, position=read.position + len(self._tokenizer.encode(self._given + self._stop)))
+        return Continuation(_arrays(self.state), np.array(self.logits_V), np.array(self._tail, np.int64), self.position)
 
     def draw(self) -> Draw:
         """Return how the next symbols are chosen."""
@@ -199,13 +232,15 @@ class _Text:
         """Take the next symbols and yield what of the text is certain; `left` is 0 at its end."""
         self.position += len(ids)
         self.left -= len(ids)
+        self._tail = (self._tail + ids)[-TAIL:]
         text = self._held + "".join(self._writer.write(chosen) or "" for chosen in ids)
-        if not self.left:
+        if not self.left and not self._goes_on:
             text += self._writer.close() or ""
         # (end, beginning) of each: what counts is which is complete first, however many symbols came at once.
         places = [(place + len(stop), place) for stop in self.request.stop if (place := text.find(stop)) >= 0]
         if places:
-            self.left, text, self._held = 0, text[: min(places)[1]], ""
+            end, place = min(places)
+            self._stop, self.left, text, self._held = text[place:end], 0, text[:place], ""
         elif self.left and self.request.stop:
             # The beginning of a stop may stand at the end.
             longest = max(map(len, self.request.stop)) - 1
@@ -221,7 +256,29 @@ class _Text:
         else:
             self._held = ""
         if text:
+            if self._goes_on:
+                self._given += text
             yield self.number, text
+
+
+def _read(
+    model: Model, tokenizer: Tokenizer, newline: int | None, text: str, after: Continuation | None
+) -> Continuation:
+    """Return where a model is when it has read `text` after another, or from a zero state."""
+    if after and not text:
+        return after
+    if newline is None or (after and "\n" not in text):
+        ids, state = prompt_ids(tokenizer, text), after.state if after else None
+    else:
+        line = text.rpartition("\n")[2]
+        ids, state = np.append(newline, prompt_ids(tokenizer, line) if line else np.empty(0, np.int64)), None
+    logits_V, state = model.logits(ids, state)
+    return Continuation(_arrays(state), np.array(logits_V), ids[-TAIL:], after.position if after else 0)
+
+
+def _arrays(state: Any) -> tuple[NDArray[np.float32], ...]:
+    """Return a state, of a decoder or of PyTorch on any device, as arrays."""
+    return tuple(np.array(tensor if isinstance(tensor, np.ndarray) else tensor.cpu().numpy()) for tensor in state)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> NDArray[np.int64]:

@@ -30,9 +30,8 @@ from longshort.text.tokenizers import Tokenizer
 if TYPE_CHECKING:
     from longshort.training import Prepared, Stepper
 
-_LOOK_LANES = 32
 LOOK_CHARACTERS = 131_072
-"""Looks during training read this much of the held-out text, in lanes; the last figure is of all of it."""
+"""Looks during training read this much of the held-out text; the last figure is of all of it."""
 SECONDS_BETWEEN_SAVES = 300.0
 MOST_SKIPPED = 3
 """A run stops when the loss or a gradient was not finite in this many steps."""
@@ -247,7 +246,7 @@ class Loop:
     def _look(self) -> Looked | None:
         """Look at the held-out text, if there is any, and save."""
         at, paused = self.position, time.perf_counter()
-        heldout = self._evaluate(self.prepared.look, _LOOK_LANES) if self.prepared.heldout_tokens else None
+        heldout = self._evaluate(self.prepared.look) if self.prepared.heldout_tokens else None
         is_best = heldout is None or at.best_nats is None or heldout.nats_per_token < at.best_nats
         if heldout is not None:
             look = {"heldout_nats_per_token": heldout.nats_per_token, "protocol": heldout.protocol}
@@ -287,14 +286,13 @@ class Loop:
             best = checkpoint.load_model(self.run.path)
             best_step = best.step or at.best_step
             self.model.load_weights(best.weights)
-            final = self._evaluate(self.prepared.heldout, self.config.eval_lanes or 1)
+            final = self._evaluate(self.prepared.heldout, self.config.eval_lanes)
         result = {"steps": at.step, "best_step": best_step, "skipped_steps": at.skipped_steps}
         self.run.write_result({**result, "heldout": final.to_dict() if final else None})
         return Finished(at.step, best_step, final, time.perf_counter() - begin, early)
 
-    def _evaluate(self, part: Part, lanes: int) -> Evaluation:
+    def _evaluate(self, part: Part, lanes: int | None = None) -> Evaluation:
         """Evaluate, and refuse a figure that is not finite before anything is saved with it."""
-        lanes = 1 if self.config.lines else lanes
         found = evaluate(self.model.reader(), self.prepared.tokenizer, part, lanes=lanes, pause=self._stop_here)
         if not math.isfinite(found.nats_per_token):
             raise self._diverged(f"the held-out text has {found.nats_per_token} nats a token")

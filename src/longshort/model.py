@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,6 +136,10 @@ class LanguageModel(nn.Module):
         finally:
             self.train(training)
 
+    def _state_of(self, state: Any) -> State | None:
+        """Return a state that may be arrays as tensors."""
+        return state and tuple(torch.as_tensor(tensor, device=self.output.bias.device) for tensor in state)
+
     # What evaluation and generation ask of any model, this one or the torch-free decoder: arrays in, arrays out.
 
     @torch.no_grad()
@@ -144,7 +149,7 @@ class LanguageModel(nn.Module):
         """Return -log p of each target in nats, float64 (T, B), and the state after the last input."""
         device = self.output.bias.device
         with self._evaluating():
-            logits_TBV, state = self(torch.from_numpy(inputs_TB).to(device), state)
+            logits_TBV, state = self(torch.from_numpy(inputs_TB).to(device), self._state_of(state))
         log_p = F.log_softmax(logits_TBV.double(), dim=-1)
         targets = torch.from_numpy(targets_TB).to(device).unsqueeze(-1)
         return -log_p.gather(-1, targets).squeeze(-1).cpu().numpy(), state
@@ -154,7 +159,7 @@ class LanguageModel(nn.Module):
         """Read `ids_T` and return the logits (V) of the symbol after the last, and the state there."""
         device = self.output.bias.device
         with self._evaluating():
-            logits_TBV, state = self(torch.from_numpy(ids_T).to(device).unsqueeze(1), state)
+            logits_TBV, state = self(torch.from_numpy(ids_T).to(device).unsqueeze(1), self._state_of(state))
         return logits_TBV[-1, 0].cpu().float().numpy(), state
 
 

@@ -47,10 +47,6 @@ SIZES = (64, 128, 256, 384, 512, 768, 1024)
 
 MOST_EPOCHS_WITHOUT_DROPOUT = 10
 
-FEWEST_TOKENS_A_LANE = 16_384
-"""Where reading the held-out text in one lane would take more than a tenth of the budget, the dial takes lanes of at
-least this length: the last figure is then off by less than 0.001 nats (docs/log.md)."""
-
 FEWEST_STEPS = 1500
 """The dial takes the largest model that makes this many steps in the time given; docs/log.md has the measurement."""
 
@@ -213,22 +209,21 @@ def plan(minutes: float, settings: Mapping[str, Any], prepared: Prepared, since:
     torch.set_num_threads(chosen.threads or cores)
 
     # What the looks at held-out text and the last figure cost.
-    lanes, reserve = training.settle(chosen, 1, prepared.heldout_tokens).eval_lanes, 0.0
+    reserve = 0.0
     if prepared.heldout_tokens:
         model = training.make_model(chosen, prepared.tokenizer)
-        rates: dict[int, float] = {}
-        for rows in (1, 64):
-            sample = prepared.look.first(2000 * rows)
+
+        def seconds_to_read(tokens: int, lanes: int | None) -> float:
+            sample = prepared.look.first(65_536 if lanes is None else 2000 * lanes)
             begin = time.perf_counter()
-            evaluate(model, prepared.tokenizer, sample, lanes=1 if base.lines else rows)
-            rates[rows] = (time.perf_counter() - begin) / max(sample.tokens, 1)
-        if lanes is not None and "eval_lanes" not in settings and rates[1] * prepared.heldout_tokens > 0.1 * seconds:
-            lanes = max(lanes, min(prepared.heldout_tokens // FEWEST_TOKENS_A_LANE, 64))
-        looks = 10 * prepared.look.tokens * rates[64]
-        reserve = looks + prepared.heldout_tokens * rates[1 if lanes == 1 and not base.lines else 64]
+            evaluate(model, prepared.tokenizer, sample, lanes=lanes)
+            return (time.perf_counter() - begin) / max(sample.tokens, 1) * tokens
+
+        reserve = seconds_to_read(10 * prepared.look.tokens, None)
+        reserve += seconds_to_read(prepared.heldout_tokens, base.eval_lanes)
     left = seconds - (time.perf_counter() - since) - reserve
     steps = max(int(left / measured[chosen.hidden]), 1)
     # A text that is read many times is learned by heart; docs/log.md has what dropout gained.
     epochs = steps / prepared.sampler(chosen).steps_per_epoch
     dropout = settings.get("dropout", 0.3 if epochs > MOST_EPOCHS_WITHOUT_DROPOUT else 0.0)
-    return Plan(dataclasses.replace(chosen, steps=steps, eval_lanes=lanes, dropout=dropout), measured)
+    return Plan(dataclasses.replace(chosen, steps=steps, dropout=dropout), measured)

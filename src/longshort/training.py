@@ -34,6 +34,7 @@ from longshort import checkpoint, durable, snapshot
 from longshort.cells import State
 from longshort.config import MODEL_OPTIONS, ModelConfig, TrainConfig
 from longshort.errors import CheckpointError, TextError, TrainingError, UsageError
+from longshort.evaluation import lanes_for
 from longshort.loop import LOOK_CHARACTERS as LOOK_CHARACTERS
 from longshort.loop import Event as Event
 from longshort.loop import Finished as Finished
@@ -50,9 +51,6 @@ from longshort.text.batches import IGNORED, SAMPLERS, Batch, ConsecutiveLanes, L
 from longshort.text.encoding import Part, Survey
 from longshort.text.tokenizers import Tokenizer, from_json, train_tokenizer
 
-TOKENS_A_LANE = 65_536
-"""The last figure is taken in one lane, and in more where each has this many tokens: what a lane's first tokens lose
-from the zero state is then below 0.001 nats a token (docs/log.md has the measurement)."""
 _CHECKPOINTS_AT_ONCE = 4
 """The best, the latest, the one before, and the one that is being written."""
 
@@ -130,9 +128,7 @@ def settle(config: TrainConfig, steps_per_epoch: int, heldout_tokens: int) -> Tr
         epochs=None,
         validate_every=config.validate_every or max(1, -(-steps // 10)),
         threads=config.threads or torch.get_num_threads(),
-        eval_lanes=None
-        if config.lines or not heldout_tokens
-        else config.eval_lanes or max(1, min(heldout_tokens // TOKENS_A_LANE, 64)),
+        eval_lanes=None if config.lines or not heldout_tokens else config.eval_lanes or lanes_for(heldout_tokens),
     )
 
 
