@@ -153,6 +153,20 @@ def test_eval_of_a_text_by_protocol(workplace: Path, capsys: pytest.CaptureFixtu
     assert "19,999 tokens" in out_of(capsys, "eval", model, text)
 
 
+def test_eval_of_a_model_that_learns_while_it_reads(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(workplace / "run")
+    static = json.loads(out_of(capsys, "eval", run, "--split", "valid", "--json"))
+    found = json.loads(out_of(capsys, "eval", run, "--split", "valid", "--dynamic", "--rate", "0.003", "--json"))
+    assert found["tokens"] == static["tokens"]
+    assert found["nats_per_token"] < static["nats_per_token"]
+    assert "learns after each" in found["protocol"]
+    assert "learns after each" in out_of(capsys, "eval", run, str(workplace / "english.txt"), "--dynamic")
+    for more in (["--block", "4"], ["--lanes", "2"]):
+        assert "--dynamic" in complaint(capsys, 2, "eval", run, "--split", "valid", "--dynamic", *more)
+    assert "--dynamic" in complaint(capsys, 2, "eval", run, "--split", "valid", "--rate", "0.1")
+    assert "rate must be" in complaint(capsys, 2, "eval", run, "--split", "valid", "--dynamic", "--rate", "0")
+
+
 def test_generate_repeats_by_seed_and_continues_the_prompt(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(workplace / "run")
     first = out_of(capsys, "generate", run, "--prompt", "the ", "--length", "60")
@@ -491,6 +505,7 @@ def test_no_pickle_is_ever_read(workplace: Path) -> None:
         ["train", text, "--steps", "2", *TINY],
         ["generate", run, "--state", "talk"],
         ["eval", run, "--split", "valid"],
+        ["eval", run, "--split", "valid", "--dynamic"],
     ):
         done = python("-c", program, *arguments)
         assert done.returncode == 0, done.stderr

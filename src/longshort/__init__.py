@@ -5,6 +5,7 @@
     longshort.load(path)                         a trained model, without PyTorch; train=True gives a LanguageModel
     longshort.train(TrainConfig(...))            trains and yields events; longshort.resume(run) goes on
     longshort.evaluate, generate, score          free functions on any model
+    longshort.evaluate_dynamically               the same for a model that learns while it reads
     longshort.kernels                            which implementation runs, and why
     longshort.scratch                            the textbook
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from longshort.conversion import convert as convert
     from longshort.conversion import to_torch as to_torch
     from longshort.decoder import Decoder as Decoder
+    from longshort.dynamic import evaluate_dynamically as evaluate_dynamically
     from longshort.errors import LongshortError as LongshortError
     from longshort.evaluation import Evaluation as Evaluation
     from longshort.evaluation import evaluate as evaluate
@@ -59,6 +61,7 @@ _HOME = {
     "TrainConfig": "config",
     "convert": "conversion",
     "evaluate": "evaluation",
+    "evaluate_dynamically": "dynamic",
     "generate": "generation",
     "score": "scoring",
     "to_torch": "conversion",

@@ -132,6 +132,13 @@ def evaluate(
     lanes: Annotated[
         Int | None, Parameter(help="Overlapping parts that are read side by side; by the text's length if not given.")
     ] = None,
+    dynamic: Annotated[
+        bool,
+        Parameter(help="The model goes on learning from what it has predicted.", negative="", show_default=False),
+    ] = False,
+    rate: Annotated[
+        float | None, Parameter(help="Size of its steps then (default: measured to be good on one text).")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure how well a model predicts a text: state carried through the text, or zero at every block."""
@@ -142,6 +149,13 @@ def evaluate(
 
     if lanes is not None and lanes < 1:
         raise UsageError(f"--lanes must be at least 1, not {lanes}.")
+    if dynamic and (block or lanes):
+        raise UsageError("--dynamic reads the text in order, once: --block and --lanes do not go with it.")
+    if rate is not None and not dynamic:
+        raise UsageError("--rate is how fast a model learns while it reads.", "Add --dynamic.")
+    if dynamic:
+        _need_torch("eval --dynamic")
+    load = _language_model if dynamic else _reader
     if split is not None:
         if text or corpus:
             raise UsageError("--split valid is the run's own text; TEXT and --corpus do not go with it.")
@@ -154,16 +168,21 @@ def evaluate(
         if config.lines and (block or lanes):
             raise UsageError(f"{model} was trained on lines: --block and --lanes do not go with --split valid.")
         _set_threads(config.threads)
-        reader = _reader(model)
+        reader = load(model)
         part, name = training.heldout_part(Path(model), reader.tokenizer, _path(data_dir)), "held-out part"
         lanes = lanes or (config.eval_lanes if block is None else None)
     else:
         source = corpora.find(corpora.keep_standard_input(text), corpus, _path(data_dir))
-        reader = _reader(model)
+        reader = load(model)
         lines = reader.config.lines and not block and not lanes
         part = encoding.encode(source, encoding.survey(source), reader.tokenizer, 0, lines)[1]
         name = source.name
-    found = evaluate(reader, reader.tokenizer, part, lanes=lanes, block=block)
+    if dynamic:
+        from longshort.dynamic import Learning, evaluate_dynamically
+
+        found = evaluate_dynamically(reader, part, Learning() if rate is None else Learning(rate=rate))
+    else:
+        found = evaluate(reader, reader.tokenizer, part, lanes=lanes, block=block)
     if json:
         _print_json({"model": model, "text": name, **found.to_dict()})
         return

@@ -109,18 +109,10 @@ def evaluate(
     asked = 1 if lanes is None else lanes
     if asked < 1 or (block is not None and (block < 1 or asked > 1)):
         raise ConfigError(f"lanes and block must be at least 1 and not both be given; not {lanes} and {block}.")
-    if isinstance(text, Part):
-        part = text
-    else:
-        carried = block is not None or asked > 1
-        part = encode_text(tokenizer, text, not carried and model.config.lines if lines is None else lines)
-    if part.breaks is not None and (block is not None or asked > 1):
+    carried = block is not None or asked > 1
+    part = part_of(model.config, tokenizer, text, False if carried and lines is None else lines)
+    if part.breaks is not None and carried:
         raise ConfigError("Lines are read from a zero state each: lanes and block do not go with them.")
-    if not part.known:
-        raise TextError(
-            f"A text of {part.tokens} symbols after the first holds no symbol that this model can predict.",
-            "Give at least two characters of the kind that the model was trained on.",
-        )
     size = tokenizer.size
     if part.breaks is not None:
         protocol = "each line from a zero state, after a newline"
@@ -138,6 +130,28 @@ def evaluate(
             else f"state carried in each of {lanes} lanes, which overlap by {OVERLAP} tokens"
         )
         total = _rows(model, size, part.ids, length, OVERLAP, pause)
+    return summarise(part, total, protocol)
+
+
+def part_of(config: ModelConfig, tokenizer: Tokenizer, text: str | Part, lines: bool | None = None) -> Part:
+    """Return `text` as ids, if it is not yet: in lines, if asked for, or if the model was trained so and None is given.
+
+    Raises:
+        TextError: nothing in it can be predicted.
+    """
+    part = text
+    if not isinstance(part, Part):
+        part = encode_text(tokenizer, part, config.lines if lines is None else lines)
+    if not part.known:
+        raise TextError(
+            f"A text of {part.tokens} symbols after the first holds no symbol that this model can predict.",
+            "Give at least two characters of the kind that the model was trained on.",
+        )
+    return part
+
+
+def summarise(part: Part, total: float, protocol: str) -> Evaluation:
+    """Return what `total` nats for all symbols of `part` come to."""
     bits = total / math.log(2)
     nats_per_token = total / part.known
     return Evaluation(
