@@ -3,7 +3,7 @@
    For a chunk of steps, from the last to the first:
 
      step:   dh = dy + dgates(next step) W_hh -> dgates, dc                  (own units)   | all wait |
-     chunk:  dx = dgates W_ih (own columns);  dW_ih += dgates^T x,  dW_hh += dgates^T h,  db += sum of dgates  (own units)
+     chunk:  dx = dgates W_ih (own columns);  dW_ih += dgates^T x, or a table's rows += dgates;  dW_hh += dgates^T h,  db += sum of dgates  (own units)
 
    dgates are the gradients before the activations. The GRU has two sets: its candidate's input and hidden share differ by
    the factor r. A team divides units; there is one team, since all rows add to the same weights. With layer normalisation
@@ -53,6 +53,7 @@ struct Backward {
   float* dx;              /* [panel][row of the chunk][kPanel] */
   float* x_columns;       /* the chunk's x and its h before each step: [panel of columns][row][kOuterVectors W] */
   float* h_columns;
+  int64_t* symbols;       /* of the chunk's rows, with a table */
   float* parts;           /* with layer normalisation, each thread's sums over its rows: [thread][kParts][U][W] */
   Team::Shared* shared;
 
@@ -89,6 +90,7 @@ struct Backward {
     dx = a.dx && !direct_weights ? arena.array(input_panels * chunk_rows * kPanel) : nullptr;
     x_columns = a.dweight_ih ? arena.array(ceil_div(I, kOuter) * chunk_rows * kOuter) : nullptr;
     h_columns = a.dweight_hh ? arena.array(ceil_div(H, kOuter) * chunk_rows * kOuter) : nullptr;
+    symbols = a.dtable ? reinterpret_cast<int64_t*>(arena.array(2 * chunk_rows)) : nullptr;
     parts = normal ? arena.array(threads * kParts * U * W) : nullptr;
     row_offset = reinterpret_cast<int64_t*>(arena.array(2 * T));
     shared = reinterpret_cast<Team::Shared*>(arena.array(int64_t(sizeof(Team::Shared) / 4)));
@@ -117,6 +119,7 @@ struct Backward {
     copy_or_clear(a.dh0, a.dh_n, B * H);
     copy_or_clear(a.dc0, a.dc_n, B * H);
     copy_or_clear(a.dweight_ih, nullptr, G * H * I);
+    if (a.tokens.ids) copy_or_clear(a.dtable, nullptr, (a.tokens.V + 1) * G * H);
     copy_or_clear(a.dweight_hh, nullptr, G * H * H);
     copy_or_clear(a.dbias_ih, nullptr, G * H);
     copy_or_clear(a.dbias_hh, nullptr, G * H);
@@ -582,6 +585,7 @@ struct Backward {
     for (int64_t step = first; step < last; ++step) {
       int64_t n_before = step > 0 ? steps.rows(step - 1) : 0;
       for (int64_t row = 0, n = steps.rows(step); row < n; ++row, ++at) {
+        if (symbols && team.leads()) symbols[at] = a.tokens.ids[steps.time(step) * B + steps.batch_row(row)];
         if (x_columns)
           copy_row(team, a.x + steps.offset(steps.time(step), row, a.x_step, a.x_row), nullptr, I, at, rows, x_columns);
         if (!h_columns) continue;
@@ -623,12 +627,30 @@ struct Backward {
     int64_t group = larger(kGroup / (G * W * rows), 1);
     for (int64_t block = first_block(team); block < last_block(team); block += group) {
       int64_t end = smaller(block + group, last_block(team));
+      if (a.dtable) add_to_table(block, end, rows, add);
       if (a.dweight_ih) outer_columns(block, end, dg_input, rows, x_columns, I, a.dweight_ih, add);
       if (a.dweight_hh) outer_columns(block, end, dg, rows, h_columns, H, a.dweight_hh, add);
     }
     if (normal) return; /* sum_parts has the biases' */
     if (a.dbias_ih) sum_rows(team, dg_input, rows, a.dbias_ih, add);
     if (a.dbias_hh) sum_rows(team, dg, rows, a.dbias_hh, add);
+  }
+
+  /* The table's gradient: each row of dgates to the row of its symbol. */
+  void add_to_table(int64_t first, int64_t last, int64_t rows, bool add) {
+    const int64_t width = G * H;
+    for (int64_t block = first; block < last; ++block) {
+      int units = sizes.units(block);
+      for (int gate = 0; gate < G; ++gate) {
+        float* column = a.dtable + gate * H + block * W;
+        for (int64_t symbol = 0; symbol <= a.tokens.V && !add; ++symbol) store_part(column + symbol * width, V{}, units);
+        const float* from = dg_input + (block * G + gate) * odd(rows) * W;
+        for (int64_t row = 0; row < rows; ++row) {
+          float* p = column + symbols[row] * width;
+          store_part(p, load_part(p, units) + load(from + row * W), units);
+        }
+      }
+    }
   }
 
   void outer_columns(int64_t first, int64_t last, const float* gradients, int64_t rows, const float* operands,

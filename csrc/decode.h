@@ -10,6 +10,7 @@
 
 #include "bytes.h"
 #include "layout.h"
+#include "loss.h"
 
 namespace ls {
 namespace LS_TARGET {
@@ -52,18 +53,6 @@ struct BytePanel {
     round_to_bytes(inputs + sizes.input_floats(), sizes.hidden_blocks() * W, NW, out + hidden_at());
   }
 };
-
-/* The logarithm of the sum of e^logit. Sums of a vector's lanes are in float, over the vectors in double. */
-static inline double log_sum(const float* logits, int64_t n) {
-  float largest = logits[0];
-  for (int64_t i = 1; i < n; ++i) largest = logits[i] > largest ? logits[i] : largest;
-  double sum = 0.0;
-  for (int64_t i = 0; i < n; i += W) {
-    V e = exponential(load(logits + i) - largest); /* the row has room for whole vectors */
-    sum += double(sum_lanes(first_lanes(e, int(smaller(n - i, W)))));
-  }
-  return double(largest) + logarithm(sum);
-}
 
 /* What reading and writing share. Pass, Read or Decode, says what happens before and after each step. */
 template <class Pass, class Cell, class Args>

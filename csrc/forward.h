@@ -3,7 +3,7 @@
    For a chunk of steps the input's share of the gates is computed at once, then the steps one after the other, each
    tile of rows and units from product to new state while its sums are at hand:
 
-     chunk:  x -> blocked copy   | all wait |   xg = bias + x W_ih   (own panels)
+     chunk:  x -> blocked copy   | all wait |   xg = bias + x W_ih   (own panels); of symbols xg = bias + rows of a table
      step:   gates = xg + h W_hh -> activations -> c, h, y, saved    (own panels)   | all wait |
 
    With layer normalisation a row's gates need the whole row, so a step has two parts:
@@ -164,8 +164,11 @@ struct Forward {
         if (rows && rows + more > chunk_rows) break;
         rows += more;
       }
-      if (direct) {
-        multiply_inputs_direct(team, first, last, row0, row1, rows, xg_chunk);
+      if (a.tokens.table || direct) {
+        if (a.tokens.table)
+          look_up(team, first, last, row0, row1, rows, xg_chunk);
+        else
+          multiply_inputs_direct(team, first, last, row0, row1, rows, xg_chunk);
         if (first == 0 && !team.wait()) return; /* all have made their part of the first state */
       } else {
         copy_inputs(team, first, last, row0, row1, rows, x_chunk);
@@ -233,6 +236,24 @@ struct Forward {
         const float* from = a.x + steps.offset(t, row, a.x_step, a.x_row);
         for (int64_t block = team.begin(sizes.input_blocks); block < team.end(sizes.input_blocks); ++block)
           copy_row_block(from, sizes.I, block, chunk + (block * odd(rows) + at) * W);
+      }
+    }
+  }
+
+  /* xg of symbols, own panels. */
+  void look_up(const Team& team, int64_t first, int64_t last, int64_t row0, int64_t row1, int64_t rows, float* xg_chunk) {
+    int64_t at = 0;
+    for (int64_t step = first; step < last; ++step) {
+      const int64_t* ids = a.tokens.ids + steps.time(step) * B;
+      for (int64_t row = row0, end = row0 + rows_of(step, row0, row1); row < end; ++row, ++at) {
+        const float* from = a.tokens.table + ids[steps.batch_row(row)] * G * H;
+        for (int64_t panel = team.begin(sizes.panels); panel < team.end(sizes.panels); ++panel)
+          for (int n = 0; n < N; ++n) {
+            int64_t block = panel * Cell::kUnits + n % Cell::kUnits;
+            int units = sizes.units(block);
+            V v = units ? load_part(from + n / Cell::kUnits * H + block * W, units) : V{};
+            store(xg_chunk + (panel * rows + at) * NW + n * W, normal ? v : v + load(biases_of(panel) + n * W));
+          }
       }
     }
   }

@@ -3,6 +3,7 @@
 #include "backward.h"
 #include "decode.h"
 #include "forward.h"
+#include "loss.h"
 
 namespace ls {
 namespace LS_TARGET {
@@ -150,7 +151,7 @@ const Target LS_JOIN(target_, LS_TARGET) = {
     LS_QUOTE(LS_TARGET),      LS_TARGET::forward,        LS_TARGET::backward, LS_TARGET::saved_floats,
     LS_TARGET::packed_floats, LS_TARGET::pack,           LS_TARGET::decode,   LS_TARGET::read,
     LS_TARGET::table_floats,  LS_TARGET::head_floats,    LS_TARGET::pack_table_of, LS_TARGET::rounded_floats,
-    LS_TARGET::round,         LS_TARGET::pack_head,      LS_TARGET::apply,
+    LS_TARGET::round,         LS_TARGET::pack_head,      LS_TARGET::cross_entropy, LS_TARGET::apply,
 };
 
 }  // namespace ls

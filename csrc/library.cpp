@@ -100,6 +100,15 @@ bool are_options(const ls_options& o, int32_t cell) {
   return o.zoneout >= 0.0f && o.zoneout <= 1.0f && (normal || plain);
 }
 
+/* Whether there is no table, or one that goes with the shape. */
+bool are_tokens(const ls_tokens& tokens, const ls_shape& s, bool table) {
+  if (!table) return true;
+  if (s.I || !tokens.ids || !is_size(tokens.V) || !fits(tokens.V + 1, 4 * s.H)) return false;
+  for (int64_t i = 0; i < s.T * s.B; ++i)
+    if (tokens.ids[i] < 0 || tokens.ids[i] > tokens.V) return false;
+  return true;
+}
+
 bool is_model(const ls_model& m) {
   bool sizes = m.V > 0 && is_size(m.V) && is_size(m.E) && is_size(m.layers) && m.layers > 0 && m.layers <= 1024;
   if (!is_cell(m.cell) || !sizes || !are_widths(m.V, m.H) || !are_widths(m.E, m.H)) return false;
@@ -184,6 +193,7 @@ int32_t ls_forward(const ls_forward_args* args) {
   if (!args || !is_shape(args->shape) || !are_options(args->options, args->shape.cell)) return LS_BAD_ARGUMENT;
   const Target* target = find(args->shape.target);
   bool empty = is_empty(args->shape);
+  if (!are_tokens(args->tokens, args->shape, args->tokens.table)) return LS_BAD_ARGUMENT;
   bool weights = args->packed || ((args->weight_ih || !args->shape.I) && args->weight_hh);
   if (!target || (!empty && (!weights || (!args->x && args->shape.I) || !args->y))) return LS_BAD_ARGUMENT;
   return target->forward(args);
@@ -193,6 +203,7 @@ int32_t ls_backward(const ls_backward_args* args) {
   if (!args || !is_shape(args->shape) || !are_options(args->options, args->shape.cell)) return LS_BAD_ARGUMENT;
   const Target* target = find(args->shape.target);
   bool empty = is_empty(args->shape);
+  if (!are_tokens(args->tokens, args->shape, args->dtable)) return LS_BAD_ARGUMENT;
   bool inputs = args->saved && args->y && (args->x || !args->shape.I) && (args->weight_ih || !args->shape.I || !args->dx) &&
                 args->weight_hh;
   if (!target || (!empty && !inputs)) return LS_BAD_ARGUMENT;
@@ -260,6 +271,17 @@ int32_t ls_decode(const ls_decode_args* args) {
   for (int64_t row = 0; row < args->B; ++row)
     if (!is_sampling(args->sampling[row])) return LS_BAD_ARGUMENT;
   return target->decode(args);
+}
+
+int32_t ls_cross_entropy(int32_t target, int64_t N, int64_t V, const int64_t* targets, float scale, int32_t num_threads,
+                         float* logits, double* nats) {
+  const Target* found = find(target);
+  if (!found || !is_size(N) || !is_size(V) || V == 0 || num_threads < 1) return LS_BAD_ARGUMENT;
+  if (N && (!targets || !logits || !nats)) return LS_BAD_ARGUMENT;
+  for (int64_t i = 0; i < N; ++i)
+    if (targets[i] >= V) return LS_BAD_ARGUMENT;
+  found->cross_entropy(N, V, targets, scale, num_threads, logits, nats);
+  return LS_OK;
 }
 
 int32_t ls_apply(int32_t function, int32_t target, int64_t n, const float* x, float* y) {

@@ -35,7 +35,7 @@
 extern "C" {
 #endif
 
-#define LS_ABI_VERSION 3
+#define LS_ABI_VERSION 4
 
 enum ls_cell { LS_RNN_TANH = 0, LS_RNN_RELU = 1, LS_GRU = 2, LS_LSTM = 3 };
 
@@ -61,6 +61,14 @@ typedef struct {
   int32_t num_threads;   /* at most so many, the caller's included; fewer where the work is small or a core is busy */
   int32_t target;        /* index into ls_target_name's list; -1: the active one */
 } ls_shape;
+
+/* Symbols in the place of x: each gives the gates a row of a table, which the caller has made of its embedding and W_ih. With a
+   table I is 0, and x and W_ih are not read. */
+typedef struct {
+  const float* table; /* (V + 1) x G H, without biases; row V is of a symbol outside the vocabulary; NULL: x is read */
+  const int64_t* ids; /* T x B, 0..V, rows as in the batch; also where a row has no step */
+  int64_t V;
+} ls_tokens;
 
 /* What a direction may have beside its weights. All NULL or 0: a plain layer. */
 typedef struct {
@@ -95,6 +103,7 @@ typedef struct {
   float* h_n;             /* B x H, after each row's last step; may be h0 itself; NULL: not wanted */
   float* c_n;             /* B x H, LSTM; may be c0 itself; NULL: not wanted */
   float* saved;           /* ls_saved_floats of them, for ls_backward; NULL: nothing is saved */
+  ls_tokens tokens;
 } ls_forward_args;
 
 typedef struct {
@@ -127,6 +136,8 @@ typedef struct {
   float* dbeta_c;    /* H */
   int32_t accumulate_dx; /* not 0: added to what is in dx */
   int32_t reserved;
+  ls_tokens tokens; /* as in the forward call; the table itself is not read */
+  float* dtable;    /* (V + 1) x G H, with a table; NULL: not wanted */
 } ls_backward_args;
 
 /* A language model of one kind of cell: symbols 0..V-1, and V for one that is outside the vocabulary. */
@@ -232,6 +243,11 @@ LS_API int32_t ls_decode(const ls_decode_args* args);
 /* Read texts, and say how well the model predicts them. nats: within 1e-6 of the exact figure, but for the rounding of the
    logits. The same bits for a text alone and in any batch, in one call and in several, with any number of threads. */
 LS_API int32_t ls_read(const ls_read_args* args);
+
+/* The loss of N rows of V logits, and its gradient: nats[i] = -log p of target i, 0 where that is below 0, within 1e-6 of the
+   exact figure; logits become scale (p - 1 at the target), 0 where there is none. The same bits with any number of threads. */
+LS_API int32_t ls_cross_entropy(int32_t target, int64_t N, int64_t V, const int64_t* targets, float scale, int32_t num_threads,
+                                float* logits, double* nats);
 
 /* y[i] = f(x[i]) as the kernels compute it, for tests: 0 exp, 1 tanh, 2 sigmoid. y may be x. */
 LS_API int32_t ls_apply(int32_t function, int32_t target, int64_t n, const float* x, float* y);

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from longshort import checkpoint, durable, kernels, snapshot, training
+from longshort import checkpoint, durable, head, kernels, snapshot, training
 from longshort.checkpoint import load_model, load_training
 from longshort.cli import main
 from longshort.config import TrainConfig
@@ -350,13 +350,13 @@ def test_arrays_of_another_model_are_refused(text_file: Path, tmp_path: Path) ->
 
 def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float) -> None:
     """Let the loss of these steps (1, 2, ...) be `value`."""
-    real, calls = torch.nn.functional.cross_entropy, itertools.count(1)
+    real, calls = head.cross_entropy, itertools.count(1)
 
     def cross_entropy(*given: Any, **named: Any) -> Any:
         loss = real(*given, **named)
         return loss * value if next(calls) in steps else loss
 
-    monkeypatch.setattr(torch.nn.functional, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(head, "cross_entropy", cross_entropy)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

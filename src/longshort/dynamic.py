@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -76,16 +75,15 @@ def evaluate_dynamically(
         x_TB = torch.from_numpy(inputs).to(device).unsqueeze(1)
         y_T = torch.from_numpy(np.where(targets < size, targets, IGNORED)).to(device)
         state = learner.zero_state() if fresh else tuple(tensor.detach() for tensor in state)
-        logits_TBV, state = learner(x_TB, state)
-        loss = F.cross_entropy(logits_TBV[:, 0], y_T, ignore_index=IGNORED, reduction="sum")
-        nats = loss.item()
+        loss, state = learner.loss(x_TB, y_T.unsqueeze(1), state, len(inputs))
+        nats = loss.item() * len(inputs)
         if not math.isfinite(nats):
             raise ConfigError(
                 f"The model diverged while it learned, at a rate of {learning.rate:g}.", "Try a lower --rate."
             )
         total += nats
         optimizer.zero_grad()
-        (loss / len(inputs)).backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if learning.decay:
             with torch.no_grad():

@@ -242,6 +242,11 @@ def run_layers(
     )
 
 
+def native_target(x: Tensor) -> int | None:
+    """Return the number of the target that may run at once, on a tensor like `x`; None where none may."""
+    return quick_target() if ops.SUPPORTED and x.dtype is torch.float32 and x.is_cpu else None
+
+
 def quick_target() -> int | None:
     """Return the number of the target that a plain call may run at once; None if it may not.
 
@@ -318,9 +323,10 @@ def run_tokens(
     """Run a stack of layers over a sequence of symbols.
 
     The first layer's product of embedding and input weights is taken once a symbol of the vocabulary, not once a
-    token: a table of V rows from which the gates' input share is gathered. PyTorch's kernels cannot start from a
-    gathered share; where V is below E they get one-hot rows and the table as input weights, the same product, V wide.
-    The native kernels get the same; without gradients they get the embedding's rows: packed weights are kept then.
+    token: a table from which the gates' input share is gathered, where there are fewer symbols than tokens. PyTorch's
+    kernels cannot start from a gathered share; where V is below E they get one-hot rows and the table as input
+    weights, the same product, V wide. Without gradients the native kernels get the embedding's rows: packed weights
+    are kept then.
 
     Args:
         cell: name of the cell.
@@ -344,6 +350,18 @@ def run_tokens(
             cells.get_cell(cell), first, state, weights, bias=True, dropout=drop, first_is_gates=True
         )
     keep = embedding_VE is not None and not torch.is_grad_enabled()
+    few = embedding_VE is None or len(embedding_VE) < ids_TB.numel()
+    target = native_target(state[0]) if few and not keep and cell in native.CELLS else None
+    if target is not None:
+        table_VG = weight_ih.T if embedding_VE is None else embedding_VE @ weight_ih.T
+        table_VG = F.pad(table_VG, (0, 0, 0, 1))  # the unknown symbol's row is zero
+        flat = [tensor for layer_weights in weights for tensor in layer_weights]
+        flat[0] = weight_ih[:, :0]
+        grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (table_VG, *state, *flat))
+        stack = Stack(cell, weight_ih.shape[1], state[0].shape[-1], len(weights))
+        return ops.run_native(
+            stack, table_VG, state, flat, dropout=dropout, training=training, target=target, grad=grad, ids=ids_TB
+        )
     if identity is not None and not keep:
         x_TBI = F.embedding(ids_TB, identity)
         if embedding_VE is not None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from longshort import cells, checkpoint, kernels, native
+from longshort import cells, checkpoint, head, kernels, native
 from longshort.cells import State
 from longshort.config import ModelConfig
 from longshort.decoder import Decoder, check_weights
@@ -71,6 +71,27 @@ class LanguageModel(nn.Module):
             Logits (T, B, V) and the state after the last symbol. The gradient flows through both: cut it with
             `detach` where a window ends.
         """
+        h_TBH, state = self._read(ids_TB, state)
+        return self.output(h_TBH), state
+
+    def loss(self, ids_TB: Tensor, targets_TB: Tensor, state: State | None, tokens: int) -> tuple[Tensor, State]:
+        """Predict the symbol after each of `ids_TB`, of which `targets_TB` says what it was.
+
+        Args:
+            ids_TB: as of `forward`.
+            targets_TB: symbols, int64; `text.batches.IGNORED` where there is nothing to predict.
+            state: as of `forward`.
+            tokens: what the loss is divided by, so that parts of a batch add up.
+
+        Returns:
+            The sum of -log p of the targets, in nats, divided by `tokens`; and the state after the last symbol.
+        """
+        h_TBH, state = self._read(ids_TB, state)
+        output, targets_N = self.output, targets_TB.flatten()
+        return head.cross_entropy(h_TBH.flatten(0, 1), output.weight, output.bias, targets_N, tokens), state
+
+    def _read(self, ids_TB: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """Return what the output layer reads, (T, B, H), and the state after the last symbol."""
         config = self.config
         h_TBH, state = kernels.run_tokens(
             config.cell,
@@ -82,8 +103,7 @@ class LanguageModel(nn.Module):
             dropout=config.dropout,
             training=self.training,
         )
-        logits_TBV = self.output(F.dropout(h_TBH, config.dropout, self.training))
-        return logits_TBV, state
+        return F.dropout(h_TBH, config.dropout, self.training), state
 
     def initialise_normal(self, std: float = 0.01) -> None:
         """Draw every weight from N(0, std) and set every bias to zero, as the lecture does."""

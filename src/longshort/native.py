@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float32]
     Ints = NDArray[np.int64]
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 OK, OUT_OF_MEMORY, BAD_ARGUMENT = 0, 1, 2
 CELLS = {"rnn": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
 """Each cell that has native kernels, and its number in the library."""
@@ -68,6 +68,12 @@ class LayerOptions(ctypes.Structure):
     )
 
 
+class Tokens(ctypes.Structure):
+    """`ls_tokens`."""
+
+    _fields_ = (("table", _pointer), ("ids", _pointer), ("V", _i64))
+
+
 class ForwardArgs(ctypes.Structure):
     """`ls_forward_args`."""
 
@@ -81,6 +87,7 @@ class ForwardArgs(ctypes.Structure):
         ("y_step", _i64),
         ("y_row", _i64),
         *((name, _pointer) for name in ("h_n", "c_n", "saved")),
+        ("tokens", Tokens),
     )
 
 
@@ -109,6 +116,8 @@ class BackwardArgs(ctypes.Structure):
         *((name, _pointer) for name in ("dgamma_ih", "dgamma_hh", "dgamma_c", "dbeta_c")),
         ("accumulate_dx", _i32),
         ("reserved", _i32),
+        ("tokens", Tokens),
+        ("dtable", _pointer),
     )
 
 
@@ -138,6 +147,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ls_round": (_i32, (_i32, _i64, _i64, _i32, _pointer, _pointer)),
     "ls_pack_table": (_i32, (_i32, _i64, _i64, _i32, _pointer, _pointer)),
     "ls_pack_head": (_i32, (_i64, _i64, _i32, _pointer, _pointer, _pointer)),
+    "ls_cross_entropy": (_i32, (_i32, _i64, _i64, _pointer, ctypes.c_float, _i32, _pointer, _pointer)),
     "ls_apply": (_i32, (_i32, _i32, _i64, _pointer, _pointer)),
     "ls_prefer_large_pages": (None, (_pointer, _i64)),
     "ls_trim": (None, ()),

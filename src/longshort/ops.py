@@ -17,9 +17,10 @@ from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from longshort import backends, native
+from longshort import backends, cells, native
 from longshort.cells import GAINS, Options, Readings, Sequences, Stack, State
 
 CAN = frozenset({"packed", "lengths", "resets", "recurrent_dropout", "zoneout", "layer_norm"})
@@ -27,8 +28,8 @@ CAN = frozenset({"packed", "lengths", "resets", "recurrent_dropout", "zoneout", 
 
 # The library's structures, written by one call: ctypes fields cost 60 ns each, and there are forty.
 _SHAPE, _OPTIONS = "4q3P4i", "PPfi5P"
-_FORWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq8Pqq3P")
-_BACKWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq5PqqPPqq3Pqq10Pii")
+_FORWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq8Pqq3PPPq")
+_BACKWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq5PqqPPqq3Pqq10PiiPPqP")
 _SHAPE_ALONE = struct.Struct(f"@{_SHAPE}")
 
 
@@ -52,7 +53,11 @@ def is_slower(cell: str, steps: int | None, hidden_size: int, grad: bool) -> boo
 
 
 class Call(NamedTuple):
-    """What one layer's forward and backward pass have in common, beside tensors."""
+    """What one layer's forward and backward pass have in common, beside tensors.
+
+    With `ids` the layer reads symbols, and a table takes the place of x everywhere: what each symbol gives the gates
+    without biases, (V + 1, G). The first of the weights is then empty.
+    """
 
     cell: str
     H: int
@@ -65,9 +70,13 @@ class Call(NamedTuple):
     """Number of the target, -1 for the active one."""
     layer_norm: bool = False
     """Whether the gains of layer normalisation follow each direction's weights."""
+    ids: Tensor | None = None
+    """(T, B), int64, contiguous."""
 
     def size(self, x: Tensor) -> tuple[int, int]:
         """Return T and B."""
+        if self.ids is not None:
+            return self.ids.shape[0], self.ids.shape[1]
         if self.sequences is not None:
             return len(self.sequences.counts), self.sequences.batch_size
         return (x.shape[1], x.shape[0]) if self.batch_first else (x.shape[0], x.shape[1])
@@ -87,7 +96,12 @@ class Call(NamedTuple):
             order = 0 if sequences.order is None else sequences.order.data_ptr()
             starts = sequences.starts.data_ptr() if sequences.packed else 0
         code, threads = native.CELLS[self.cell], torch.get_num_threads()
-        return T, B, x.shape[-1], self.H, counts, starts, order, code, direction, threads, self.target
+        I = 0 if self.ids is not None else x.shape[-1]
+        return T, B, I, self.H, counts, starts, order, code, direction, threads, self.target
+
+    def tokens(self, table: Tensor) -> tuple[int, int, int]:
+        """Return the fields of `ls_tokens`."""
+        return (0, 0, 0) if self.ids is None else (table.data_ptr(), self.ids.data_ptr(), len(table) - 1)
 
     @property
     def num_plain(self) -> int:
@@ -254,7 +268,7 @@ class Quick:
         fields = _FORWARD.pack(
             *(T, B, I, H, 0, 0, 0, self._code, 0, torch.get_num_threads(), target, 0, 0, self._zoneout, 0, 0, *gains),
             *(x.data_ptr(), step, row, 0, 0, 0, 0, packed.data_ptr(), h_0, c_0, y.data_ptr(), y_step, y_row),
-            *(h_n.data_ptr(), 0 if c_n is None else c_n.data_ptr(), 0),
+            *(h_n.data_ptr(), 0 if c_n is None else c_n.data_ptr(), 0, 0, 0, 0),
         )
         _check(_library.ls_forward(fields))
         return y, h_n if c_n is None else (h_n, c_n)
@@ -297,7 +311,7 @@ def forward(
 
     Args:
         call: the layer.
-        x: (T, B, I), (B, T, I) or packed (N, I).
+        x: (T, B, I), (B, T, I) or packed (N, I); or a table, as `Call` says.
         state: h_0 and for the LSTM c_0, (D, B, H) and contiguous; zeros if None.
         weights: of each direction weight_ih, weight_hh, and if there are any the biases and the gains of layer
             normalisation, contiguous.
@@ -308,12 +322,12 @@ def forward(
         y, (T, B, D H) or as `x`, and the state after.
     """
     D, H = call.directions, call.H
-    _, B = call.size(x)
-    y = x.new_empty(*x.shape[:-1], D * H)
+    T, B = call.size(x)
+    y = x.new_empty((T, B, D * H) if call.ids is not None else (*x.shape[:-1], D * H))
     h_n = x.new_empty(D, B, H)
     c_n = x.new_empty(D, B, H) if call.cell == "lstm" else None
     per_direction = len(weights) // D
-    x_step, x_row = call.strides(x)
+    x_step, x_row = (0, 0) if call.ids is not None else call.strides(x)
     y_step, y_row = call.strides(y)
     for d in range(D):
         own = weights[d * per_direction : (d + 1) * per_direction]
@@ -339,6 +353,7 @@ def forward(
             h_n.data_ptr() + offset,
             0 if c_n is None else c_n.data_ptr() + offset,
             saved[d].data_ptr() if saved else 0,
+            *call.tokens(x),
         )
         _check(_library.ls_forward(fields))
     return y, (h_n,) if c_n is None else (h_n, c_n)
@@ -372,7 +387,8 @@ def backward(
     _, B = call.size(x)
     lstm = call.cell == "lstm"
     num_states = 2 if lstm else 1
-    dx = torch.empty(x.shape, dtype=x.dtype) if wanted[0] else None
+    given = torch.empty(x.shape, dtype=x.dtype) if wanted[0] else None
+    dx, dtable = (given, None) if call.ids is None else (None, given)
     dbefore = [x.new_empty(D, B, H) if wanted[1 + i] else None for i in range(num_states)]
     dweights = [
         torch.empty_like(w) if want else None for w, want in zip(weights, wanted[1 + num_states :], strict=True)
@@ -380,7 +396,7 @@ def backward(
     dy = None if dy is None else rows(dy)
     dstate = [None if gradient is None else gradient.contiguous() for gradient in dstate]
     per_direction = len(weights) // D
-    x_step, x_row = call.strides(x)
+    x_step, x_row = (0, 0) if call.ids is not None else call.strides(x)
     y_step, y_row = call.strides(y)
     dy_step, dy_row = (0, 0) if dy is None else call.strides(dy)
     dx_step, dx_row = (0, 0) if dx is None else call.strides(dx)
@@ -423,9 +439,28 @@ def backward(
             *(*map(_address, down[call.num_plain :]), 0, 0, 0, 0)[:4],
             int(d > 0),
             0,
+            *call.tokens(x),
+            _address(dtable),
         )
         _check(_library.ls_backward(fields))
-    return [dx, *dbefore, *dweights]
+    return [given, *dbefore, *dweights]
+
+
+def cross_entropy(logits_NV: Tensor, targets_N: Tensor, scale: float, target: int = -1) -> float:
+    """Return the sum of -log p of the targets in nats; the logits become `scale` times its gradient.
+
+    Args:
+        logits_NV: contiguous.
+        targets_N: int64; below 0 where there is nothing to predict.
+        scale: of the gradient.
+        target: number of the target that runs, -1 for the active one.
+    """
+    (N, V), targets_N = logits_NV.shape, targets_N.contiguous()
+    nats_N = torch.empty(N, dtype=torch.float64)
+    threads = torch.get_num_threads()
+    places = targets_N.data_ptr(), scale, threads, logits_NV.data_ptr(), nats_N.data_ptr()
+    _check(_library.ls_cross_entropy(target, N, V, *places))
+    return float(nats_N.numpy().sum())
 
 
 class _Layer(torch.autograd.Function):
@@ -463,18 +498,20 @@ def _by_equations(
     gradients: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    stack = Stack(call.cell, x.shape[-1], call.H, 1, call.bias, call.directions == 2)
-    given = None if state[0] is None else tuple(state)
+    given: Any = None if state[0] is None else tuple(state)
     plain, options = part_gains(call, weights)
-    output, after = backends.run_reference(
-        stack,
-        x,
-        given,  # type: ignore[arg-type]
-        plain,
-        batch_first=call.batch_first,
-        sequences=call.sequences,
-        options=options,
-    )
+    if call.ids is not None:
+        first = F.embedding(call.ids, x) + plain[2]
+        cell = cells.get_cell(call.cell)
+        given = given or tuple(x.new_zeros(1, call.ids.shape[1], call.H) for _ in cell.states)
+        output, after = cells.run_stack(
+            cell, first, given, [plain], bias=True, first_is_gates=True, sequences=call.sequences
+        )
+    else:
+        stack = Stack(call.cell, x.shape[-1], call.H, 1, call.bias, call.directions == 2)
+        output, after = backends.run_reference(
+            stack, x, given, plain, batch_first=call.batch_first, sequences=call.sequences, options=options
+        )
     pairs = [(out, grad) for out, grad in zip((output, *after), gradients, strict=True) if grad is not None]
     inputs = [tensor for tensor, want in zip((x, *state, *weights), wanted, strict=True) if want and tensor is not None]
     found = iter(
@@ -524,11 +561,13 @@ def run_native(
     readings: list[Readings] | None = None,
     target: int = -1,
     grad: bool = False,
+    ids: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Run a stack of layers by the native kernels.
 
     Arguments as in `backends`; `target` is the number of the target that runs, -1 for the active one, and `grad` says
-    whether gradients are wanted.
+    whether gradients are wanted. With `ids` (T, B), int64, the first layer reads symbols; `x` is its table then, as
+    `Call` says, and the first of the weights is empty.
     """
     assert readings is None
     D = 2 if stack.bidirectional else 1
@@ -539,13 +578,16 @@ def run_native(
     for layer in range(layers):
         having = tuple(each.contiguous() for each in options[layer * D : (layer + 1) * D])
         own, layer_norm = join_gains(D, weights[layer * per_layer : (layer + 1) * per_layer], having)
-        call = Call(stack.cell, stack.hidden_size, D, stack.bias, batch_first, sequences, having, target, layer_norm)
-        x = rows(x)
+        symbols = None if layer or ids is None else ids.contiguous()
+        call = Call(
+            stack.cell, stack.hidden_size, D, stack.bias, batch_first, sequences, having, target, layer_norm, symbols
+        )
+        x = rows(x) if symbols is None else x.contiguous()
         before = state if state is None or layers == 1 else tuple(t[layer * D : (layer + 1) * D] for t in state)
         if grad:
             x, *last = _Layer.apply(call, x, *(before or (None,) * len(stack.state_sizes)), *own)  # type: ignore[no-untyped-call]
         else:
-            x, last = forward(call, x, before, own, keep_packed=True)
+            x, last = forward(call, x, before, own, keep_packed=symbols is None)
         after.append(tuple(last))
         if dropout and training and layer + 1 < layers:
             x = backends.drop_between(x, dropout, batch_first, sequences)

@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import longshort
@@ -203,14 +202,16 @@ class Stepper:
             gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
             nats, stopping = self.team.add(gradients, [nats, float(self.stop())])
         self.stopping = stopping > 0
-        most = math.inf if self.config.clip is None else self.config.clip
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, most, foreach=True).item()
+        total = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        norm, clip = total.item(), self.config.clip
+        if clip is not None and clip < norm < math.inf:  # a pass over all gradients, which most steps can do without
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, clip, total, foreach=True)
         rate = learning_rate(self.config, number, self.steps)
         if not math.isfinite(nats) or not math.isfinite(norm):
             self.state = None  # it may hold what is not finite
             return nats, norm, rate
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = min(rate, float(np.finfo(np.float32).max))  # what is larger, PyTorch cannot read
         self.optimizer.step()
         return nats, norm, rate
 
@@ -253,9 +254,7 @@ class Stepper:
             inputs = torch.from_numpy(np.ascontiguousarray(batch.inputs_TB[window])).to(self.device)
             targets = torch.from_numpy(np.ascontiguousarray(batch.targets_TB[window])).to(self.device)
             state = tuple(tensor.detach()[:, rows] for tensor in self.state)
-            logits_TBV, self.state = self.model(inputs, state)
-            loss = F.cross_entropy(logits_TBV.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-            loss = loss / tokens
+            loss, self.state = self.model.loss(inputs, targets, state, tokens)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         return total

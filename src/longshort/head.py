@@ -1,0 +1,67 @@
+"""The output layer and its loss in one: the logits become their own gradient, and are never kept.
+
+N  tokens   V  symbols   H  hidden units
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longshort import kernels, ops
+from longshort.text.batches import IGNORED
+
+_LOGITS_AT_ONCE = 1 << 23
+"""Of large vocabularies the logits of so many rows are made at a time: 32 MB."""
+
+
+def cross_entropy(h_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor, tokens: int) -> Tensor:
+    """Return the sum of -log p of all targets, divided by `tokens`, in nats.
+
+    Args:
+        h_NH: what the output layer reads.
+        weight_VH: of the output layer.
+        bias_V: of the output layer.
+        targets_N: symbols, int64; `IGNORED` where there is nothing to predict.
+        tokens: what the sum is divided by, so that parts of a batch add up.
+    """
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (h_NH, weight_VH, bias_V))
+    target = kernels.native_target(h_NH) if wanted else None
+    if target is not None:
+        return _CrossEntropy.apply(h_NH, weight_VH, bias_V, targets_N, tokens, target)  # type: ignore[no-untyped-call, no-any-return]
+    logits_NV = F.linear(h_NH, weight_VH, bias_V)
+    return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="sum") / tokens
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The forward pass makes the gradients too: they are products with the logits, which are gone afterwards."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor, tokens: int, target: int
+    ) -> Tensor:
+        (N, _), V = h_NH.shape, len(weight_VH)
+        nats = 0.0
+        dh_NH, dweight_VH, dbias_V = torch.empty_like(h_NH), torch.zeros_like(weight_VH), torch.zeros_like(bias_V)
+        rows = max(_LOGITS_AT_ONCE // V, 1)
+        for first in range(0, N, rows):
+            h = h_NH[first : first + rows]
+            logits = torch.addmm(bias_V, h, weight_VH.T)
+            nats += ops.cross_entropy(logits, targets_N[first : first + rows], 1 / tokens, target)
+            torch.mm(logits, weight_VH, out=dh_NH[first : first + rows])
+            dweight_VH.addmm_(logits.T, h)
+            dbias_V += logits.sum(0)
+        ctx.save_for_backward(dh_NH, dweight_VH, dbias_V)
+        return h_NH.new_tensor(nats / tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        if float(dloss) != 1.0:
+            gradients = [gradient * dloss for gradient in gradients]
+        return (*gradients, None, None, None)
