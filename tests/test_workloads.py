@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from longshort import native, training, workloads
+from longshort import native, profiling, training, workloads
 from longshort.cli import main
 from longshort.config import TrainConfig
 from longshort.decoder import Decoder
 from longshort.scoring import score
 from longshort.text.tokenizers import CharTokenizer
-from longshort.workloads import KINDS, Contest
+from longshort.workloads import KINDS, SYMBOLS, Contest, Training
 
 SMALL: dict[str, Any] = {"hidden": 12, "embedding": 8, "batch_size": 4, "seq_len": 6, "warmup": 0.0, "final_lr": 1.0}
 
 
 @pytest.mark.parametrize("options", [{}, {"embedding": 0, "optimizer": "sgd", "lr": 1.0}])
 def test_both_sides_of_a_training_step_learn_the_same(options: dict[str, Any]) -> None:
-    contest = workloads._train("small", TrainConfig(**(SMALL | options)), "abcdefghij\n")
+    contest = workloads._train(Training("small", TrainConfig(**(SMALL | options)), "abcdefghij\n"))
     for _ in range(8):
         assert contest.ours() == pytest.approx(contest.theirs(), rel=1e-4)
 
@@ -96,6 +96,33 @@ def test_what_does_not_go_with_it_is_refused(flags: list[str], words: str, capsy
     assert main(["bench", "score", *flags]) == 2
     said = capsys.readouterr().err
     assert any(word in said for word in words.split("|")), said
+
+
+@pytest.mark.skipif(not native.targets(), reason="there is no kernel library")
+@pytest.mark.parametrize("given", [{}, {"embedding": 0, "optimizer": "sgd", "lr": 1.0, "clip": 1e-6}])
+def test_a_profile_names_every_part_of_a_step(given: dict[str, Any]) -> None:
+    kind = Training("a name", TrainConfig(**({"hidden": 64, "batch_size": 8, "seq_len": 16} | given)), SYMBOLS[:20])
+    found = profiling.profile_step(*kind.prepare())
+    assert set(found) == {*profiling.PARTS.values(), profiling.TABLE, profiling.WEIGHTS, profiling.PYTHON}
+    assert all(seconds > 0 for part, seconds in found.items() if part not in (profiling.PYTHON, profiling.WEIGHTS))
+    assert all(seconds >= 0 for seconds in found.values())
+
+
+@pytest.mark.skipif(not native.targets(), reason="there is no kernel library")
+def test_the_command_shows_where_the_time_goes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = Training("small", TrainConfig(hidden=8, batch_size=2, seq_len=4), SYMBOLS[:20])
+    monkeypatch.setattr(workloads, "_trainings", lambda threads: (kind,))
+    assert main(["bench", "train", "--profile"]) == 0
+    printed = capsys.readouterr()
+    assert "recurrence, backward" in printed.out
+    assert "1/1 small" in printed.err
+    assert main(["bench", "train", "--profile", "--json", "--threads", "1"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["seconds"]) == {"small"}
+    for flags in (["bench", "score", "--profile"], ["bench", "train", "--profile", "--grid", "marks"]):
+        assert main(flags) == 2
+        assert "--profile" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not native.targets(), reason="there is no kernel library")

@@ -354,6 +354,9 @@ def bench(
         bool, Parameter(help="Measure beside a process that keeps a core busy.", negative="", show_default=False)
     ] = False,
     worst: Annotated[Int | None, Parameter(help="Show only this many cases, those where we do worst.")] = None,
+    profile: Annotated[
+        bool, Parameter(help="Of train: where the time of our step goes.", negative="", show_default=False)
+    ] = False,
     out: Annotated[
         str | None, Parameter(help="File for the result, after every case; the same command again continues it.")
     ] = None,
@@ -365,6 +368,13 @@ def bench(
     """
     from longshort import machine
 
+    if profile:
+        if what != "train" or out is not None:
+            raise UsageError("--profile is for bench train, and prints a table: --out does not go with it.")
+        if grid != "quick" or cells or modes or options or isa or worst or neighbour or kernel != "auto":
+            raise UsageError("--profile goes with --threads and --json only.")
+        _profile(_threads_of_workloads(threads), json)
+        return
     if what != "layers":
         given = {
             "grid": grid != "quick",
@@ -405,9 +415,7 @@ def bench(
 def _bench_workloads(what: str, refused: list[str], threads: str | None, out: str | None, json: bool) -> None:
     if refused:
         raise UsageError(f"--{refused[0]} goes with bench layers, not with bench {what}.", "Leave it out.")
-    number = _whole(threads or "2", "--threads")
-    if not 1 <= number <= 1024:
-        raise UsageError(f"--threads must be from 1 to 1024, not {number}.")
+    number = _threads_of_workloads(threads)
     if out == "":
         raise UsageError("--out is empty.", "An unset shell variable looks like this.")
     _need_torch("bench")
@@ -423,6 +431,27 @@ def _bench_workloads(what: str, refused: list[str], threads: str | None, out: st
         _print_json(result)
     else:
         screen.print_workloads(result)
+
+
+def _threads_of_workloads(given: str | None) -> int:
+    number = _whole(given or "2", "--threads")
+    if not 1 <= number <= 1024:
+        raise UsageError(f"--threads must be from 1 to 1024, not {number}.")
+    return number
+
+
+def _profile(threads: int, json: bool) -> None:
+    _need_torch("bench")
+    from longshort import native, screen, workloads
+
+    if not native.targets():
+        raise UsageError(f"--profile shows what our kernels take. {native.reason()}")
+    with screen.Ticker() as ticker:
+        found = workloads.profiles(threads, ticker.report_profile)
+    if json:
+        _print_json({"threads": threads, "seconds": dict(found)})
+    else:
+        screen.print_profiles(found)
 
 
 @app.command

@@ -243,6 +243,10 @@ class Ticker:
         noisy = " (noisy)" if row.noisy else ""
         self._say(f"{done}/{cases} {row.case}: {row.ratio:.2f}{noisy}", last=True)
 
+    def report_profile(self, name: str, done: int, kinds: int) -> None:
+        """Say which kind of training steps has been profiled."""
+        self._say(f"{done}/{kinds} {name}", last=True)
+
     def report_workload(self, row: WorkloadRow, done: int, rows: int) -> None:
         """Say what one workload of `bench` gave."""
         self._say(f"{done}/{rows} {row.name} beside {row.peer}: {row.ratio:.2f}{' (noisy)' * row.noisy}", last=True)
@@ -363,6 +367,18 @@ def print_benchmark(result: Mapping[str, Any], worst: int | None = None) -> None
     console.print("The peer's time divided by ours, geometric mean of each band (in brackets: the mark to be reached).")
     if result["noisy"]:
         console.print(f"{result['noisy']} of {len(result['rows'])} cases were noisy to the last.")
+
+
+def print_profiles(found: Sequence[tuple[str, Mapping[str, float]]]) -> None:
+    """Print where the time of training steps goes; `found`: of `workloads.profiles`."""
+    table = _table("milliseconds a step", *(name for name, _ in found), left=1)
+    for part in found[0][1]:
+        table.add_row(
+            part, *(f"{1e3 * parts[part]:.2f}  {parts[part] / sum(parts.values()):>4.0%}" for _, parts in found)
+        )
+    table.add_section()
+    table.add_row("in all", *(f"{1e3 * sum(parts.values()):.2f}  100%" for _, parts in found))
+    _console().print(table)
 
 
 def print_workloads(result: Mapping[str, Any]) -> None:

@@ -17,14 +17,14 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longshort import ledger, machine, peers, training
+from longshort import ledger, machine, peers, profiling, training
 from longshort.config import TrainConfig
 from longshort.decoder import Decoder
 from longshort.model import LanguageModel
@@ -207,13 +207,26 @@ def _lines(number: int) -> list[str]:
 # ----------------------------------------------------------------------------------------------------- train
 
 
-def _train(name: str, config: TrainConfig, symbols: str) -> Contest:
-    tokenizer = CharTokenizer(symbols)
-    V, B, T, H = tokenizer.size, config.batch_size, config.seq_len, config.hidden
-    ids = np.random.default_rng(0).integers(V, size=(64, T + 1, B))
-    batches = [Batch(part[:-1], part[1:], T * B, 0, False) for part in ids]
-    model, plain = _models(config, tokenizer)
-    stepper = training.Stepper(model, config, 10**6)
+class Training(NamedTuple):
+    """A kind of training steps."""
+
+    name: str
+    config: TrainConfig
+    symbols: str
+
+    def prepare(self) -> tuple[training.Stepper, list[Batch]]:
+        """Return what makes steps, with a new model, and what they read."""
+        config, tokenizer = self.config, CharTokenizer(self.symbols)
+        T, B = config.seq_len, config.batch_size
+        ids = np.random.default_rng(0).integers(tokenizer.size, size=(64, T + 1, B))
+        batches = [Batch(part[:-1], part[1:], T * B, 0, False) for part in ids]
+        return training.Stepper(training.make_model(config, tokenizer), config, 10**6), batches
+
+
+def _train(kind: Training) -> Contest:
+    config, (stepper, batches) = kind.config, kind.prepare()
+    V, B, T, H = stepper.model.config.vocab_size, config.batch_size, config.seq_len, config.hidden
+    plain = PlainModel(stepper.model)
     parameters = list(plain.parameters())
     optimizer: torch.optim.Optimizer
     if config.optimizer == "sgd":
@@ -241,28 +254,48 @@ def _train(name: str, config: TrainConfig, symbols: str) -> Contest:
         return loss.item()
 
     operations = 3 * 2 * T * B * (4 * H * H + H * V)
-    return Contest(name=name, peer="nn.LSTM", unit="steps", ours=ours, theirs=peer, operations=operations)
+    return Contest(name=kind.name, peer="nn.LSTM", unit="steps", ours=ours, theirs=peer, operations=operations)
 
 
 _CONSTANT: dict[str, Any] = {"warmup": 0.0, "final_lr": 1.0}
 """The learning rate of both sides stays what it is."""
 
 
-def _lecture(threads: int) -> Contest:
-    config = TrainConfig(
-        hidden=256, embedding=0, batch_size=32, seq_len=35, optimizer="sgd", lr=1.0, threads=threads, **_CONSTANT
+def _trainings(threads: int) -> tuple[Training, ...]:
+    rest: dict[str, Any] = {"batch_size": 32, "threads": threads, **_CONSTANT}
+    lecture, symbols = {"hidden": 256, "seq_len": 35, **rest}, SYMBOLS[-28:]
+    return (
+        Training(
+            "the lecture's: one-hot, 1 x 256, SGD",
+            TrainConfig(embedding=0, optimizer="sgd", lr=1.0, **lecture),
+            symbols,
+        ),
+        Training("embedding 256, 1 x 256, AdamW", TrainConfig(embedding=256, **lecture), symbols),
+        Training(
+            "embedding 512, 1 x 512, T=64, AdamW", TrainConfig(hidden=512, embedding=512, seq_len=64, **rest), SYMBOLS
+        ),
     )
-    return _train("the lecture's: one-hot, 1 x 256, SGD", config, SYMBOLS[-28:])
 
 
-def _lecture_adamw(threads: int) -> Contest:
-    config = TrainConfig(hidden=256, embedding=256, batch_size=32, seq_len=35, threads=threads, **_CONSTANT)
-    return _train("embedding 256, 1 x 256, AdamW", config, SYMBOLS[-28:])
+def profiles(
+    threads: int, report: Callable[[str, int, int], None] = lambda name, done, all: None
+) -> list[tuple[str, dict[str, float]]]:
+    """Return of each kind of training steps its name and the seconds of its parts.
 
-
-def _shakespeare(threads: int) -> Contest:
-    config = TrainConfig(hidden=512, embedding=512, batch_size=32, seq_len=64, threads=threads, **_CONSTANT)
-    return _train("embedding 512, 1 x 512, T=64, AdamW", config, SYMBOLS)
+    Args:
+        threads: that run it.
+        report: called after each with its name, the number of those done, and of all.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found, kinds = [], _trainings(threads)
+        for kind in kinds:
+            found.append((kind.name, profiling.profile_step(*kind.prepare())))
+            report(kind.name, len(found), len(kinds))
+    finally:
+        torch.set_num_threads(before)
+    return found
 
 
 # -------------------------------------------------------------------------------------------------- generate
@@ -359,7 +392,7 @@ def _with_padding(plain: PlainModel, tokenizer: Tokenizer, lines: Sequence[str])
 
 
 KINDS: dict[str, tuple[Callable[[int], Contest], ...]] = {
-    "train": (_lecture, _lecture_adamw, _shakespeare),
+    "train": tuple(lambda threads, number=number: _train(_trainings(threads)[number]) for number in range(3)),  # type: ignore[misc]
     "generate": (
         _written("nn.LSTM", 1),
         _written("nn.LSTMCell", 1),
