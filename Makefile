@@ -35,8 +35,9 @@ campaign: .venv/installed
 	LONGSHORT_CAMPAIGN=1 $(BIN)/pytest -s -m campaign
 
 # What others give on the same work, into benchmarks/results; installs them beside this environment.
+#   TEXT=FILE                   for the peers that read one
 bench-peers: .venv/installed
-	$(BIN)/python benchmarks/peers/run.py
+	$(BIN)/python benchmarks/peers/run.py $(if $(TEXT),--text $(TEXT))
 
 # Compile the kernels anew after a change in csrc, showing every warning; needs CMake.
 native:

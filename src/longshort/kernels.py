@@ -356,7 +356,7 @@ def run_tokens(
         table_VG = weight_ih.T if embedding_VE is None else embedding_VE @ weight_ih.T
         table_VG = F.pad(table_VG, (0, 0, 0, 1))  # the unknown symbol's row is zero
         flat = [tensor for layer_weights in weights for tensor in layer_weights]
-        flat[0] = weight_ih[:, :0]
+        flat[0] = weight_ih.detach()[:, :0]
         grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (table_VG, *state, *flat))
         stack = Stack(cell, weight_ih.shape[1], state[0].shape[-1], len(weights))
         return ops.run_native(

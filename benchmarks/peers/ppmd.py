@@ -1,7 +1,11 @@
+# /// script
+# dependencies = ["pyppmd==1.3.1"]
+# [tool.longshort]
+# text = true
+# ///
 """What PPMd, an adaptive n-gram coder, needs for the last tenth of a text after it has read the rest.
 
-pip install pyppmd
-python benchmarks/ppmd_peer.py tinyshakespeare.txt
+python benchmarks/peers/run.py --text tinyshakespeare.txt ppmd
 """
 
 from __future__ import annotations
@@ -10,10 +14,13 @@ import json
 import math
 import sys
 import time
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import pyppmd
+
+from longshort import machine
 
 
 def main(path: str) -> None:
@@ -30,7 +37,14 @@ def main(path: str) -> None:
         found.append(
             {"order": order, "nats_per_byte": round(nats, 4), "seconds": round(time.perf_counter() - start, 2)}
         )
-    print(json.dumps({"format_version": 1, "coder": f"PPMd7, pyppmd {version('pyppmd')}", "rows": found}, indent=2))
+    head_of_file = {
+        "format_version": 1,
+        "benchmark": "the last tenth of a text, after the rest",
+        "text": Path(path).name,
+    }
+    head_of_file |= {"command": "make bench-peers TEXT=FILE", "date": datetime.now(UTC).date().isoformat()}
+    head_of_file |= {"machine": machine.description(), "coder": f"PPMd7, pyppmd {version('pyppmd')}"}
+    print(json.dumps({**head_of_file, "rows": found}, indent=1))
 
 
 if __name__ == "__main__":
