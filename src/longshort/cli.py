@@ -83,7 +83,7 @@ def train(
     minutes: Annotated[
         float | None, Parameter(help="The one dial: measure this machine, choose size and steps for this time.")
     ] = None,
-    recipe: Annotated[str | None, Parameter(help="Named settings: lecture.")] = None,
+    recipe: Annotated[str | None, Parameter(help="Named settings: lecture, shakespeare.")] = None,
     config: Annotated[str | None, Parameter(help="TOML file of options; flags are stronger.")] = None,
     flags: Annotated[TrainFlags | None, Parameter(name="*")] = None,
 ) -> None:

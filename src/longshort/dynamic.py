@@ -38,8 +38,8 @@ from longshort.text.encoding import Part
 class Learning(Options):
     """How a model goes on learning while it reads. docs/log.md has how the values were found."""
 
-    rate: float = option(2e-4, "Size of a step, where the gradient is as large as usual.", above=0)
-    decay: float = option(0.0, "Share of the way back to the model's own weights, after each step.", least=0, most=1)
+    rate: float = option(4e-4, "Size of a step, where the gradient is as large as usual.", above=0)
+    decay: float = option(3e-3, "Share of the way back to the model's own weights, after each step.", least=0, most=1)
     window: int = option(32, "Tokens that are predicted before the model learns from them.", least=1, most=1_000_000)
 
 

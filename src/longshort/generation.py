@@ -220,7 +220,8 @@ class _Text:
         if self._stop:
             # The model has read on, how far depends on the time it took: what was given out is read once more.
             read = _read(self._model, self._tokenizer, self._newline, self._given, self._prompted)
-            return replace(read, position=read.position + len(self._tokenizer.encode(self._given + self._stop)))
+            position = read.position + len(self._tokenizer.encode(self._given + self._stop))
+            return replace(read, state=_arrays(read.state), position=position)
         return Continuation(_arrays(self.state), np.array(self.logits_V), np.array(self._tail, np.int64), self.position)
 
     def draw(self) -> Draw:
@@ -273,7 +274,7 @@ def _read(
         line = text.rpartition("\n")[2]
         ids, state = np.append(newline, prompt_ids(tokenizer, line) if line else np.empty(0, np.int64)), None
     logits_V, state = model.logits(ids, state)
-    return Continuation(_arrays(state), np.array(logits_V), ids[-TAIL:], after.position if after else 0)
+    return Continuation(state, np.array(logits_V), ids[-TAIL:], after.position if after else 0)
 
 
 def _arrays(state: Any) -> tuple[NDArray[np.float32], ...]:
