@@ -5,6 +5,7 @@
     longshort.load(path)                         a trained model, without PyTorch; train=True gives a LanguageModel
     longshort.train(TrainConfig(...))            trains and yields events; longshort.resume(run) goes on
     longshort.evaluate, generate, score          free functions on any model
+    longshort.neighbours, write_vectors          the vectors that a model has for its symbols
     longshort.evaluate_dynamically               the same for a model that learns while it reads
     longshort.kernels                            which implementation runs, and why
     longshort.scratch                            the textbook
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from longshort.conversion import to_torch as to_torch
     from longshort.decoder import Decoder as Decoder
     from longshort.dynamic import evaluate_dynamically as evaluate_dynamically
+    from longshort.embeddings import neighbours as neighbours
+    from longshort.embeddings import write_vectors as write_vectors
     from longshort.errors import LongshortError as LongshortError
     from longshort.evaluation import Evaluation as Evaluation
     from longshort.evaluation import evaluate as evaluate
@@ -63,10 +66,12 @@ _HOME = {
     "evaluate": "evaluation",
     "evaluate_dynamically": "dynamic",
     "generate": "generation",
+    "neighbours": "embeddings",
     "score": "scoring",
     "to_torch": "conversion",
     "resume": "training",
     "train": "training",
+    "write_vectors": "embeddings",
     "kernels": "",
     "scratch": "",
 }

@@ -135,6 +135,10 @@ class TrainConfig(Architecture):
         "Run or model to start from instead of new weights; it brings sizes and tokenizer.",
         flag="--from",
     )
+    vectors: str | None = option(
+        None, "File of word vectors to begin the embedding with: word2vec's, GloVe's or fastText's formats."
+    )
+    freeze_embedding: bool = option(False, "Leave the embedding as it is, as with --vectors it can be worth it.")
     out: str | None = option(None, "Run directory to make; named after the text if not given.")
     tokenizer: str = option("char", "How the text is cut into symbols.", choices=("char", "byte", "word", "bpe"))
     min_freq: int | None = option(None, "word: how often a word must occur to be a symbol; once if unset.", least=1)
@@ -189,6 +193,15 @@ class TrainConfig(Architecture):
                     f"{name} is for the tokenizer {tokenizer}, but this run's is {self.tokenizer}.",
                     f"Set --tokenizer {tokenizer}, or leave out --{flag}.",
                 )
+        if self.vectors is not None and not self.embedding:
+            raise ConfigError("Symbols that are fed one-hot have no vectors.", "Leave out vectors, or --embedding 0.")
+        if self.vectors is not None and self.from_model is not None:
+            raise ConfigError("--from brings an embedding of its own, so vectors does not go with it.")
+        if self.freeze_embedding and (self.tied or not self.embedding):
+            raise ConfigError(
+                "freeze_embedding needs an embedding that is not the output layer's too.",
+                "Leave out tied, or freeze_embedding.",
+            )
         if self.lines and (self.sampler != "consecutive" or self.drop_incomplete or self.eval_lanes is not None):
             raise ConfigError(
                 "With lines, each is read alone: the options sampler, drop_incomplete and eval_lanes have no meaning.",

@@ -57,6 +57,8 @@ class Started:
     resumed_at: int | None = None
     """The step that training goes on from; None in a new run."""
     processes: int = 1
+    vectors: int | None = None
+    """How many symbols began with a vector of the file that `config.vectors` names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,7 @@ class Loop:
         run: where checkpoints and logs go.
         stop: asked after each step, and in long evaluations, whether to stop.
         position: of the latest checkpoint; None in a new run.
+        vectors: as in `Started`.
     """
 
     def __init__(
@@ -139,7 +142,9 @@ class Loop:
         run: checkpoint.Run,
         stop: Stop,
         position: Position | None = None,
+        vectors: int | None = None,
     ) -> None:
+        self.vectors = vectors
         self.config, self.legs, self.prepared, self.sampler = config, legs, prepared, sampler
         self.stepper, self.model, self.run, self.stop = stepper, stepper.model, run, stop
         self.position = position or Position()
@@ -168,6 +173,7 @@ class Loop:
             prepared.unknown_tokens,
             self.saved,
             self.stepper.team.size,
+            self.vectors,
         )
         if at.step < steps:
             self.run.write_result(None)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from longshort import checkpoint
 from longshort.config import MODEL_OPTIONS, TrainConfig
 from longshort.errors import ConfigError, UsageError
+from longshort.text import vectors
 from longshort.text.tokenizers import from_json
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def combine(
 
     Raises:
         UsageError: there is no recipe of that name.
+        UsageError, TextError: the file of word vectors that they name cannot be read.
     """
     if recipe is not None and recipe not in RECIPES:
         close = difflib.get_close_matches(recipe, RECIPES, n=1)
@@ -96,6 +98,8 @@ def combine(
             settings.pop("texts", None)
             settings.pop("corpus", None)
         settings |= stronger
+    if settings.get("vectors") is not None and "embedding" not in settings:
+        settings["embedding"] = vectors.width(settings["vectors"])
     if settings.get("tied"):
         # One matrix serves both sides, so one width is enough to say.
         size = settings.get("hidden", settings.get("embedding", TrainConfig().hidden))

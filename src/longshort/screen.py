@@ -87,6 +87,9 @@ def _origin(event: Started) -> str:
         words.append(f"starts from {visible(config.from_model)}")
         if event.unknown_tokens:
             words.append(f"{event.unknown_tokens:,} tokens outside its vocabulary are read, never predicted")
+    if event.vectors is not None:
+        found = f"{event.vectors:,} of {event.tokenizer.size:,} symbols begin with a vector of"
+        words.append(f"{found} {visible(str(config.vectors))}{', which stays' if config.freeze_embedding else ''}")
     return "\n" + "; ".join(words) if words else ""
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import longshort
-from longshort import checkpoint, durable, snapshot
+from longshort import checkpoint, durable, embeddings, snapshot
 from longshort.cells import State
 from longshort.config import MODEL_OPTIONS, ModelConfig, TrainConfig
 from longshort.errors import CheckpointError, TextError, TrainingError, UsageError
@@ -141,6 +141,8 @@ def make_model(config: TrainConfig, tokenizer: Tokenizer) -> LanguageModel:
         for name, parameter in model.named_parameters():
             if name.startswith("recurrent.bias_hh"):
                 torch.nn.init.zeros_(parameter).requires_grad_(False)
+    if config.freeze_embedding and model.embedding is not None:
+        model.embedding.weight.requires_grad_(False)
     return model.to(_device(config.device))
 
 
@@ -299,6 +301,12 @@ def train(
     model = make_model(config, tokenizer)
     if config.from_model is not None:
         _start_from(config.from_model, model)
+    found = None
+    if config.vectors is not None and model.embedding is not None:
+        with torch.no_grad():
+            filled = model.embedding.weight.detach().cpu().numpy().copy()
+            found = embeddings.fill(filled, tokenizer, config.vectors)
+            model.embedding.weight.copy_(torch.from_numpy(filled))
     path = Path(config.out) if config.out else free_directory(f"{Path(prepared.text.name).stem}-run")
     # Absolute, so that the run finds its text again from wherever it is looked at.
     config = _with_absolute_paths(dataclasses.replace(config, out=str(path)))
@@ -311,7 +319,7 @@ def train(
             )
             stepper = Stepper(model, config, config.steps or 1, team, stop)
             _lead(team, config, prepared, model)
-            yield from Loop(config, legs, prepared, sampler, stepper, run, stop).events()
+            yield from Loop(config, legs, prepared, sampler, stepper, run, stop, vectors=found).events()
     finally:
         if run.latest() is None:  # whatever ended it, there is nothing in it that anyone could use
             shutil.rmtree(path, ignore_errors=True)
@@ -461,8 +469,8 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
         return str(Path(path).absolute()) if path else None
 
     texts = tuple(text if text in corpus.STDIN else str(Path(text).absolute()) for text in config.texts)
-    data_dir, from_model = absolute(config.data_dir), absolute(config.from_model)
-    return dataclasses.replace(config, texts=texts, data_dir=data_dir, from_model=from_model)
+    paths: dict[str, Any] = {name: absolute(getattr(config, name)) for name in ("data_dir", "from_model", "vectors")}
+    return dataclasses.replace(config, texts=texts, **paths)
 
 
 def _run_config(config: TrainConfig, text: Survey, legs: Legs) -> dict[str, Any]:

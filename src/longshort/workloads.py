@@ -37,6 +37,8 @@ from longshort.timing import Side, interleave, spread
 
 SYMBOLS = "\n !',-.:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz$&3"
 """As many as the tiny Shakespeare text has: 65."""
+WORDS = "".join(map(chr, range(0x3400, 0x3400 + 33_278)))
+"""As many as WikiText-2 has words, a character for each."""
 BLOCKS = 9
 BLOCK_SECONDS = 0.3
 
@@ -170,6 +172,8 @@ class PlainModel(nn.Module):
         self.embedding = nn.Embedding(self.size, config.embedding) if config.embedding else None
         self.recurrent = nn.LSTM(config.embedding or self.size, config.hidden, config.layers)
         self.output = nn.Linear(config.hidden, self.size)
+        if config.tied and self.embedding is not None:
+            self.output.weight = self.embedding.weight
         with torch.no_grad():
             if self.embedding is not None and like.embedding is not None:
                 self.embedding.weight.copy_(like.embedding.weight[: self.size])

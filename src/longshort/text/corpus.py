@@ -114,7 +114,7 @@ class Files:
     def pieces(self) -> Iterator[str]:
         """Yield the text; TextError where a file cannot be read as text."""
         for file in self.files:
-            with _open(file) as stream:
+            with open_file(file) as stream:
                 yield from _decode(_blocks(stream, file), file)
 
 
@@ -219,7 +219,7 @@ def lines(path: str) -> Iterator[str]:
     file = Path(path)
     if _kind(file) == stat.S_IFDIR:
         raise TextError(f"{_quoted(file)} is a folder.", "Give one file, or pipe several: cat FOLDER/*.txt | ... -")
-    with _open(file) as stream:
+    with open_file(file) as stream:
         yield from _lines(_decode(_blocks(stream, file), file))
 
 
@@ -368,7 +368,7 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _open(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BinaryIO:
     """Open a regular file, unpacked if it is gzip."""
     # Opening a pipe would wait for ever and a device may never end, so the kind is looked at first.
     if _kind(path) != stat.S_IFREG:
@@ -407,7 +407,7 @@ def _blocks(stream: BinaryIO, path: Path) -> Iterator[bytes]:
 
 
 def _read(path: Path) -> bytes:
-    with _open(path) as stream:
+    with open_file(path) as stream:
         return b"".join(_blocks(stream, path))
 
 
