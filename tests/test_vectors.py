@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import shlex
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import longshort
+from conftest import ROOT
 from longshort import embeddings, recipes, training
 from longshort.cli import main
 from longshort.config import ModelConfig, TrainConfig
@@ -84,10 +89,11 @@ def test_what_we_write_we_read(words: list[str], E: int, seed: int, tmp_path_fac
 
 
 def test_gensim_reads_ours_and_we_read_gensims(tmp_path: Path) -> None:
-    keyed = pytest.importorskip("gensim.models.keyedvectors").KeyedVectors
+    from gensim.models.keyedvectors import KeyedVectors
+
     given = made(["the", "cat", "naïve", "日本"], 5)
     vectors.write(tmp_path / "ours", given)
-    theirs = keyed.load_word2vec_format(str(tmp_path / "ours"))
+    theirs = KeyedVectors.load_word2vec_format(str(tmp_path / "ours"))
     assert theirs.index_to_key == given.words
     np.testing.assert_array_equal(theirs.vectors, given.matrix_NE)
     for is_binary in (False, True):
@@ -252,6 +258,27 @@ def test_the_width_of_the_file_is_the_embeddings(tmp_path: Path) -> None:
     assert recipes.combine({"vectors": str(tmp_path / "v.txt"), "embedding": 5})["embedding"] == 5
     with pytest.raises(ConfigError, match="freeze_embedding"):
         TrainConfig(embedding=0, freeze_embedding=True)
+
+
+def test_the_pages_programs_and_commands_run(
+    tmp_path: Path, english: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-text.txt").write_text(TEXT + english, encoding="utf-8")
+    page = (ROOT / "docs" / "vectors.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(python|sh)\n(.*?)```", page, re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["python", "sh", "python"]
+    for kind, block in blocks:
+        if kind == "python":
+            done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            continue
+        for command in block.splitlines():
+            program, *arguments = shlex.split(command)
+            assert program == "longshort"
+            arguments[arguments.index("--steps") + 1] = "3"
+            assert main(arguments) == 0, capsys.readouterr().err
+    assert (tmp_path / "mine.txt").exists()
 
 
 def test_a_word_without_end_is_not_read_into_memory(tmp_path: Path) -> None:
