@@ -20,9 +20,9 @@ from typing import Any
 from longshort import machine
 
 RUNS = {
-    "100 seconds": ["--steps", "1100", "--dropout", "0"],
-    "300 seconds": ["--steps", "3400"],
-    "15 minutes": ["--steps", "10300", "--dropout", "0.4"],
+    "100 seconds": ["--hidden", "512", "--lr", "0.004", "--steps", "1000"],
+    "300 seconds": [],
+    "15 minutes": ["--steps", "5000", "--dropout", "0.3"],
 }
 PROTOCOLS = {
     "blocks of 256 from a zero state": ["--block", "256"],
