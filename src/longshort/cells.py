@@ -33,10 +33,11 @@ from longshort.errors import UsageError
 
 State = tuple[Tensor, ...]
 Gates = tuple[Tensor, ...]
-Step = Callable[[Tensor, Tensor, State], tuple[State, Gates]]
+Step = Callable[..., tuple[State, Gates]]
 LayerWeights = Sequence[Tensor]
 """Of one layer and direction, as PyTorch orders them: weight_ih (G, I), weight_hh (G, H), then bias_ih (G) and
-bias_hh (G) if there are biases, then weight_hr (P, H) if the LSTM projects its output to P."""
+bias_hh (G) if there are biases, then weight_hr (P, H) if the LSTM projects its output to P, or the
+cell's vectors (H)."""
 Readings = dict[str, Tensor]
 """What one layer and direction had at every step: each gate and each tensor of the state by name, (T, B, H)."""
 
@@ -105,11 +106,18 @@ class Cell:
         step: `step(x_BG, h_BG, state) -> (state, gates)`; `x_BG` is W_ih x + b_ih, `h_BG` is W_hh h + b_hh.
         gates: names of the gates, H rows of `weight_ih` and `weight_hh` each, in their order.
         states: names of the tensors of the state; the first is what the layer puts out.
+        vectors: names of further parameters, (H) each, such as peepholes; the step gets them by name in a dict as its
+            fourth argument.
     """
 
     step: Step
     gates: tuple[str, ...]
     states: tuple[str, ...] = ("h",)
+    vectors: tuple[str, ...] = ()
+
+    def stepping(self, vectors: Sequence[Tensor]) -> Step:
+        """Return the step with these vectors, in the order of their names, as a function of the other three."""
+        return partial(self.step, vectors=dict(zip(self.vectors, vectors, strict=True))) if self.vectors else self.step
 
 
 CELLS: dict[str, Cell] = {
@@ -128,6 +136,11 @@ def get_cell(name: str) -> Cell:
     """
     if name not in CELLS:
         close = difflib.get_close_matches(name.lower(), CELLS, n=1)
+        if ".py:" in name:
+            raise UsageError(
+                f"The cell {name} is one of a user's own, whose file has not been named.",
+                f"If you trust it, add: --cell PATH/{name}",
+            )
         raise UsageError(
             f"There is no cell called {name!r}; there are {', '.join(CELLS)}.",
             f"Did you mean {close[0]!r}?" if close else "CONTRIBUTING.md shows how to add one.",
@@ -177,6 +190,7 @@ class Stack:
         for index in range(self.num_layers * D):
             shapes += [(G, self.input_size if index < D else D * P), (G, P), *[(G,)] * (2 * self.bias)]
             shapes += [(P, H)] if self.proj_size else []
+            shapes += [(H,)] * len(cell.vectors)
         derived = {
             "num_directions": self.num_layers * D,
             "output_size": P,
@@ -342,8 +356,9 @@ def unroll(
         The outputs (T, B, H or P), in the order of the input, and the state after each row's last step that was run.
     """
     weight_hh, bias_hh = weights[1], weights[3] if bias else None
-    weight_hr = weights[-1] if len(weights) == (5 if bias else 3) else None
-    step = options.step_of(cell)
+    further = weights[4 if bias else 2 :]
+    weight_hr = further[0] if further and not cell.vectors else None
+    step = cell.stepping(further) if cell.vectors else options.step_of(cell)
     valid_TB1 = None if sequences is None else sequences.valid_TB.to(x_TBG.device).unsqueeze(-1)
     resets_TB1 = None if options.resets_TB is None else options.resets_TB.unsqueeze(-1)
     # One unbind, and not a slice a step: each slice's gradient would be a zero tensor of the whole sequence's size.

@@ -29,7 +29,7 @@ import longshort
 from longshort import durable
 from longshort.config import TrainConfig
 from longshort.errors import LongshortError, MissingExtraError, OutputError, UsageError
-from longshort.flags import Corpus, DataDir, Int, Json, TrainFlags
+from longshort.flags import Corpus, DataDir, Int, Json, OwnCell, TrainFlags
 from longshort.interruption import Interrupted, Interruption
 
 _RANK = os.environ.get("RANK", "0").removeprefix("0")
@@ -93,7 +93,11 @@ def train(
     given = {name: value for name, value in vars(flags).items() if value is not None} if flags else {}
     if text:
         given["texts"] = text
-    settings = recipes.combine(given, recipes.load_toml(config) if config else None, recipe)
+    toml = recipes.load_toml(config) if config else {}
+    for source in (given, toml):
+        if source.get("cell") is not None:
+            source["cell"] = _cell(str(source["cell"]))
+    settings = recipes.combine(given, toml, recipe)
     _say_next(_train(settings, minutes))
 
 
@@ -106,8 +110,10 @@ def resume(
         Int | None, Parameter(help="Steps in all, more or fewer than planned: the rate falls to its lowest there.")
     ] = None,
     data_dir: DataDir = None,
+    cell: OwnCell = None,
 ) -> None:
     """Go on with a run that was stopped, bit for bit; with --steps also with one that was finished."""
+    _cell(cell)
     if steps is not None and steps < 1:
         raise UsageError(f"--steps must be at least 1, not {steps}.")
     _need_torch("resume")
@@ -139,6 +145,7 @@ def evaluate(
     rate: Annotated[
         float | None, Parameter(help="Size of its steps then (default: measured to be good on one text).")
     ] = None,
+    cell: OwnCell = None,
     json: Json = False,
 ) -> None:
     """Measure how well a model predicts a text: state carried through the text, or zero at every block."""
@@ -147,6 +154,7 @@ def evaluate(
     from longshort.text import corpus as corpora
     from longshort.text import encoding
 
+    _cell(cell)
     if lanes is not None and lanes < 1:
         raise UsageError(f"--lanes must be at least 1, not {lanes}.")
     if dynamic and (block or lanes):
@@ -218,9 +226,11 @@ def generate(
     weights: Annotated[
         Literal["float32", "int8"], Parameter(help="int8 takes a quarter of the memory, and says what it costs.")
     ] = "float32",
+    cell: OwnCell = None,
     json: Json = False,
 ) -> None:
     """Write text: warm the state on the prompt, then sample symbol by symbol."""
+    _cell(cell)
     if length < 0:
         raise UsageError(f"--length must be at least 0, not {length}.")
     if samples < 1:
@@ -261,6 +271,7 @@ def score(
         Int | None, Parameter(help="Show only the N oddest lines, the oddest first, the odd part marked.")
     ] = None,
     ahead: Annotated[Int, Parameter(help="Most lines read before the first is answered; 1 for a live log.")] = 2048,
+    cell: OwnCell = None,
     json: Annotated[
         bool, Parameter(help="Print a JSON object a line and nothing else.", negative="", show_default=False)
     ] = False,
@@ -269,6 +280,7 @@ def score(
     from longshort import scoring, screen
     from longshort.text import corpus
 
+    _cell(cell)
     if top is not None and top < 1:
         raise UsageError(f"--top must be at least 1, not {top}.")
     scored = scoring.score(_decoder(model), corpus.lines(file), ahead=ahead)
@@ -318,7 +330,12 @@ def compare(
         [text] if text is not None else (), corpus or (None if text is not None else "builtin"), _path(data_dir)
     )
     named = _names(implementations) or comparison.IMPLEMENTATIONS
-    chosen = {"cells": _names(cells), "implementations": named, "seeds": seeds, "epochs": epochs}
+    chosen = {
+        "cells": [_cell(name) for name in _names(cells)],
+        "implementations": named,
+        "seeds": seeds,
+        "epochs": epochs,
+    }
     with screen.Ticker() as ticker:
         result = comparison.result(loaded, threads=torch.get_num_threads(), report=ticker.report, **chosen)
     if json:
@@ -654,6 +671,18 @@ def _launcher() -> str:
     """Return what starts this program as it was started, with as many processes."""
     number = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return _program() if number == "1" else f"torchrun --nproc-per-node {number} -m longshort"
+
+
+def _cell(given: str | None) -> str:
+    """Return the name of a cell, which if it is one of the user's own is loaded from its file."""
+    if given is None or ".py:" not in given:
+        return given or ""
+    _need_torch("--cell FILE.py:NAME")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("A cell of your own trains in one process.", "Start it without torchrun.")
+    from longshort import own_cells
+
+    return own_cells.load_cell(given)
 
 
 def _path(given: str | None) -> Path | None:

@@ -79,7 +79,7 @@ class Options:
 class Architecture(Options):
     """The part of a model that its user chooses."""
 
-    cell: str = option("lstm", "Recurrent cell: lstm, gru, rnn or rnn_relu.")
+    cell: str = option("lstm", "Recurrent cell: lstm, gru, rnn, rnn_relu, or FILE.py:NAME of your own.")
     layers: int = option(1, "Recurrent layers, one above the other.", least=1, most=64)
     hidden: int = option(256, "Hidden units of each layer.", least=1, most=65536)
     embedding: int = option(

@@ -227,8 +227,8 @@ def _with_unknown(rows: Array) -> Array:
     return np.concatenate([rows, np.zeros((1, rows.shape[1]), dtype=np.float32)])
 
 
-def weight_shapes(config: ModelConfig, num_gates: int) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every weight of a model whose cell has `num_gates` gates."""
+def weight_shapes(config: ModelConfig, num_gates: int, vectors: Sequence[str] = ()) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every weight of a model whose cell has so many gates, and vectors of these names."""
     V, H, G = config.vocab_size, config.hidden, num_gates * config.hidden
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (V, config.embedding)} if config.embedding else {}
     for layer in range(config.layers):
@@ -238,6 +238,7 @@ def weight_shapes(config: ModelConfig, num_gates: int) -> dict[str, tuple[int, .
             f"recurrent.weight_hh_l{layer}": (G, H),
             f"recurrent.bias_ih_l{layer}": (G,),
             f"recurrent.bias_hh_l{layer}": (G,),
+            **{f"recurrent.{name}_l{layer}": (H,) for name in vectors},
         }
     if not config.tied:
         shapes["output.weight"] = (V, H)
@@ -245,13 +246,15 @@ def weight_shapes(config: ModelConfig, num_gates: int) -> dict[str, tuple[int, .
     return shapes
 
 
-def check_weights(config: ModelConfig, num_gates: int, weights: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+def check_weights(
+    config: ModelConfig, num_gates: int, weights: Mapping[str, Array], vectors: Sequence[str] = ()
+) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every weight, having found each in `weights` and nothing else.
 
     Raises:
         CheckpointError: a weight is missing, is one too many, or has another shape than `config` says.
     """
-    shapes = weight_shapes(config, num_gates)
+    shapes = weight_shapes(config, num_gates, vectors)
     for name in {**shapes, **weights}:
         wanted = shapes.get(name, "nothing")
         found = weights[name].shape if name in weights else "nothing"

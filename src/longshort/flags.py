@@ -48,4 +48,7 @@ else:
 
 Json = Annotated[bool, Parameter(help="Print one JSON object and nothing else.", negative="", show_default=False)]
 Corpus = Annotated[str | None, Parameter(help="A named corpus instead of TEXT: builtin, timemachine, tinyshakespeare.")]
+OwnCell = Annotated[
+    str | None, Parameter(help="FILE.py:NAME of the model's cell, if it is one of your own: that file is run.")
+]
 DataDir = Annotated[str | None, Parameter(help="Directory that holds the named corpora, instead of a download.")]

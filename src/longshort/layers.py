@@ -137,13 +137,14 @@ class CellStack(nn.Module):
         self.cell = cell
         self.hidden_size = hidden_size
         self.num_layers = num_layers
+        self.vectors = cells.get_cell(cell).vectors
         gates = len(cells.get_cell(cell).gates) * hidden_size
         bound = 1 / math.sqrt(hidden_size)
         for layer in range(num_layers):
             width = input_size if layer == 0 else hidden_size
             shapes: dict[str, tuple[int, ...]]
             shapes = {"weight_ih": (gates, width), "weight_hh": (gates, hidden_size)}
-            shapes |= {"bias_ih": (gates,), "bias_hh": (gates,)}
+            shapes |= {"bias_ih": (gates,), "bias_hh": (gates,), **dict.fromkeys(self.vectors, (hidden_size,))}
             for name, shape in shapes.items():
                 tensor = torch.empty(shape).uniform_(-bound, bound)
                 self.register_parameter(f"{name}_l{layer}", nn.Parameter(tensor))
@@ -151,5 +152,5 @@ class CellStack(nn.Module):
     @property
     def all_weights(self) -> list[list[Tensor]]:
         """The weights of each layer, in PyTorch's order."""
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", *self.vectors)
         return [[getattr(self, f"{name}_l{layer}") for name in names] for layer in range(self.num_layers)]

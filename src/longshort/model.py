@@ -131,7 +131,8 @@ class LanguageModel(nn.Module):
         Raises:
             CheckpointError: they are those of another model.
         """
-        check_weights(self.config, len(cells.get_cell(self.config.cell).gates), weights)
+        cell = cells.get_cell(self.config.cell)
+        check_weights(self.config, len(cell.gates), weights, cell.vectors)
         state = {k: torch.from_numpy(np.array(v)) for k, v in weights.items()}
         if self.config.tied:
             state["output.weight"] = state["embedding.weight"]

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import longshort
-from longshort import kernels, machine, native
+from longshort import kernels, machine, native, own_cells
 from longshort.cells import State
 from longshort.checkpoint import Training
 from longshort.errors import CheckpointError
@@ -166,11 +166,12 @@ def environment() -> dict[str, Any]:
         "forced": kernels.active(),
         "threads": torch.get_num_threads(),
         "processes": processes,
+        "own cells": own_cells.digest(),
     }
 
 
 def changes(training: Training) -> list[str]:
     """Return what is another environment now than it was, a phrase each."""
     before, now = training.values.get("environment"), environment()
-    before = {"processes": 1, **before} if isinstance(before, dict) else {}
+    before = {"processes": 1, "own cells": "none", **before} if isinstance(before, dict) else {}
     return [f"{name} {before.get(name)!s:.60} is now {now[name]}" for name in now if before.get(name) != now[name]]
