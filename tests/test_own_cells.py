@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +178,10 @@ def test_nothing_that_is_loaded_is_run_unless_it_is_named(
     assert not marker.exists()
     # A file that has changed is told where a run goes on with it.
     mine.write_text(MARKS.format(marker=str(marker)) + "\n# changed\n", encoding="utf-8")
-    with pytest.warns(UserWarning, match="own cells"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
         assert main(["resume", "run", "--cell", "mine.py:cell", "--steps", "4"]) == 0
+    assert "own cells" in capsys.readouterr().err
     assert main(["train", "t.txt", "--from", "run", "--cell", "mine.py:cell", "--steps", "2", "--out", "more"]) == 0
 
 
