@@ -294,7 +294,7 @@ def test_each_lane_is_read_from_so_far_before_it(length: int, lanes: int, overla
 def test_a_text_is_read_in_as_many_lanes_as_its_length_is_worth() -> None:
     assert [evaluation.lanes_for(tokens) for tokens in (0, 1, 8191, 8192, 10**9)] == [1, 1, 1, 2, 64]
     model, text = constant_model([1 / 8] * 8), SYMBOLS * 1100
-    assert "each of 2 lanes, which overlap by 512 tokens" in evaluate(model, TOKENIZER, text).protocol
+    assert "each of 2 lanes, which overlap by 256 tokens" in evaluate(model, TOKENIZER, text).protocol
     assert "one lane" in evaluate(model, TOKENIZER, text, lanes=1).protocol
 
 

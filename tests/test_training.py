@@ -293,3 +293,7 @@ def test_run_directories_get_free_names(tmp_path: Path, monkeypatch: pytest.Monk
     assert training.free_directory("../x") == Path("x")
     assert training.free_directory("..") == Path("run")
     assert len(str(training.free_directory("chapter " * 50))) <= 60
+
+
+def test_the_dial_drops_more_the_oftener_a_text_is_read() -> None:
+    assert [recipes.dropout_for(epochs) for epochs in (0.1, 6, 6.1, 10, 10.5, 1000)] == [0, 0, 0.2, 0.2, 0.3, 0.3]

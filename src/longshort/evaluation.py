@@ -27,7 +27,7 @@ from longshort.errors import ConfigError, TextError
 from longshort.text.encoding import Part, encode_text
 from longshort.text.tokenizers import Tokenizer
 
-OVERLAP = 512
+OVERLAP = 256
 """Tokens that a lane reads before those it counts. docs/log.md has what lanes without them lose."""
 _TOKENS_A_LANE = 4096
 _MOST_LANES = 64

@@ -55,7 +55,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 SIZES = (64, 128, 256, 384, 512, 768, 1024)
 """Hidden units that the dial chooses among."""
 
-MOST_EPOCHS_WITHOUT_DROPOUT = 10
+DROPOUT_BY_EPOCHS = ((10.0, 0.3), (6.0, 0.2))
+"""A text that is read many times is learned by heart: from so many epochs on the dial drops so much (docs/log.md)."""
 
 FEWEST_STEPS = 1500
 """The dial takes the largest model that makes this many steps in the time given; docs/log.md has the measurement."""
@@ -150,6 +151,11 @@ def check_budget(minutes: float, settings: Mapping[str, Any]) -> None:
         raise UsageError("Give --minutes or a number of steps or epochs, not both.")
 
 
+def dropout_for(epochs: float) -> float:
+    """Return the dropout of a model that reads its text so many times, where nobody asks for another."""
+    return next((share for fewest, share in DROPOUT_BY_EPOCHS if epochs > fewest), 0.0)
+
+
 def plan(minutes: float, settings: Mapping[str, Any], prepared: Prepared, since: float) -> Plan:
     """Choose model size, threads and number of steps for a budget by measuring this machine.
 
@@ -236,7 +242,5 @@ def plan(minutes: float, settings: Mapping[str, Any], prepared: Prepared, since:
         reserve += seconds_to_read(prepared.heldout_tokens, base.eval_lanes)
     left = seconds - (time.perf_counter() - since) - reserve
     steps = max(int(left / measured[chosen.hidden]), 1)
-    # A text that is read many times is learned by heart; docs/log.md has what dropout gained.
-    epochs = steps / prepared.sampler(chosen).steps_per_epoch
-    dropout = settings.get("dropout", 0.3 if epochs > MOST_EPOCHS_WITHOUT_DROPOUT else 0.0)
+    dropout = settings.get("dropout", dropout_for(steps / prepared.sampler(chosen).steps_per_epoch))
     return Plan(dataclasses.replace(chosen, steps=steps, dropout=dropout), measured)

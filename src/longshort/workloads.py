@@ -278,6 +278,7 @@ def _trainings(threads: int) -> tuple[Training, ...]:
         Training(
             "embedding 512, 1 x 512, T=64, AdamW", TrainConfig(hidden=512, embedding=512, seq_len=64, **rest), SYMBOLS
         ),
+        Training("33,278 words, tied, 1 x 256, AdamW", TrainConfig(embedding=256, tied=True, **lecture), WORDS),
     )
 
 
@@ -396,7 +397,7 @@ def _with_padding(plain: PlainModel, tokenizer: Tokenizer, lines: Sequence[str])
 
 
 KINDS: dict[str, tuple[Callable[[int], Contest], ...]] = {
-    "train": tuple(lambda threads, number=number: _train(_trainings(threads)[number]) for number in range(3)),  # type: ignore[misc]
+    "train": tuple(lambda threads, number=number: _train(_trainings(threads)[number]) for number in range(4)),  # type: ignore[misc]
     "generate": (
         _written("nn.LSTM", 1),
         _written("nn.LSTMCell", 1),
