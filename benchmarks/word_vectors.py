@@ -21,7 +21,7 @@ import longshort
 from longshort import machine
 from longshort.text import corpus
 
-WIDTH, STEPS, MIN_FREQ = 128, 600, 5
+WIDTH, STEPS, MIN_FREQ = 64, 300, 10
 ASKED = ("he", "river", "king", "song", "three")
 
 
@@ -42,7 +42,7 @@ def main(train: str, valid: str) -> None:
         model = Word2Vec(lines, vector_size=WIDTH, sg=1, negative=5, window=5, **rest)
         model.wv.save_word2vec_format(vectors)
         seconds = time.perf_counter() - begin
-        flags = ["--tokenizer", "word", "--min-freq", str(MIN_FREQ), "--hidden", "256", "--embedding", str(WIDTH)]
+        flags = ["--tokenizer", "word", "--min-freq", str(MIN_FREQ), "--hidden", "128", "--embedding", str(WIDTH)]
         flags += ["--steps", str(STEPS), "--dropout", "0.2", "--heldout", "0.02"]
         rows: list[dict[str, Any]] = []
         for name, more in (

@@ -225,6 +225,17 @@ def test_a_file_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str])
     assert own_cells.digest() == "none"
 
 
+def test_the_pages_table_is_the_result_file() -> None:
+    page = (ROOT / "docs" / "cells.md").read_text(encoding="utf-8")
+    path = ROOT / "benchmarks" / "results" / "2026-11-25-exercise-cells.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert len(rows) == 3 + len(EXAMPLES)
+    for row in rows:
+        name = row["cell"].removesuffix(".py:cell").replace("_", " ")
+        figures = [f"{row['train_perplexity'][epoch]:.2f}" for epoch in ("40", "80", "120", "160")]
+        assert f"| {name} | {' | '.join(figures)} | {row['heldout_perplexity']:.1f} |" in page
+
+
 def test_the_pages_file_and_commands_run(
     tmp_path: Path, english: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

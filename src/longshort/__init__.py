@@ -7,6 +7,7 @@
     longshort.evaluate, generate, score          free functions on any model
     longshort.neighbours, write_vectors          the vectors that a model has for its symbols
     longshort.evaluate_dynamically               the same for a model that learns while it reads
+    longshort.SequenceRegressor                  vectors in, vectors out: series of numbers
     longshort.kernels                            which implementation runs, and why
     longshort.scratch                            the textbook
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from longshort.layers import RNN as RNN
     from longshort.model import LanguageModel as LanguageModel
     from longshort.scoring import score as score
+    from longshort.series import SequenceRegressor as SequenceRegressor
     from longshort.training import resume as resume
     from longshort.training import train as train
 
@@ -61,6 +63,7 @@ _HOME = {
     "LongshortError": "errors",
     "ModelConfig": "config",
     "Sampling": "generation",
+    "SequenceRegressor": "series",
     "TrainConfig": "config",
     "convert": "conversion",
     "evaluate": "evaluation",

@@ -25,14 +25,7 @@ def comparison(result: Mapping[str, Any], path: str | Path) -> None:
         OutputError: the picture cannot be written.
         UsageError: the ending names no format.
     """
-    try:
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "plot", "A picture") from error
-
+    plt = _pyplot()
     rows: Sequence[Mapping[str, Any]] = result["rows"]
     cells = list(dict.fromkeys(row["cell"] for row in rows))
     implementations = list(dict.fromkeys(row["implementation"] for row in rows))
@@ -84,7 +77,57 @@ def comparison(result: Mapping[str, Any], path: str | Path) -> None:
     right.set_xlim(0, max(values, default=1) * 1.15)
     right.set_xlabel("perplexity at the end of training, and at its best")
     right.set_title("The characters that follow: unseen", loc="left", size=11)
-    for axes in (left, right):
+    _save(plt, figure, (left, right), path)
+
+
+def forecasts(result: Mapping[str, Any], path: str | Path) -> None:
+    """Draw how the errors of forecasts grow with the steps ahead, a panel a series.
+
+    Args:
+        result: what `benchmarks/series.py` prints.
+        path: as of `comparison`, with its errors.
+    """
+    plt = _pyplot()
+    rows: Sequence[Mapping[str, Any]] = result["rows"]
+    names = list(dict.fromkeys(row["series"] for row in rows))
+    figure, panels = plt.subplots(1, len(names), figsize=(11, 4.2), layout="constrained")
+    for axes, name in zip(panels, names, strict=True):
+        own = [row for row in rows if row["series"] == name]
+        for row, colour in zip((row for row in own if "model" in row), _cycle(_COLOURS, len(own)), strict=False):
+            axes.plot(range(1, len(row["curve"]) + 1), row["curve"], color=colour, label=row["model"])
+        noise = next(row["noise"] for row in own if "noise" in row)
+        axes.axhline(noise, color="#999999", linewidth=0.8, linestyle="--")
+        axes.text(
+            1.0,
+            noise,
+            "the noise itself ",
+            ha="right",
+            va="top",
+            size=8,
+            color="#777777",
+            transform=axes.get_yaxis_transform(),
+        )
+        axes.set_ylim(0)
+        axes.set_xlabel("steps ahead")
+        axes.set_ylabel("root mean squared error")
+        axes.set_title(name, loc="left", size=11)
+    panels[0].legend(frameon=False, fontsize=9, loc="upper left")
+    _save(plt, figure, panels, path)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "plot", "A picture") from error
+    return plt
+
+
+def _save(plt: Any, figure: Any, panels: Sequence[Any], path: str | Path) -> None:
+    for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
     try:
         figure.savefig(path, dpi=150)
