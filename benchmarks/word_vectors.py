@@ -1,6 +1,6 @@
 """What word vectors give a small language model of words: skip-gram by gensim, then three models of the same steps.
 
-python benchmarks/word_vectors.py wikitext-2/train.txt wikitext-2/valid.txt > FILE
+python benchmarks/word_vectors.py wikitext-2/train.txt.gz wikitext-2/valid.txt [PICTURE.png] > FILE
 """
 
 from __future__ import annotations
@@ -15,14 +15,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gensim.models import Word2Vec
 
 import longshort
-from longshort import machine
+from longshort import machine, plots
 from longshort.text import corpus
 
 WIDTH, STEPS, MIN_FREQ = 64, 300, 10
 ASKED = ("he", "river", "king", "song", "three")
+
+
+GROUPS = {
+    "numbers": "two three four five six ten twenty hundred",
+    "months": "January March April June July August October December",
+    "people": "he she they him her king queen father mother brother",
+    "places": "river mountain island city village lake north south",
+    "music": "song album band music guitar singer",
+}
 
 
 def call(*arguments: str) -> str:
@@ -33,7 +43,7 @@ def call(*arguments: str) -> str:
     return done.stdout
 
 
-def main(train: str, valid: str) -> None:
+def main(train: str, valid: str, picture: str | None = None) -> None:
     with tempfile.TemporaryDirectory() as place:
         vectors = str(Path(place, "vectors.txt"))
         begin = time.perf_counter()
@@ -42,6 +52,9 @@ def main(train: str, valid: str) -> None:
         model = Word2Vec(lines, vector_size=WIDTH, sg=1, negative=5, window=5, **rest)
         model.wv.save_word2vec_format(vectors)
         seconds = time.perf_counter() - begin
+        if picture:
+            groups = {word: group for group, words in GROUPS.items() for word in words.split() if word in model.wv}
+            plots.words(np.stack([model.wv[word] for word in groups]), groups, picture)
         flags = ["--tokenizer", "word", "--min-freq", str(MIN_FREQ), "--hidden", "128", "--embedding", str(WIDTH)]
         flags += ["--steps", str(STEPS), "--dropout", "0.2", "--heldout", "0.02"]
         rows: list[dict[str, Any]] = []
@@ -59,7 +72,7 @@ def main(train: str, valid: str) -> None:
             )
             print(rows[-1], file=sys.stderr, flush=True)
     head = {"format_version": 1, "benchmark": "word vectors in a language model of words"}
-    head |= {"command": "python benchmarks/word_vectors.py wikitext-2/train.txt wikitext-2/valid.txt"}
+    head |= {"command": "python benchmarks/word_vectors.py wikitext-2/train.txt.gz wikitext-2/valid.txt"}
     head |= {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine.description(),

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import longshort
 from conftest import ROOT
-from longshort import embeddings, recipes, training
+from longshort import embeddings, plots, recipes, training
 from longshort.cli import main
 from longshort.config import ModelConfig, TrainConfig
 from longshort.errors import ConfigError, LongshortError, TextError, UsageError, VocabularyError
@@ -279,6 +279,12 @@ def test_the_pages_programs_and_commands_run(
             arguments[arguments.index("--steps") + 1] = "3"
             assert main(arguments) == 0, capsys.readouterr().err
     assert (tmp_path / "mine.txt").exists()
+
+
+def test_words_can_be_drawn(tmp_path: Path) -> None:
+    groups = {"one": "numbers", "two": "numbers", "king": "people", "queen": "people"}
+    plots.words(made(list(groups), 5).matrix_NE, groups, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_word_without_end_is_not_read_into_memory(tmp_path: Path) -> None:

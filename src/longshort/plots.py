@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from longshort.errors import MissingExtraError, OutputError, UsageError
 
 _COLOURS = ("#1f6fb4", "#d1601f", "#3a8f3a", "#8a4fa3", "#b0323c", "#5f6b73")
@@ -113,6 +116,30 @@ def forecasts(result: Mapping[str, Any], path: str | Path) -> None:
         axes.set_title(name, loc="left", size=11)
     panels[0].legend(frameon=False, fontsize=9, loc="upper left")
     _save(plt, figure, panels, path)
+
+
+def words(matrix_NE: NDArray[np.float32], groups: Mapping[str, str], path: str | Path) -> None:
+    """Draw word vectors on a plane: their directions, turned so that the two in which they differ most are seen.
+
+    Args:
+        matrix_NE: the vectors of the words.
+        groups: each word, in the order of the vectors, and the group whose colour it has.
+        path: as of `comparison`, with its errors.
+    """
+    plt = _pyplot()
+    directions = matrix_NE / np.maximum(np.linalg.norm(matrix_NE, axis=1, keepdims=True), 1e-12)
+    directions = directions - directions.mean(0)
+    plane = directions @ np.linalg.svd(directions, full_matrices=False)[2][:2].T
+    names = list(dict.fromkeys(groups.values()))
+    colours = dict(zip(names, _cycle(_COLOURS, len(names)), strict=True))
+    figure, axes = plt.subplots(figsize=(8, 5.6), layout="constrained")
+    axes.scatter(*plane.T, c=[colours[group] for group in groups.values()], s=14)
+    for (x, y), (word, group) in zip(plane, groups.items(), strict=True):
+        axes.annotate(word, (x, y), xytext=(4, 2), textcoords="offset points", color=colours[group], fontsize=9)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[["left", "bottom"]].set_visible(False)
+    _save(plt, figure, [axes], path)
 
 
 def _pyplot() -> Any:
