@@ -101,3 +101,41 @@ def test_an_epoch_of_the_lecture_is_eight_updates_of_its_length(english: str) ->
     start = scratch.get_params("rnn", first.model.tokenizer.size, 16)
     moved = math.sqrt(sum(float(((a - b).detach() ** 2).sum()) for a, b in zip(start, first.model.params, strict=True)))
     assert 0.5 < moved <= 8.0
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize(("cell", "order"), [("rnn", (0,)), ("gru", (0, 1, 2)), ("lstm", (0, 1, 3, 2))])
+def test_a_deep_model_is_torchs(cell: str, order: tuple[int, ...], layers: int) -> None:
+    """Gates are in another order here: of the LSTM i, f, o and the candidate, where PyTorch has the candidate third."""
+    tokenizer, H, T, B = CharTokenizer("abc"), 5, 7, 2
+    torch.manual_seed(1)
+    model = scratch.Model(cell, scratch.get_params(cell, 3, H, layers), tokenizer)
+    assert model.num_layers == layers
+    with torch.no_grad():
+        for param in model.params:
+            param.copy_(torch.randn(param.shape))
+    layer = {"rnn": torch.nn.RNN, "gru": torch.nn.GRU, "lstm": torch.nn.LSTM}[cell](3, H, layers)
+    for number in range(layers):
+        own = model.params[number * 3 * len(order) : (number + 1) * 3 * len(order)]
+        gates = [own[3 * gate : 3 * gate + 3] for gate in order]
+        with torch.no_grad():
+            for name, part in (("weight_ih", 0), ("weight_hh", 1), ("bias_ih", 2)):
+                values = torch.cat([gate[part].T if part < 2 else gate[part] for gate in gates])
+                getattr(layer, f"{name}_l{number}").copy_(values)
+            getattr(layer, f"bias_hh_l{number}").zero_()
+    ids = torch.randint(3, (T, B))
+    logits, state = scratch.forward(model, ids, scratch.zero_state(cell, B, H, layers))
+    h, after = layer(scratch.one_hot(ids, 3))
+    torch.testing.assert_close(logits, h @ model.params[-2] + model.params[-1])
+    tops = after[0] if cell == "lstm" else after
+    per_layer = scratch.CELLS[cell].num_states
+    for number in range(layers):
+        torch.testing.assert_close(state[number * per_layer], tops[number])
+
+
+def test_a_deep_model_trains_predicts_and_is_evaluated() -> None:
+    *_, last = scratch.train("ab" * 400, "gru", 12, 8, 4, num_epochs=30, num_layers=2)
+    assert last.model.num_layers == 2
+    assert last.perplexity < 1.3
+    assert scratch.predict(last.model, "ab", 6) == "abababab"
+    assert scratch.perplexity(last.model, "ab" * 50) < 1.3

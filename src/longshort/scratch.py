@@ -3,7 +3,9 @@
 Read it from top to bottom: parameters, the three cells, the output layer, clipping, training, prediction. It
 needs nothing but tensors with automatic differentiation; there is no layer, no optimizer, no loss of a library.
 
-    B  rows of a batch    T  steps of a window    V  symbols of the vocabulary    H  hidden units
+    B  rows of a batch    T  steps of a window    V  symbols of the vocabulary    H  hidden units    L  layers
+
+With L above 1 the model is deep: each layer reads the H of the one below at the same step. The lecture's have one.
 
 To try a cell of your own, copy this file, change a line in one of the steps, and see your copy beside the
 original and the library's layers:
@@ -44,20 +46,21 @@ def three(V: int, H: int) -> Params:
     return [normal(V, H), normal(H, H), torch.zeros(H)]
 
 
-def get_params(cell: str, V: int, H: int) -> Params:
-    """All parameters of a model, ready to collect gradients: those of the cell, then those of the output layer."""
+def get_params(cell: str, V: int, H: int, L: int = 1) -> Params:
+    """All parameters of a model, ready to collect gradients: of each layer's cell, then those of the output layer."""
     params: Params = []
-    for _ in range(CELLS[cell].num_gates):
-        params += three(V, H)
+    for layer in range(L):
+        for _ in range(CELLS[cell].num_gates):
+            params += three(V if layer == 0 else H, H)
     params += [normal(H, V), torch.zeros(V)]
     for param in params:
         param.requires_grad_()
     return params
 
 
-def zero_state(cell: str, B: int, H: int) -> State:
-    """The state before the first step: zeros of shape (B, H), one for H and, in the LSTM, one for C."""
-    return tuple(torch.zeros(B, H) for _ in range(CELLS[cell].num_states))
+def zero_state(cell: str, B: int, H: int, L: int = 1) -> State:
+    """The state before the first step: in each layer zeros of shape (B, H) for H and, in the LSTM, for C."""
+    return tuple(torch.zeros(B, H) for _ in range(L * CELLS[cell].num_states))
 
 
 # ------------------------------------------------------------------------------------- one step of each cell
@@ -122,6 +125,11 @@ class Model:
         """H."""
         return self.params[-2].shape[0]
 
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return (len(self.params) - 2) // (3 * CELLS[self.cell].num_gates)
+
 
 def one_hot(ids: Tensor, V: int) -> Tensor:
     """Rows of the identity: (T, B) ids to (T, B, V); a symbol that training never saw is a row of zeros."""
@@ -132,11 +140,20 @@ def one_hot(ids: Tensor, V: int) -> Tensor:
 def forward(model: Model, ids: Tensor, state: State) -> tuple[Tensor, State]:
     """(T, B) ids and the state before them to (T, B, V) logits and the state after them."""
     *cell_params, W_hq, b_q = model.params
-    step = CELLS[model.cell].step
+    step, num_states, num_params = (
+        CELLS[model.cell].step,
+        CELLS[model.cell].num_states,
+        len(cell_params) // model.num_layers,
+    )
     H_TBH = []
     for X in one_hot(ids, model.tokenizer.size).unbind():
-        state = step(X, state, cell_params)
-        H_TBH.append(state[0])
+        before, state = state, ()
+        for layer in range(model.num_layers):
+            own_state = before[layer * num_states : (layer + 1) * num_states]
+            own_state = step(X, own_state, cell_params[layer * num_params : (layer + 1) * num_params])
+            X = own_state[0]  # what the layer above reads
+            state += own_state
+        H_TBH.append(X)
     return torch.stack(H_TBH) @ W_hq + b_q, state
 
 
@@ -183,6 +200,7 @@ def train(
     num_epochs: int = 160,
     random_sampling: bool = False,
     seed: int = 0,
+    num_layers: int = 1,
 ) -> Iterator[Epoch]:
     """Train a model on `text` as the lecture does, and yield each epoch with the model as it then is.
 
@@ -192,7 +210,7 @@ def train(
     """
     torch.manual_seed(seed)
     tokenizer = CharTokenizer.train(text)
-    model = Model(cell, get_params(cell, tokenizer.size, num_hiddens), tokenizer)
+    model = Model(cell, get_params(cell, tokenizer.size, num_hiddens, num_layers), tokenizer)
     ids = tokenizer.encode(text)
     sampler = (
         RandomWindows(ids, batch_size, num_steps, seed)
@@ -202,11 +220,11 @@ def train(
     updates = sampler.steps_per_epoch
     for epoch in range(num_epochs):
         start, total, tokens = time.perf_counter(), 0.0, 0
-        state = zero_state(cell, batch_size, num_hiddens)
+        state = zero_state(cell, batch_size, num_hiddens, num_layers)
         for update in range(updates):
             batch = sampler.batch(epoch * updates + update)
             if batch.starts_fresh:
-                state = zero_state(cell, batch_size, num_hiddens)
+                state = zero_state(cell, batch_size, num_hiddens, num_layers)
             state = tuple(s.detach() for s in state)
             logits, state = forward(model, torch.from_numpy(batch.inputs_TB), state)
             loss = cross_entropy(logits, torch.from_numpy(batch.targets_TB))
@@ -237,7 +255,7 @@ def predict(model: Model, prefix: str, num_chars: int) -> str:
     if not prefix:
         raise ValueError("prediction needs a prefix of at least one character")
     ids = torch.from_numpy(model.tokenizer.encode(prefix)).long().unsqueeze(1)
-    state = zero_state(model.cell, 1, model.num_hiddens)
+    state = zero_state(model.cell, 1, model.num_hiddens, model.num_layers)
     logits, state = forward(model, ids, state)
     predicted: list[int] = []
     for _ in range(num_chars):
@@ -254,5 +272,5 @@ def perplexity(model: Model, text: str) -> float:
     """
     ids = torch.from_numpy(model.tokenizer.encode(text)).long().unsqueeze(1)
     targets = torch.where(ids[1:] < model.tokenizer.size, ids[1:], -1)
-    logits, _ = forward(model, ids[:-1], zero_state(model.cell, 1, model.num_hiddens))
+    logits, _ = forward(model, ids[:-1], zero_state(model.cell, 1, model.num_hiddens, model.num_layers))
     return math.exp(float(cross_entropy(logits, targets)))
