@@ -281,6 +281,14 @@ def test_the_pages_programs_and_commands_run(
     assert (tmp_path / "mine.txt").exists()
 
 
+def test_the_pages_table_is_the_result_file() -> None:
+    page = (ROOT / "docs" / "vectors.md").read_text(encoding="utf-8")
+    path = ROOT / "benchmarks" / "results" / "2026-11-25-word-vectors.json"
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        assert f"| {row['name']} | {row['perplexity']:.1f} |" in page
+        assert f"three: {', '.join(word for word, _ in row['neighbours']['three'][:3])} |" in page
+
+
 def test_words_can_be_drawn(tmp_path: Path) -> None:
     groups = {"one": "numbers", "two": "numbers", "king": "people", "queen": "people"}
     plots.words(made(list(groups), 5).matrix_NE, groups, tmp_path / "p.png")
