@@ -493,19 +493,3 @@ def test_an_interrupt_ends_with_130_and_what_was_saved_loads(workplace: Path) ->
     assert "Traceback" not in said
     assert re.search(r"longshort: stopped; step \d+ of 100,000 is saved. Go on with: \S* ?resume run$", said.strip())
     assert checkpoint.load_model("run").weights
-
-
-def test_no_pickle_is_ever_read(workplace: Path) -> None:
-    program = (
-        "import sys; found = []; sys.addaudithook(lambda e, a: found.append(a) if e == 'pickle.find_class' else None);"
-        "from longshort.cli import main; status = main(sys.argv[1:]); sys.exit(3 if found else status)"
-    )
-    run, text = str(workplace / "run"), str(workplace / "english.txt")
-    for arguments in (
-        ["train", text, "--steps", "2", *TINY],
-        ["generate", run, "--state", "talk"],
-        ["eval", run, "--split", "valid"],
-        ["eval", run, "--split", "valid", "--dynamic"],
-    ):
-        done = python("-c", program, *arguments)
-        assert done.returncode == 0, done.stderr

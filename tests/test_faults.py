@@ -417,10 +417,13 @@ def test_no_verb_reads_a_pickle(tmp_path: Path) -> None:
 import os, sys
 found = []
 sys.addaudithook(lambda event, arguments: found.append(arguments) if event == "pickle.find_class" else None)
-from longshort import grids
+from longshort import grids, peers, workloads
 from longshort.cli import main
 small = ["--hidden", "8", "--embedding", "4", "--threads", "1"]
 grids.GRIDS["quick"] = grids.Grid(((1, 1, 8),))
+peers.GEMM_SIZE, workloads.BLOCKS, workloads.BLOCK_SECONDS = 64, 2, 0.0
+workloads._lines = lambda number, made=workloads._lines: made(64)
+workloads.KINDS = {what: builders[:1] for what, builders in workloads.KINDS.items()}
 for arguments in (
     ["train", "text.txt", "--steps", "3", "--out", "run", *small],
     ["resume", "run", "--steps", "5"],
@@ -429,11 +432,15 @@ for arguments in (
     ["eval", "run", "text.txt", "--json"],
     ["generate", "run", "--length", "9"],
     ["generate", "run", "--length", "9", "--weights", "int8", "--samples", "2"],
+    ["generate", "run", "--length", "9", "--state", "talk"],
+    ["generate", "run", "--length", "9", "--state", "talk"],
+    ["eval", "run", "--split", "valid", "--dynamic"],
     ["score", "run", "text.txt", "--top", "2"],
     ["compare", "text.txt", "--cells", "rnn", "--epochs", "1", "--json"],
     ["demo", "--minutes", "0.005", "--out", "demo"],
     ["doctor"],
     ["bench", "layers", "--cells", "rnn", "--modes", "infer", "--json"],
+    *([["bench", what, "--threads", "1"] for what in workloads.KINDS]),
 ):
     status = main(arguments)
     assert status == 0, (arguments, status)
