@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,12 @@ def main() -> None:
         exact, rounded = longshort.load(run), longshort.load(run, weights="int8")
         exact.threads = rounded.threads = 1
         both = {"float32": writes(exact), "int8": writes(rounded)}
-        alone = medians({name: lambda call=call: seconds(call) for name, call in both.items()})  # type: ignore[misc]
+        alone = medians({name: partial(seconds, call) for name, call in both.items()})
         exact.threads = machine.cores()
-        quiet = medians({"float32": lambda: seconds(both["float32"])})
+        quiet = medians({"float32": partial(seconds, both["float32"])})
         busy = [sys.executable, "-c", "while True: pass"]
         with subprocess.Popen(busy) as neighbour:
-            beside = medians({"float32": lambda: seconds(both["float32"])})
+            beside = medians({"float32": partial(seconds, both["float32"])})
             neighbour.kill()
         rows: list[dict[str, Any]] = [{"name": name, "seconds": value} for name, value in starts.items()]
         rows += [

@@ -2,8 +2,8 @@
 
 python benchmarks/shakespeare_record.py tinyshakespeare.txt > FILE
 
-The settings were found on the slice from 80 to 90 % of the text (docs/log.md); steps are such that the runs take at
-most 100, 300 and 900 seconds on two cores, from the command to the prompt.
+The settings were found on the slice from 80 to 90 % of the text (docs/log.md); steps are such that the first two
+runs take at most 100 and 300 seconds on two cores, from the command to the prompt, and the last about 900.
 """
 
 from __future__ import annotations

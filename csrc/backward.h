@@ -3,7 +3,8 @@
    For a chunk of steps, from the last to the first:
 
      step:   dh = dy + dgates(next step) W_hh -> dgates, dc                  (own units)   | all wait |
-     chunk:  dx = dgates W_ih (own columns);  dW_ih += dgates^T x, or a table's rows += dgates;  dW_hh += dgates^T h,  db += sum of dgates  (own units)
+     chunk:  dx = dgates W_ih (own columns);  dW_ih += dgates^T x, or with symbols rows of the table += dgates,
+             dW_hh += dgates^T h,  db += sum of dgates  (own units)
 
    dgates are the gradients before the activations. The GRU has two sets: its candidate's input and hidden share differ by
    the factor r. A team divides units; there is one team, since all rows add to the same weights. With layer normalisation

@@ -158,12 +158,8 @@ def test_a_run_survives_the_failure_of_any_call(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- cuts
 
 
-CUTS = [(2, False), (1, True), *([(1, False)] if campaign.SHARE else [])]
-"""Threads, and whether by lines; test_resume.py has cuts at one thread too, without new processes."""
-
-
 @campaign.long
-@pytest.mark.parametrize(("threads", "lines"), CUTS)
+@pytest.mark.parametrize(("threads", "lines"), [(1, False), (2, False), (1, True)])
 def test_runs_that_are_cut_end_as_those_that_are_not(tmp_path: Path, threads: int, lines: bool) -> None:
     """SIGTERM or SIGKILL at a random moment, in the campaign twice, each time resumed in a new process."""
     text, pick = write_text(tmp_path / "text.txt", 20_000), random.Random(threads)

@@ -17,6 +17,7 @@ from conftest import ROOT
 from longshort import cells, own_cells
 from longshort.cells import Cell, Options
 from longshort.cli import main
+from longshort.config import is_own_cell
 from longshort.errors import UsageError
 from longshort.options import read_lengths
 
@@ -216,7 +217,7 @@ def test_what_is_no_cell_is_refused(source: str, words: str, tmp_path: Path) -> 
         own_cells.load_cell(f"{tmp_path}/mine.py:cell")
     assert words in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 3
-    assert not any(own_cells.is_own(name) for name in cells.CELLS)
+    assert not any(is_own_cell(name) for name in cells.CELLS)
 
 
 def test_a_file_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """The lecture's training step, ours and another library's, in turns; each in a process and with packages of its own.
 
-A peer's script is run twice: without arguments it calls `measure`, which starts it once more with the name of a file,
-and with the peer's packages; that process calls `answer`. Both sides begin with the same weights, and must have the
+A peer's script calls `run`, and is run twice: without arguments it measures, and starts itself once more with the name
+of a file and with the peer's packages; that process answers. Both sides begin with the same weights, and must have the
 same losses in the first steps.
 """
 
@@ -25,7 +25,22 @@ H, B, T, V, LEARNING_RATE, CLIP = 256, 32, 35, 28, 1.0, 0.5
 STEPS_COMPARED, STEPS_A_BLOCK, BLOCKS = 5, 20, 9
 
 
-def measure(script: str, peer: str, package: str) -> None:
+def run(script: str, make: Callable[[dict[str, Any]], Callable[[Any, Any], float]], peer: str, package: str) -> None:
+    """Measure beside the peer that `make` has, or be that peer.
+
+    Args:
+        script: the file of the caller.
+        make: given the weights by name, returns the peer's step: inputs and targets (T, B) in, nats a token out.
+        peer: its name.
+        package: that it needs.
+    """
+    if len(sys.argv) > 1:
+        _answer(make)
+    else:
+        _measure(script, peer, package)
+
+
+def _measure(script: str, peer: str, package: str) -> None:
     """Print the JSON of our step beside the one that `script` answers with.
 
     Raises:
@@ -99,12 +114,8 @@ def _version(package: str) -> str:
     return found.name.removesuffix(".dist-info").partition("-")[2]
 
 
-def answer(make: Callable[[dict[str, Any]], Callable[[Any, Any], float]]) -> None:
-    """Make as many steps as each line of standard input asks for, and print their losses.
-
-    Args:
-        make: given the weights by name, returns the step: inputs and targets (T, B) in, loss in nats a token out.
-    """
+def _answer(make: Callable[[dict[str, Any]], Callable[[Any, Any], float]]) -> None:
+    """Make as many steps as each line of standard input asks for, and print their losses."""
     given = dict(np.load(sys.argv[1]))
     ids = given.pop("ids")
     step, made = make(given), 0

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +54,4 @@ def make(weights: dict[str, Any]) -> Callable[[Any, Any], float]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        beside.answer(make)
-    else:
-        beside.measure(__file__, "JAX, lax.scan", "jax")
+    beside.run(__file__, make, "JAX, lax.scan", "jax")

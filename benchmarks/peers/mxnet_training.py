@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +53,4 @@ def make(weights: dict[str, Any]) -> Callable[[Any, Any], float]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        beside.answer(make)
-    else:
-        beside.measure(__file__, "MXNet Gluon", "mxnet")
+    beside.run(__file__, make, "MXNet Gluon", "mxnet")

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longshort.config import is_own_cell
 from longshort.errors import UsageError
 
 State = tuple[Tensor, ...]
@@ -136,7 +137,7 @@ def get_cell(name: str) -> Cell:
     """
     if name not in CELLS:
         close = difflib.get_close_matches(name.lower(), CELLS, n=1)
-        if ".py:" in name:
+        if is_own_cell(name):
             raise UsageError(
                 f"The cell {name} is one of a user's own, whose file has not been named.",
                 f"If you trust it, add: --cell PATH/{name}",

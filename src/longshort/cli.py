@@ -27,7 +27,7 @@ from cyclopts import App, Parameter
 
 import longshort
 from longshort import durable
-from longshort.config import TrainConfig
+from longshort.config import TrainConfig, is_own_cell
 from longshort.errors import LongshortError, MissingExtraError, OutputError, UsageError
 from longshort.flags import Corpus, DataDir, Int, Json, OwnCell, TrainFlags
 from longshort.interruption import Interrupted, Interruption
@@ -436,7 +436,7 @@ def _bench_workloads(what: str, refused: list[str], threads: str | None, out: st
     if out == "":
         raise UsageError("--out is empty.", "An unset shell variable looks like this.")
     _need_torch("bench")
-    from longshort import durable, ledger, screen, workloads
+    from longshort import ledger, screen, workloads
 
     if out is not None:
         durable.require_writable_directory(Path(out).absolute().parent)
@@ -675,7 +675,7 @@ def _launcher() -> str:
 
 def _cell(given: str | None) -> str:
     """Return the name of a cell, which if it is one of the user's own is loaded from its file."""
-    if given is None or ".py:" not in given:
+    if given is None or not is_own_cell(given):
         return given or ""
     _need_torch("--cell FILE.py:NAME")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -75,6 +75,11 @@ class Options:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
 
+def is_own_cell(name: str) -> bool:
+    """Return whether `name` is that of a cell in a user's own file, FILE.py:NAME."""
+    return ".py:" in name
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture(Options):
     """The part of a model that its user chooses."""
@@ -138,7 +143,7 @@ class TrainConfig(Architecture):
     vectors: str | None = option(
         None, "File of word vectors to begin the embedding with: word2vec's, GloVe's or fastText's formats."
     )
-    freeze_embedding: bool = option(False, "Leave the embedding as it is, as with --vectors it can be worth it.")
+    freeze_embedding: bool = option(False, "Do not train the embedding, such as one that begins with --vectors.")
     out: str | None = option(None, "Run directory to make; named after the text if not given.")
     tokenizer: str = option("char", "How the text is cut into symbols.", choices=("char", "byte", "word", "bpe"))
     min_freq: int | None = option(None, "word: how often a word must occur to be a symbol; once if unset.", least=1)

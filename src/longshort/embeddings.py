@@ -98,7 +98,8 @@ def fill(embedding_VE: NDArray[np.float32], tokenizer: Tokenizer, path: str | Pa
         UsageError: its vectors have another width, or it has none of the symbols.
         TextError: it is no file of vectors.
     """
-    found = vectors.read(path, symbols_of(tokenizer))
+    number = {word: i for i, word in enumerate(symbols_of(tokenizer))}
+    found = vectors.read(path, number)
     E, width = embedding_VE.shape[1], found.matrix_NE.shape[1]
     if width != E:
         raise UsageError(f"The vectors of {path} have {width} numbers, the embedding {E}.", f"Set --embedding {width}.")
@@ -107,7 +108,6 @@ def fill(embedding_VE: NDArray[np.float32], tokenizer: Tokenizer, path: str | Pa
             f"{path} has a vector for none of the {tokenizer.size:,} symbols of the text.",
             "Vectors of words go with --tokenizer word; their spelling, upper and lower case, must be the text's.",
         )
-    number = {word: i for i, word in enumerate(symbols_of(tokenizer))}
     rows = np.array([number[word] for word in found.words])
     missing = np.setdiff1d(np.arange(len(embedding_VE)), rows)
     if len(missing):

@@ -90,8 +90,8 @@ def generate(
         ConfigError: a value outside its range.
         VocabularyError: the prompt holds a symbol that the model never saw, and none that it did.
     """
-    rest = {"sampling": sampling or Sampling(), "stop": tuple(stop), "stream": stream, "after": after}
-    for _, piece in generate_many(model, tokenizer, [Request(prompt=prompt, length=length, **rest)]):  # type: ignore[arg-type]
+    rest: dict[str, Any] = {"sampling": sampling or Sampling(), "stop": tuple(stop), "stream": stream, "after": after}
+    for _, piece in generate_many(model, tokenizer, [Request(prompt=prompt, length=length, **rest)]):
         yield piece
 
 

@@ -46,14 +46,14 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         (N, _), V = h_NH.shape, len(weight_VH)
         nats = 0.0
-        dh_NH, dweight_VH, dbias_V = torch.empty_like(h_NH), torch.zeros_like(weight_VH), torch.zeros_like(bias_V)
+        dh_NH, dweight_VH, dbias_V = torch.empty_like(h_NH), torch.empty_like(weight_VH), torch.zeros_like(bias_V)
         rows = max(_LOGITS_AT_ONCE // V, 1)
-        for first in range(0, N, rows):
+        for first in range(0, max(N, 1), rows):
             h = h_NH[first : first + rows]
             logits = torch.addmm(bias_V, h, weight_VH.T)
             nats += ops.cross_entropy(logits, targets_N[first : first + rows], 1 / tokens, target)
             torch.mm(logits, weight_VH, out=dh_NH[first : first + rows])
-            dweight_VH.addmm_(logits.T, h)
+            dweight_VH.addmm_(logits.T, h, beta=int(first > 0))
             dbias_V += logits.sum(0)
         ctx.save_for_backward(dh_NH, dweight_VH, dbias_V)
         return h_NH.new_tensor(nats / tokens)

@@ -10,7 +10,6 @@ loaded is ever run unless the command names the file once more.
 from __future__ import annotations
 
 import hashlib
-import linecache
 from pathlib import Path
 from types import ModuleType
 
@@ -23,11 +22,6 @@ from longshort.text.corpus import open_file
 
 _loaded: dict[str, str] = {}
 """Name of each cell that was loaded, and the SHA-256 of its file."""
-
-
-def is_own(name: str) -> bool:
-    """Return whether `name` is that of a cell in a file."""
-    return ".py:" in name
 
 
 def load_cell(place: str) -> str:
@@ -101,6 +95,5 @@ def _told(error: BaseException, path: Path) -> str:
         if trace.tb_frame.f_code.co_filename == str(path):
             line = trace.tb_lineno
         trace = trace.tb_next
-    linecache.checkcache(str(path))
     where = f" in line {line}" if line else ""
     return f"{type(error).__name__}{where}: {' '.join(str(error).split())!s:.300}"

@@ -282,6 +282,10 @@ def _trainings(threads: int) -> tuple[Training, ...]:
     )
 
 
+def _trained(number: int) -> Callable[[int], Contest]:
+    return lambda threads: _train(_trainings(threads)[number])
+
+
 def profiles(
     threads: int, report: Callable[[str, int, int], None] = lambda name, done, all: None
 ) -> list[tuple[str, dict[str, float]]]:
@@ -397,7 +401,7 @@ def _with_padding(plain: PlainModel, tokenizer: Tokenizer, lines: Sequence[str])
 
 
 KINDS: dict[str, tuple[Callable[[int], Contest], ...]] = {
-    "train": tuple(lambda threads, number=number: _train(_trainings(threads)[number]) for number in range(4)),  # type: ignore[misc]
+    "train": tuple(map(_trained, range(4))),
     "generate": (
         _written("nn.LSTM", 1),
         _written("nn.LSTMCell", 1),

@@ -10,7 +10,7 @@ A file of gigabytes is read in a stream: of a vocabulary's words only those that
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -126,7 +126,7 @@ class _Source:
             self.refuse("it says that it holds none")
         second = self._stream.readline(_LONGEST_LINE)
         parts = second.rstrip(b"\r\n").rsplit(b" ", self._width)
-        if len(parts) == self._width + 1 and self._are_numbers(parts[1:]):
+        if len(parts) == self._width + 1 and all(map(_is_number, parts[1:])):
             self._line = 2
             yield from self._text(count, second)
         else:
@@ -149,9 +149,6 @@ class _Source:
     def _check_width(self) -> None:
         if not 1 <= self._width <= MOST_VALUES:
             self.refuse(f"a vector has 1 to {MOST_VALUES:,} numbers, not {max(self._width, 0)}")
-
-    def _are_numbers(self, values: Sequence[bytes]) -> bool:
-        return all(map(_is_number, values))
 
     def _read_line(self) -> bytes:
         line = self._stream.readline(_LONGEST_LINE)
