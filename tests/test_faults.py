@@ -353,8 +353,9 @@ def use(model: Path) -> None:
     snapshot.position_of(kept)
     torch_model = longshort.load(model, train=True)
     config = TrainConfig(**TINY, cell=torch_model.config.cell)
-    stepper = training.Stepper(torch_model, config, 1)
-    snapshot.put_back(kept, stepper.named_parameters, stepper.optimizer, torch_model.zero_state(TINY["batch_size"]))
+    stepper = training.TextStepper(torch_model, config, 1)
+    like = torch_model.zero_state(TINY["batch_size"])
+    snapshot.put_back(kept, stepper.named_parameters, stepper.optimizer, like, stepper.device)
     snapshot.changes(kept)
 
 

@@ -69,13 +69,13 @@ def test_a_batch_of_lines_is_its_lines_one_by_one(cell: str, window: int) -> Non
     tokenizer = CharTokenizer.train(text)
     config = TrainConfig(cell=cell, layers=2, **SMALL | {"seq_len": window, "batch_size": 10})
     model = training.make_model(config, tokenizer).double()
-    stepper = training.Stepper(model, config, 1)
+    stepper = training.TextStepper(model, config, 1)
     part = encode_text(tokenizer, text, lines=True)
     assert part.breaks is not None
     batch = Lines(part.ids, 10, window, breaks=part.breaks, unknown=tokenizer.size).batch(0)
     assert batch.tokens == len(text)
     stepper.state = model.zero_state(10)
-    loss = stepper._read(batch)
+    loss = stepper.read(batch)
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     total, symbols = one_by_one(model, tokenizer, text.removesuffix("\n").split("\n"), window)

@@ -87,15 +87,15 @@ def in_both(rank: int, place: Path, ports: list[str]) -> None:
     case("last part", resume("cut"))
     case("two, then one", train("two-one", SMALL, after(50)))
     case("one, then two", resume("one-two"))
-    real = training.Stepper.collect
+    real = training.TextStepper.collect
 
-    def stray(stepper: training.Stepper, state: bool) -> Any:
+    def stray(stepper: training.TextStepper, state: bool) -> Any:
         with torch.no_grad():
             stepper.parameters[0].view(-1)[0] += 1e-6 * rank
         return real(stepper, state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.Stepper, "collect", stray)
+        patch.setattr(training.TextStepper, "collect", stray)
         case("stray", train("stray", SMALL))
     case("bad size", train("bad-size", SMALL | {"batch_size": 3}))
     with pytest.MonkeyPatch.context() as patch:

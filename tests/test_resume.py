@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from longshort import checkpoint, durable, head, kernels, snapshot, training
+from longshort import checkpoint, durable, head, kernels, snapshot, training, updates
 from longshort.checkpoint import load_model, load_training
 from longshort.cli import main
 from longshort.config import TrainConfig
@@ -128,8 +128,8 @@ def test_more_steps_are_those_of_the_longer_schedule_and_repeat(text_file: Path,
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     rates = {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
     config = TrainConfig(**DEEP)
-    assert rates[40] == training.learning_rate(config, 39, 40)
-    assert rates[41] == training.learning_rate(config, 40, 70)
+    assert rates[40] == updates.learning_rate(config, 39, 40)
+    assert rates[41] == updates.learning_rate(config, 40, 70)
     assert rates[70] == pytest.approx(config.lr * config.final_lr)
     assert checkpoint.open_run(tmp_path / "a").config()["legs"] == [[0, 40], [40, 70]]
     # Where the later checkpoints are lost, the first part's end repeats too, with the rates that it had.
@@ -325,9 +325,10 @@ def test_arrays_of_another_model_are_refused(text_file: Path, tmp_path: Path) ->
     _, kept = load_training(tmp_path / "run" / "checkpoints" / "step-000040")
 
     def put_back(arrays: dict[str, Any]) -> None:
-        stepper = training.Stepper(training.make_model(config, prepared.tokenizer), config, 1)
+        stepper = training.TextStepper(training.make_model(config, prepared.tokenizer), config, 1)
         like = stepper.model.zero_state(8)
-        snapshot.put_back(checkpoint.Training(arrays, kept.values), stepper.named_parameters, stepper.optimizer, like)
+        taken = checkpoint.Training(arrays, kept.values)
+        snapshot.put_back(taken, stepper.named_parameters, stepper.optimizer, like, stepper.device)
 
     put_back(kept.arrays)
     bias = "optimizer.output.bias.exp_avg"
@@ -388,7 +389,7 @@ def assert_finite(run: Path) -> None:
 def test_a_skipped_step_changes_no_weight(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig(**DEEP, texts=(str(text_file),))
     prepared = training.Prepared(config)
-    stepper = training.Stepper(training.make_model(config, prepared.tokenizer), config, 40)
+    stepper = training.TextStepper(training.make_model(config, prepared.tokenizer), config, 40)
     sampler = prepared.sampler(config)
     stepper.step(0, sampler.batch(0))
     before = {name: p.detach().clone() for name, p in stepper.named_parameters.items()}
@@ -417,7 +418,7 @@ def test_after_three_the_run_stops_and_names_the_last_good_step(
 def test_weights_that_an_update_broke_are_not_saved(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "learning_rate", lambda config, step, steps: 1e-3 if step < 5 else 1e300)
+    monkeypatch.setattr(updates, "learning_rate", lambda config, step, steps: 1e-3 if step < 5 else 1e300)
     with pytest.raises(TrainingError, match="The last good step was 5; step 4 is saved"):
         train(text_file, tmp_path / "run", heldout=0.0, validate_every=2)
     assert_finite(tmp_path / "run")

@@ -168,7 +168,7 @@ def test_a_run_has_the_losses_that_it_has_without_native_kernels(given: dict[str
                 **({"hidden": 20, "embedding": 9, "batch_size": 6, "seq_len": 12, "seed": seed} | given)
             )
             tokenizer = CharTokenizer(text)
-            stepper = training.Stepper(training.make_model(config, tokenizer), config, 60)
+            stepper = training.TextStepper(training.make_model(config, tokenizer), config, 60)
             sampler = _sampler(config, tokenizer, text)
             losses.append([stepper.step(n, sampler.batch(n))[:2] for n in range(60)])
     for other in losses[1:]:

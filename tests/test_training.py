@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from longshort import checkpoint, recipes, training
+from longshort import checkpoint, loop, recipes, training, updates
 from longshort.config import TrainConfig
 from longshort.errors import ConfigError, TextError, TrainingError, UsageError
 from longshort.evaluation import evaluate
@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_finite_stops_and_is_never_saved(text_file: Path, tmp
         run(text_file, tmp_path / "run", lr=1e300, optimizer="sgd", cell="rnn_relu", clip=None, steps=50)
     assert "lower --lr" in str(caught.value)
     assert not (tmp_path / "run").exists()  # nothing was saved, so nothing stays
-    with pytest.raises(TrainingError, match="diverged at step 1: the held-out text has"):
+    with pytest.raises(TrainingError, match="diverged at step 1: the held-out part has"):
         run(text_file, tmp_path / "run", lr=1e300, steps=1)  # the last update is the one that breaks it
     assert not (tmp_path / "run").exists()
 
@@ -156,7 +156,7 @@ def test_a_loss_that_is_not_finite_stops_and_is_never_saved(text_file: Path, tmp
 def test_what_was_saved_before_a_run_diverges_stays(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "learning_rate", lambda config, step, steps: 1e-3 if step < 6 else 1e300)
+    monkeypatch.setattr(updates, "learning_rate", lambda config, step, steps: 1e-3 if step < 6 else 1e300)
     with pytest.raises(TrainingError, match="diverged"):
         run(text_file, tmp_path / "run", steps=20)
     assert all(np.isfinite(weight).all() for weight in checkpoint.load_model(tmp_path / "run").weights.values())
@@ -169,7 +169,7 @@ def test_clipping_holds_each_step_of_gradient_descent_to_lr_times_clip(text_file
     config = TrainConfig(**(SMALL | recipes.RECIPES["lecture"] | {"texts": (str(text_file),), "epochs": None}))
     prepared = training.Prepared(config)
     model = training.make_model(config, prepared.tokenizer)
-    stepper = training.Stepper(model, config, 100)
+    stepper = training.TextStepper(model, config, 100)
     sampler = prepared.sampler(config)
     for number in range(4):
         before = [p.detach().clone() for p in model.parameters()]
@@ -186,15 +186,15 @@ def test_clipping_holds_each_step_of_gradient_descent_to_lr_times_clip(text_file
 
 def test_the_rate_rises_and_falls() -> None:
     config = TrainConfig(lr=1.0, warmup=0.1, final_lr=0.1)
-    rates = [training.learning_rate(config, step, 100) for step in range(100)]
+    rates = [updates.learning_rate(config, step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 11)
     assert all(a < b for a, b in pairwise(rates[:11]))
     assert rates[10] == max(rates) == 1.0
     assert all(a > b for a, b in pairwise(rates[10:]))
     assert rates[-1] == pytest.approx(0.1)
     flat = TrainConfig(lr=3.0, warmup=0.0, final_lr=1.0)
-    assert {training.learning_rate(flat, step, 7) for step in range(7)} == {3.0}
-    assert training.learning_rate(TrainConfig(lr=2.0), 0, 1) == 2.0
+    assert {updates.learning_rate(flat, step, 7) for step in range(7)} == {3.0}
+    assert updates.learning_rate(TrainConfig(lr=2.0), 0, 1) == 2.0
 
 
 # -------------------------------------------------------------------------------------------- recipes and the dial
@@ -287,12 +287,12 @@ def test_texts_that_cannot_be_used_leave_nothing_behind(tmp_path: Path) -> None:
 
 def test_run_directories_get_free_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert training.free_directory("my text") == Path("my-text")
+    assert loop.free_directory("my text") == Path("my-text")
     Path("my-text").mkdir()
-    assert training.free_directory("my text") == Path("my-text-2")
-    assert training.free_directory("../x") == Path("x")
-    assert training.free_directory("..") == Path("run")
-    assert len(str(training.free_directory("chapter " * 50))) <= 60
+    assert loop.free_directory("my text") == Path("my-text-2")
+    assert loop.free_directory("../x") == Path("x")
+    assert loop.free_directory("..") == Path("run")
+    assert len(str(loop.free_directory("chapter " * 50))) <= 60
 
 
 def test_the_dial_drops_more_the_oftener_a_text_is_read() -> None:

@@ -60,7 +60,7 @@ def _measure(script: str, peer: str, package: str) -> None:
     model = training.make_model(config, tokenizer)
     ids = np.random.default_rng(0).integers(V, size=(64, T + 1, B))
     batches = [Batch(part[:-1], part[1:], T * B, 0, False) for part in ids]
-    stepper = training.Stepper(model, config, 10**6)
+    stepper = training.TextStepper(model, config, 10**6)
     made = 0
 
     def step(count: int) -> list[float]:

@@ -2,11 +2,14 @@
 
     longshort.LSTM, GRU, RNN and their cells     in the place of torch.nn's
     longshort.convert, longshort.to_torch        exchange them in a whole model, and back
-    longshort.load(path)                         a trained model, without PyTorch; train=True gives a LanguageModel
+    longshort.load(path)                         a trained model, a language model without PyTorch; with train=True as
+                                                 a LanguageModel
     longshort.train(TrainConfig(...))            trains and yields events; longshort.resume(run) goes on
     longshort.evaluate, generate, score          free functions on any model
     longshort.neighbours, write_vectors          the vectors that a model has for its symbols
     longshort.evaluate_dynamically               the same for a model that learns while it reads
+    longshort.SequenceClassifier, SequenceTagger a class for a sequence, a tag for each of its steps
+    longshort.train_labels(LabelTrainConfig(...), Examples(...))     trains them; resume_labels, evaluate_labels
     longshort.SequenceRegressor                  vectors in, vectors out: series of numbers
     longshort.kernels                            which implementation runs, and why
     longshort.scratch                            the textbook
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from longshort.cell_layers import GRUCell as GRUCell
     from longshort.cell_layers import LSTMCell as LSTMCell
     from longshort.cell_layers import RNNCell as RNNCell
+    from longshort.config import LabelModelConfig as LabelModelConfig
+    from longshort.config import LabelTrainConfig as LabelTrainConfig
     from longshort.config import ModelConfig as ModelConfig
     from longshort.config import TrainConfig as TrainConfig
     from longshort.conversion import convert as convert
@@ -39,14 +44,21 @@ if TYPE_CHECKING:
     from longshort.errors import LongshortError as LongshortError
     from longshort.evaluation import Evaluation as Evaluation
     from longshort.evaluation import evaluate as evaluate
+    from longshort.examples import Examples as Examples
     from longshort.generation import Sampling as Sampling
     from longshort.generation import generate as generate
+    from longshort.labelling import Labelling as Labelling
+    from longshort.labelling import SequenceClassifier as SequenceClassifier
+    from longshort.labelling import SequenceTagger as SequenceTagger
+    from longshort.labelling import evaluate_labels as evaluate_labels
     from longshort.layers import GRU as GRU
     from longshort.layers import LSTM as LSTM
     from longshort.layers import RNN as RNN
     from longshort.model import LanguageModel as LanguageModel
     from longshort.scoring import score as score
     from longshort.series import SequenceRegressor as SequenceRegressor
+    from longshort.supervision import resume_labels as resume_labels
+    from longshort.supervision import train_labels as train_labels
     from longshort.training import resume as resume
     from longshort.training import train as train
 
@@ -64,6 +76,15 @@ _HOME = {
     "ModelConfig": "config",
     "Sampling": "generation",
     "SequenceRegressor": "series",
+    "resume_labels": "supervision",
+    "train_labels": "supervision",
+    "evaluate_labels": "labelling",
+    "Labelling": "labelling",
+    "SequenceTagger": "labelling",
+    "SequenceClassifier": "labelling",
+    "LabelTrainConfig": "config",
+    "LabelModelConfig": "config",
+    "Examples": "examples",
     "TrainConfig": "config",
     "convert": "conversion",
     "evaluate": "evaluation",
@@ -88,22 +109,32 @@ def load(path: str | Path, *, train: bool = False, weights: str = "float32") -> 
 
     Args:
         path: a run (its best checkpoint, else its latest) or a model directory.
-        train: whether to return a `LanguageModel`, which PyTorch can train on, instead of a torch-free `Decoder`.
-        weights: float32, or int8: a quarter of the memory, which one text alone waits for
+        train: of a language model, whether to return a `LanguageModel`, which PyTorch can train on, instead of a
+            torch-free `Decoder`. A classifier or tagger always is PyTorch's.
+        weights: of a language model: float32, or int8: a quarter of the memory, which one text alone waits for
             (`generation.cost_in_bits` says what that costs).
+
+    Returns:
+        A `Decoder`, a `LanguageModel`, a `SequenceClassifier` or a `SequenceTagger`, in evaluation mode.
 
     Raises:
         UsageError: there is nothing at `path`, the model's cell needs PyTorch, or such weights cannot be had.
         CheckpointError: it is damaged, or its files do not belong together.
-        MissingExtraError: `train` is asked for and PyTorch is not installed.
+        MissingExtraError: PyTorch is needed and not installed.
     """
-    if train and weights != "float32":
-        from longshort.errors import UsageError
+    from longshort import checkpoint
+    from longshort.errors import UsageError
 
-        raise UsageError(f"A model in training has float32 weights, not {weights}.")
+    saved = checkpoint.load_model(path)
+    if "labels" in saved.model:
+        if weights != "float32":
+            raise UsageError(f"A classifier or tagger has float32 weights, not {weights}.")
+        return _module("labelling").from_saved(saved)
     if train:
-        return _module("model").load_language_model(path)
-    return _module("decoder").load_decoder(path, weights)
+        if weights != "float32":
+            raise UsageError(f"A model in training has float32 weights, not {weights}.")
+        return _module("model").from_saved(saved)
+    return _module("decoder").from_saved(saved, weights)
 
 
 def _module(name: str) -> Any:

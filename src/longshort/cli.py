@@ -55,10 +55,10 @@ def demo(
     out: Annotated[str | None, Parameter(help="Run directory to make.")] = None,
 ) -> None:
     """Train a minute on text that is on this machine already, write samples, and say what to do next."""
-    from longshort import training
+    from longshort import loop
 
     _say("A character model learns English from Python's own documentation, which is on this machine already.")
-    path = Path(out) if out else training.free_directory("longshort-demo")
+    path = Path(out) if out else loop.free_directory("longshort-demo")
     run = _train({"corpus": "builtin", "out": str(path)}, minutes)
     _say("\nWhat it writes, given the first words:\n")
     for number, prompt in enumerate(("The ", "If the argument ", "class ")):
@@ -610,10 +610,12 @@ def _generate_to_screen(
 
 def _decoder(model: str | Path) -> Any:
     """Return the torch-free decoder of `model`, or where only PyTorch can run its cell, a `LanguageModel`."""
+    from longshort.decoder import load_decoder
+
     try:
-        return longshort.load(model)
+        return load_decoder(model)
     except UsageError:
-        loaded = _language_model(model, required=False)
+        loaded = _language_model(model)
         if loaded is None:
             raise
         return loaded
@@ -622,28 +624,30 @@ def _decoder(model: str | Path) -> Any:
 def _reader(model: str | Path) -> Any:
     """Return what reads texts quickest: a decoder on native kernels, else PyTorch, else a decoder on NumPy."""
     loaded = _decoder(model)
-    return loaded if getattr(loaded, "writes", True) else _language_model(model, required=False) or loaded
+    return loaded if getattr(loaded, "writes", True) else _language_model(model) or loaded
 
 
 def _rounded(model: str | Path, weights: str) -> Any:
     """Return a decoder with rounded weights, and say what they cost."""
+    from longshort.decoder import load_decoder
     from longshort.generation import cost_in_bits
 
-    exact = longshort.load(model)
+    exact = load_decoder(model)
     loaded = exact.rounded(weights)
     cost = cost_in_bits(exact, loaded)
     _say(f"longshort: {weights} weights cost {cost:.4f} bits a character (on 16 texts that the model wrote).")
     return loaded
 
 
-def _language_model(model: str | Path, required: bool = True) -> Any:
-    """Return the `LanguageModel` at `model`; None where PyTorch is not installed and not `required`."""
-    try:
-        return longshort.load(model, train=True)
-    except MissingExtraError:
-        if required:
-            raise
+def _language_model(model: str | Path) -> Any:
+    """Return the `LanguageModel` at `model`; None where PyTorch is not installed."""
+    from longshort.machine import version_of
+
+    if version_of("torch") is None:
         return None
+    from longshort.model import load_language_model
+
+    return load_language_model(model)
 
 
 def _need_torch(verb: str) -> None:

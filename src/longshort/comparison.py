@@ -238,7 +238,7 @@ class _LibraryModel:
         config = TrainConfig(**settings)
         self._sampler = ConsecutiveLanes(ids, config.batch_size, config.seq_len, seed, drop_incomplete=True)
         self._model = training.make_model(config, self._tokenizer)
-        self._stepper = training.Stepper(self._model, config, num_epochs * self._sampler.steps_per_epoch)
+        self._stepper = training.TextStepper(self._model, config, num_epochs * self._sampler.steps_per_epoch)
         self.parameters = self._model.num_parameters
 
     def epochs(self) -> Iterator[tuple[float, float, int]]:

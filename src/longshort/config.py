@@ -13,11 +13,9 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
-from longshort.errors import ConfigError
-
-T = TypeVar("T", bound="Options")
+from longshort.errors import ConfigError, UsageError
 
 MOST_ONE_HOT = 4096
 """A one-hot row is as wide as the vocabulary; beyond this many symbols a learned embedding is the only sane input."""
@@ -54,7 +52,7 @@ class Options:
             _check(field, hints[field.name], getattr(self, field.name))
 
     @classmethod
-    def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "the configuration") -> T:
+    def from_dict(cls, values: Mapping[str, Any], where: str = "the configuration") -> Self:
         """Return the configuration that holds `values`.
 
         Raises:
@@ -81,8 +79,8 @@ def is_own_cell(name: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture(Options):
-    """The part of a model that its user chooses."""
+class Layers(Options):
+    """The recurrent layers of any model, and what they read symbols by."""
 
     cell: str = option("lstm", "Recurrent cell: lstm, gru, rnn, rnn_relu, or FILE.py:NAME of your own.")
     layers: int = option(1, "Recurrent layers, one above the other.", least=1, most=64)
@@ -91,6 +89,38 @@ class Architecture(Options):
         128, "Width of the learned embedding; 0 feeds one-hot symbols, as the lecture does.", least=0, most=65536
     )
     dropout: float = option(0.0, "Share of each layer's outputs that training drops.", least=0, below=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(Options):
+    """How the weights of any model are found, and what a run keeps."""
+
+    out: str | None = option(None, "Run directory to make; named after the text if not given.")
+    steps: int | None = option(None, "Training steps (updates).", least=1)
+    epochs: float | None = option(None, "Passes over the training text, instead of steps.", above=0, most=1e9)
+    batch_size: int = option(32, "Rows that are trained on side by side.", least=1, most=1_000_000)
+    optimizer: str = option("adamw", "adamw, or sgd (plain gradient descent).", choices=("adamw", "sgd"))
+    lr: float = option(4e-3, "Highest learning rate.", above=0)
+    warmup: float = option(0.05, "Share of the steps over which the rate rises to its highest.", least=0, most=1)
+    final_lr: float = option(0.02, "The rate at the last step, as a share of the highest (cosine).", least=0, most=1)
+    weight_decay: float = option(0.0, "Decoupled weight decay (adamw).", least=0)
+    clip: float | None = option(1.0, "Most that the common L2 norm of all gradients may be.", above=0)
+    seed: int = option(0, "Decides initial weights, dropout and the order of reading.", least=0, most=2**63 - 1)
+    threads: int | None = option(
+        None, "Processor threads; measured or PyTorch's own choice if not given.", least=1, most=1024
+    )
+    device: str = option("cpu", "cpu, or cuda.", choices=("cpu", "cuda"))
+    validate_every: int | None = option(None, "Steps between looks at held-out text; a tenth of all if unset.", least=1)
+    save_every: int | None = option(
+        None, "Steps between checkpoints, beside those at looks; every five minutes if unset.", least=1
+    )
+    patience: int | None = option(None, "Stop after this many looks without improvement.", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(Layers):
+    """The part of a language model that its user chooses."""
+
     lines: bool = option(False, "Each line of the text is a sequence of its own, from a zero state to its end mark.")
     tied: bool = option(False, "Use the embedding as the output layer's weights too (embedding = hidden).")
     bidirectional: bool = option(False, "Refused: a model that predicts the next symbol must not read it.")
@@ -100,7 +130,7 @@ class Architecture(Options):
         if self.bidirectional:
             raise ConfigError(
                 "A language model cannot be bidirectional: its backward direction would read the symbol to predict.",
-                "Leave out bidirectional; longshort.LSTM, GRU and RNN take it, for models that tag or classify.",
+                "Leave it out. For classes and tags there are longshort.SequenceClassifier and SequenceTagger.",
             )
         if self.tied and self.embedding != self.hidden:
             raise ConfigError(
@@ -121,15 +151,29 @@ class ModelConfig(Architecture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.embedding and self.vocab_size > MOST_ONE_HOT:
-            raise ConfigError(
-                f"One-hot input is for at most {MOST_ONE_HOT} symbols; this text has {self.vocab_size}.",
-                f"Give the symbols a learned embedding, such as --embedding {self.hidden}.",
+        _check_one_hot(self.embedding, self.vocab_size, self.hidden)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "the configuration") -> Self:
+        """Return the configuration that holds `values`; UsageError where they are those of a model with labels."""
+        if "labels" in values:
+            raise UsageError(
+                f"{where} is that of a model that labels sequences, not of a language model.",
+                "Load it in Python: longshort.load(PATH).predict(...)",
             )
+        return super().from_dict(values, where)
+
+
+def _check_one_hot(embedding: int, vocab_size: int, hidden: int) -> None:
+    if not embedding and vocab_size > MOST_ONE_HOT:
+        raise ConfigError(
+            f"One-hot input is for at most {MOST_ONE_HOT} symbols; this text has {vocab_size}.",
+            f"Give the symbols a learned embedding, such as --embedding {hidden}.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Architecture):
+class TrainConfig(Schedule, Architecture):
     """A training run: what is read, the architecture, and how its weights are found."""
 
     texts: tuple[str, ...] = option((), "Text files or directories.")
@@ -144,7 +188,6 @@ class TrainConfig(Architecture):
         None, "File of word vectors to begin the embedding with: word2vec's, GloVe's or fastText's formats."
     )
     freeze_embedding: bool = option(False, "Do not train the embedding, such as one that begins with --vectors.")
-    out: str | None = option(None, "Run directory to make; named after the text if not given.")
     tokenizer: str = option("char", "How the text is cut into symbols.", choices=("char", "byte", "word", "bpe"))
     min_freq: int | None = option(None, "word: how often a word must occur to be a symbol; once if unset.", least=1)
     vocab_size: int | None = option(None, "bpe: symbols at most; 4096 if unset.", least=257, most=1_000_000)
@@ -155,18 +198,9 @@ class TrainConfig(Architecture):
         choices=("consecutive", "random"),
     )
     drop_incomplete: bool = option(False, "Leave out the incomplete last window of an epoch, as the lecture does.")
-    steps: int | None = option(None, "Training steps (updates).", least=1)
-    epochs: float | None = option(None, "Passes over the training text, instead of steps.", above=0, most=1e9)
-    batch_size: int = option(32, "Rows that are trained on side by side.", least=1, most=1_000_000)
     seq_len: int = option(
         64, "Steps of a window: how far gradients reach back, also within a line.", least=1, most=1_000_000
     )
-    optimizer: str = option("adamw", "adamw, or sgd (plain gradient descent).", choices=("adamw", "sgd"))
-    lr: float = option(4e-3, "Highest learning rate.", above=0)
-    warmup: float = option(0.05, "Share of the steps over which the rate rises to its highest.", least=0, most=1)
-    final_lr: float = option(0.02, "The rate at the last step, as a share of the highest (cosine).", least=0, most=1)
-    weight_decay: float = option(0.0, "Decoupled weight decay (adamw).", least=0)
-    clip: float | None = option(1.0, "Most that the common L2 norm of all gradients may be.", above=0)
     init: str = option(
         "torch",
         "torch: PyTorch's own ranges; normal: N(0, 0.01) and zero biases, as the lecture.",
@@ -175,19 +209,9 @@ class TrainConfig(Architecture):
     single_bias: bool = option(
         False, "Train one bias a gate, as the equations have; the second one of PyTorch's layers stays zero."
     )
-    seed: int = option(0, "Decides initial weights, dropout and the order of reading.", least=0, most=2**63 - 1)
-    threads: int | None = option(
-        None, "Processor threads; measured or PyTorch's own choice if not given.", least=1, most=1024
-    )
-    device: str = option("cpu", "cpu, or cuda.", choices=("cpu", "cuda"))
-    validate_every: int | None = option(None, "Steps between looks at held-out text; a tenth of all if unset.", least=1)
     eval_lanes: int | None = option(
         None, "Overlapping lanes in which held-out text is read for the last figure; by its length if unset.", least=1
     )
-    save_every: int | None = option(
-        None, "Steps between checkpoints, beside those at looks; every five minutes if unset.", least=1
-    )
-    patience: int | None = option(None, "Stop after this many looks without improvement.", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -219,6 +243,71 @@ class TrainConfig(Architecture):
         return ModelConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
 
 
+LABEL_CELLS = ("lstm", "gru", "rnn", "rnn_relu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelLayers(Layers):
+    """The part of a model that labels sequences which its user chooses."""
+
+    hidden: int = option(64, "Hidden units of each layer and direction.", least=1, most=65536)
+    embedding: int = option(32, "Width of the learned embedding; 0 feeds one-hot symbols.", least=0, most=65536)
+    bidirectional: bool = option(True, "Each layer reads backward too.")
+    pooling: str = option(
+        "mean",
+        "What a class is decided by: mean, of all steps; ends: what each direction has after its last step.",
+        choices=("mean", "ends"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cell not in LABEL_CELLS:
+            raise ConfigError(f"A model that labels sequences has the cell {', '.join(LABEL_CELLS)}; not {self.cell}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelModelConfig(LabelLayers):
+    """A model that labels sequences: its layers, what it reads and which labels it gives."""
+
+    labels: tuple[str, ...] = option((), "The labels, in the order of the model's outputs.")
+    per_step: bool = option(False, "Whether each step gets a label, as a tagger gives, or the sequence one.")
+    reads: str = option("ids", "What a sequence is.", choices=("text", "words", "ids", "vectors"))
+    vocab_size: int = option(0, "Number of symbols that it knows; 0 where it reads vectors.", least=0, most=10_000_000)
+    inputs: int = option(0, "Width of the vectors that it reads; 0 where it reads symbols.", least=0, most=10_000_000)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
+            raise ConfigError(f"labels must be two different ones or more, not {self.labels!r:.80}.")
+        width, other = (self.inputs, self.vocab_size) if self.reads == "vectors" else (self.vocab_size, self.inputs)
+        if not width or other:
+            wanted = "inputs and no vocab_size" if self.reads == "vectors" else "vocab_size and no inputs"
+            raise ConfigError(
+                f"A model that reads {self.reads} has {wanted}, not vocab_size {self.vocab_size}, inputs {self.inputs}."
+            )
+        _check_one_hot(self.embedding, self.vocab_size, self.hidden)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelTrainConfig(Schedule, LabelLayers):
+    """A training run on labelled sequences; the examples themselves are given beside it."""
+
+    out: str | None = option(None, "Run directory to make; labels-run, or the next free name, if not given.")
+    tokenizer: str = option("char", "How texts are cut into symbols.", choices=("char", "byte", "word", "bpe"))
+    min_freq: int | None = option(None, "words: how often one must occur to be a symbol; once if unset.", least=1)
+    class_weights: tuple[float, ...] = option((), "What an error counts at each label; 1 each if not given.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(0 < weight < math.inf for weight in self.class_weights):
+            raise ConfigError(f"class_weights must be above 0 and finite, not {self.class_weights!r:.80}.")
+
+    def model(self, **found: Any) -> LabelModelConfig:
+        """Return the configuration of the model to train, of which the examples have told `found`."""
+        names = [field.name for field in dataclasses.fields(LabelLayers)]
+        return LabelModelConfig(**found, **{name: getattr(self, name) for name in names})
+
+
 def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> None:
     """Raise `ConfigError` if `value` is not of the field's type or outside its range."""
     limits = field.metadata
@@ -226,8 +315,9 @@ def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> None:
     if value is None and type(None) in allowed:
         return
     if get_origin(hint) is tuple:
-        if not isinstance(value, tuple) or not all(isinstance(part, str) for part in value):
-            raise ConfigError(f"{field.name} must be a list of texts, not {value!r}.")
+        number = float in get_args(hint)
+        if not isinstance(value, tuple) or not all(isinstance(part, (int, float) if number else str) for part in value):
+            raise ConfigError(f"{field.name} must be a list of {'numbers' if number else 'texts'}, not {value!r:.80}.")
         return
     wanted = next((t for t in (bool, int, float, str) if t in allowed), None)
     if wanted is not None:

@@ -277,6 +277,10 @@ def load_decoder(path: str | Path, precision: str = "float32") -> Decoder:
         UsageError: there is nothing at `path`, or only PyTorch can run the model, or not with that precision.
         CheckpointError: it is damaged, or the files do not belong together.
     """
-    saved = checkpoint.load_model(path)
+    return from_saved(checkpoint.load_model(path), precision)
+
+
+def from_saved(saved: checkpoint.Saved, precision: str = "float32") -> Decoder:
+    """Return the decoder of a model that was read; arguments and errors as of `load_decoder`."""
     config = ModelConfig.from_dict(saved.model, f"{saved.path}/config.json")
     return Decoder(config, saved.weights, tokenizers.from_json(saved.tokenizer_json), precision)

@@ -69,6 +69,15 @@ class Evaluation:
     """Symbols outside the vocabulary: read, never predicted, in no figure."""
     protocol: str
 
+    @property
+    def loss(self) -> float:
+        """What training looks at: the nats a token."""
+        return self.nats_per_token
+
+    def metrics(self) -> dict[str, Any]:
+        """Return what the log of a run says of a look."""
+        return {"heldout_nats_per_token": self.nats_per_token, "protocol": self.protocol}
+
     def to_dict(self) -> dict[str, Any]:
         """Return all figures by name."""
         return asdict(self)

@@ -191,7 +191,11 @@ def load_language_model(path: str | Path) -> LanguageModel:
         UsageError: there is nothing at `path`.
         CheckpointError: it is damaged, or the files do not belong together.
     """
-    saved = checkpoint.load_model(path)
+    return from_saved(checkpoint.load_model(path))
+
+
+def from_saved(saved: checkpoint.Saved) -> LanguageModel:
+    """Return the `LanguageModel` of what was read; errors as of `load_language_model`."""
     config = ModelConfig.from_dict(saved.model, f"{saved.path}/config.json")
     model = LanguageModel(config, tokenizers.from_json(saved.tokenizer_json))
     model.load_weights(saved.weights)

@@ -18,7 +18,7 @@ from torch.autograd.profiler_legacy import profile
 from longshort import ops
 from longshort.model import LanguageModel
 from longshort.text.batches import Batch
-from longshort.training import Stepper
+from longshort.training import TextStepper
 
 PARTS = {
     "_LayerBackward": "recurrence, backward",
@@ -35,7 +35,7 @@ TABLE, WEIGHTS, PYTHON = "table of the symbols", "weight gradients", "Python"
 _STEPS, _WARM = 20, 5
 
 
-def profile_step(stepper: Stepper, batches: Sequence[Batch]) -> dict[str, float]:
+def profile_step(stepper: TextStepper, batches: Sequence[Batch]) -> dict[str, float]:
     """Return the seconds of each part of a training step; their sum is the step's median.
 
     Args:

@@ -184,7 +184,7 @@ def plan(minutes: float, settings: Mapping[str, Any], prepared: Prepared, since:
     def seconds_per_step(config: TrainConfig, threads: int) -> float:
         """Median of a few steps of a model that is then thrown away; of lines, which differ in length, their mean."""
         torch.set_num_threads(threads)
-        stepper = training.Stepper(training.make_model(config, prepared.tokenizer), config, steps=100)
+        stepper = training.TextStepper(training.make_model(config, prepared.tokenizer), config, steps=100)
         sampler = prepared.sampler(config)
         times, tokens = [], []
         for number in range(8 if config.lines else 4):

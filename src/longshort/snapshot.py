@@ -108,7 +108,12 @@ def position_of(training: Training) -> Position:
 
 
 def put_back(
-    training: Training, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, like: State, rank: int = 0
+    training: Training,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    like: State,
+    device: torch.device,
+    rank: int = 0,
 ) -> State | None:
     """Give optimizer and random numbers the state that `take` took, and return the recurrent state.
 
@@ -116,7 +121,8 @@ def put_back(
         training: of a checkpoint.
         parameters: as of `take`.
         optimizer: new, of the same kind.
-        like: a state of the right shape, for all rows of a batch.
+        like: a state of the right shape, for all rows of a batch; empty where none is carried.
+        device: of the weights.
         rank: the number of this process. One that was not there has no random numbers to be put back.
 
     Raises:
@@ -141,7 +147,7 @@ def put_back(
         if own is not None:
             torch.set_rng_state(own)
         cuda = random.get(_random_name("cuda", rank))
-        if cuda is not None and like[0].is_cuda:
+        if cuda is not None and device.type == "cuda":
             torch.cuda.set_rng_state(cuda)
         wanted = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.AdamW) else set()
         if tensors or any(entry.keys() != wanted for entry in kept.values()):
@@ -149,7 +155,7 @@ def put_back(
         optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"The checkpoint's training state cannot be used: {error!s:.200}.", _HINT) from error
-    return tuple(tensor.to(like[0].device) for tensor in state) or None
+    return tuple(tensor.to(device) for tensor in state) or None
 
 
 def environment() -> dict[str, Any]:

@@ -9,35 +9,28 @@ A run that was stopped and resumed, wherever and however often, ends with the bi
 step reads and its rate are functions of its number, and everything else that it depends on is in `snapshot.py`.
 
 The state is carried from window to window and cut from the graph there (`detach`), so gradients reach back `seq_len`
-steps and no further; all gradients are scaled together so that their L2 norm is at most `clip` (Pascanu, Mikolov and
-Bengio 2013, arXiv:1211.5063).
+steps and no further.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import math
-import shutil
-import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import longshort
-from longshort import checkpoint, durable, embeddings, snapshot
+from longshort import checkpoint, durable, embeddings
 from longshort.cells import State
 from longshort.config import MODEL_OPTIONS, ModelConfig, TrainConfig
-from longshort.errors import CheckpointError, TextError, TrainingError, UsageError
-from longshort.evaluation import lanes_for
-from longshort.loop import LOOK_CHARACTERS as LOOK_CHARACTERS
+from longshort.errors import CheckpointError, TextError, UsageError
+from longshort.evaluation import Evaluation, evaluate, lanes_for
 from longshort.loop import Event as Event
 from longshort.loop import Finished as Finished
-from longshort.loop import Legs, Loop, Stop
+from longshort.loop import Legs, Loop, are_legs, free_directory, further_legs, keeping, recover, settled_steps
 from longshort.loop import Looked as Looked
 from longshort.loop import Progress as Progress
 from longshort.loop import Skipped as Skipped
@@ -49,9 +42,10 @@ from longshort.text import corpus, encoding
 from longshort.text.batches import IGNORED, SAMPLERS, Batch, ConsecutiveLanes, Lines, Sampler
 from longshort.text.encoding import Part, Survey
 from longshort.text.tokenizers import Tokenizer, from_json, train_tokenizer
+from longshort.updates import Stepper, Stop, checkpoint_size, device
 
-_CHECKPOINTS_AT_ONCE = 4
-"""The best, the latest, the one before, and the one that is being written."""
+LOOK_CHARACTERS = 131_072
+"""Looks during training read this much of the held-out text; the last figure is of all of it."""
 
 
 class Prepared:
@@ -116,11 +110,9 @@ class Prepared:
 
 def settle(config: TrainConfig, steps_per_epoch: int, heldout_tokens: int) -> TrainConfig:
     """Return `config` with the number of steps, looks, threads and lanes that it leaves open."""
-    if config.steps is not None and config.epochs is not None:
-        raise UsageError("Give steps or epochs, not both.")
     if not heldout_tokens and (config.patience or config.eval_lanes):
         raise UsageError("patience and eval_lanes need held-out text, but heldout is 0.", "Leave them out.")
-    steps = config.steps or max(1, round((config.epochs or 10.0) * steps_per_epoch))
+    steps = settled_steps(config, steps_per_epoch)
     return dataclasses.replace(
         config,
         steps=steps,
@@ -143,19 +135,11 @@ def make_model(config: TrainConfig, tokenizer: Tokenizer) -> LanguageModel:
                 torch.nn.init.zeros_(parameter).requires_grad_(False)
     if config.freeze_embedding and model.embedding is not None:
         model.embedding.weight.requires_grad_(False)
-    return model.to(_device(config.device))
+    return model.to(device(config.device))
 
 
-class Stepper:
-    """One training step after the other: forward, loss, gradients, clipping, optimizer.
-
-    Args:
-        model: to be trained.
-        config: how.
-        steps: planned in all, which the learning rate goes by.
-        team: the processes that train it; each makes every step with rows of its own.
-        stop: whether this process was asked to stop.
-    """
+class TextStepper(Stepper[LanguageModel, Batch]):
+    """Steps of a language model: truncated backpropagation through time, the state carried from window to window."""
 
     def __init__(
         self,
@@ -165,87 +149,22 @@ class Stepper:
         team: Team | None = None,
         stop: Stop = lambda: False,
     ) -> None:
-        self.model, self.config, self.steps = model, config, steps
-        self.team, self.stop = team or Team(), stop
-        self.stopping = False
-        """Whether any process was asked to stop, when the last step was made."""
-        self.named_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.parameters = list(self.named_parameters.values())
-        self.device = model.output.bias.device
-        self.state: Any = None
-        self.optimizer: torch.optim.Optimizer
-        if config.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
-        else:
-            self.optimizer = torch.optim.AdamW(
-                self.parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
-            )
+        super().__init__(model, config, steps, team, stop)
+        self.seq_len = config.seq_len
 
-    def put_back(self, training: checkpoint.Training) -> None:
-        """Go on from what a checkpoint holds beside the weights; CheckpointError where it is another model's."""
-        rank, rows = self.team.rank, self.config.batch_size // self.team.size
-        like = self.model.zero_state(self.config.batch_size)
-        state = snapshot.put_back(training, self.named_parameters, self.optimizer, like, rank)
-        self.state = state and tuple(tensor[:, rank * rows : (rank + 1) * rows].contiguous() for tensor in state)
+    def zero_state(self, rows: int) -> State:
+        """Return the state before a text's first symbol."""
+        return self.model.zero_state(rows)
 
-    def step(self, number: int, batch: Batch) -> tuple[float, float, float]:
-        """Make step `number` (0, 1, ...) on `batch`.
-
-        Returns:
-            The loss in nats a token, the norm of the gradients before clipping, the learning rate. Where loss or
-            norm is not finite, the weights are as they were, and the next step starts from a zero state.
-        """
-        self.model.train()
-        if batch.starts_fresh or self.state is None:
-            self.state = self.model.zero_state(batch.inputs_TB.shape[1])
-        with self.team.order(STEP, number, self.steps):
-            self.optimizer.zero_grad(set_to_none=True)
-            nats = self._read(batch)
-            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-            nats, stopping = self.team.add(gradients, [nats, float(self.stop())])
-        self.stopping = stopping > 0
-        total = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        norm, clip = total.item(), self.config.clip
-        if clip is not None and clip < norm < math.inf:  # a pass over all gradients, which most steps can do without
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, clip, total, foreach=True)
-        rate = learning_rate(self.config, number, self.steps)
-        if not math.isfinite(nats) or not math.isfinite(norm):
-            self.state = None  # it may hold what is not finite
-            return nats, norm, rate
-        for group in self.optimizer.param_groups:
-            group["lr"] = min(rate, float(np.finfo(np.float32).max))  # what is larger, PyTorch cannot read
-        self.optimizer.step()
-        return nats, norm, rate
-
-    def collect(self, state: bool) -> tuple[State | None, dict[str, list[Tensor]]]:
-        """Return the carried state of all rows, if `state`, and the random numbers of every process, to process 0.
-
-        Raises:
-            TrainingError: the processes no longer have the same weights.
-        """
-        team = self.team
-        with team.order(COLLECT, int(state)):
-            digests = team.collect(self._digest()) if team.size > 1 else []
-            rows = [team.collect(tensor) for tensor in self.state or ()] if state else []
-            random = {kind: team.collect(kept) for kind, kept in snapshot.random_numbers(self.device).items()}
-        if strayed := [rank for rank, found in enumerate(digests) if not torch.equal(found, digests[0])]:
-            raise TrainingError(
-                f"Process {strayed[0]} has other weights than process 0.",
-                "Processors of different kinds may compute differently: train on one kind.",
-            )
-        return tuple(torch.cat(tensors, dim=1) for tensors in rows if tensors) or None, random
-
-    def _digest(self) -> Tensor:
-        content = b"".join(array.tobytes() for array in self.model.weights().values())
-        return torch.tensor(list(hashlib.sha256(content).digest()), dtype=torch.uint8)
-
-    def _read(self, batch: Batch) -> float:
-        """Add the gradients of what these rows are of the mean loss of the batch and return it, in nats a token.
+    def read(self, batch: Batch) -> float:
+        """As of every stepper.
 
         Lines longer than `seq_len` are read in windows of it, in which the rows that have ended, the last ones, are
         left out: the loss is that of whole lines, gradients reach back as far as in any other text.
         """
-        total, tokens, seq_len = 0.0, max(batch.tokens, 1), self.config.seq_len
+        if batch.starts_fresh or self.state is None:
+            self.state = self.zero_state(batch.inputs_TB.shape[1])
+        total, tokens, seq_len = 0.0, max(batch.tokens, 1), self.seq_len
         counted_TB = batch.targets_TB != IGNORED
         for first in range(0, len(batch.inputs_TB), seq_len):
             going_on = np.flatnonzero(counted_TB[first:].any(axis=0))
@@ -262,13 +181,60 @@ class Stepper:
         return total
 
 
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Return the rate of step `step` (0, 1, ...): a linear rise, then a cosine fall to `final_lr` of the highest."""
-    warmup = config.warmup * steps
-    if step < warmup:
-        return config.lr * (step + 1) / (math.floor(warmup) + 1)
-    progress = (step - warmup) / max(steps - 1 - warmup, 1)
-    return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+class TextTask:
+    """What the loop trains: a language model on the text of a run.
+
+    Args:
+        config: every value settled.
+        prepared: the text.
+        sampler: the order in which it is read.
+        model: to be looked at.
+    """
+
+    def __init__(self, config: TrainConfig, prepared: Prepared, sampler: Sampler, model: LanguageModel) -> None:
+        self.config, self.prepared, self.model = config, prepared, model
+        self.batch, self.starts_fresh = sampler.batch, sampler.starts_fresh
+        self.sampler = sampler
+
+    def look(self, pause: Callable[[], None]) -> Evaluation | None:
+        """Return how well the model predicts the beginning of the held-out text; None where there is none."""
+        return self._evaluate(self.prepared.look, None, pause)
+
+    def measure(self, pause: Callable[[], None]) -> Evaluation | None:
+        """Return how well the model predicts all held-out text; None where there is none."""
+        return self._evaluate(self.prepared.heldout, self.config.eval_lanes, pause)
+
+    def _evaluate(self, part: Part, lanes: int | None, pause: Callable[[], None]) -> Evaluation | None:
+        if not self.prepared.heldout_tokens:
+            return None
+        return evaluate(self.model.reader(), self.prepared.tokenizer, part, lanes=lanes, pause=pause)
+
+    def figures(self, values: dict[str, Any]) -> Evaluation:
+        """Return what `Evaluation.to_dict` gave."""
+        return Evaluation(**values)
+
+    def description(self) -> tuple[dict[str, Any], str, dict[str, Any]]:
+        """Return what a checkpoint holds beside weights: the model's configuration, `tokenizer.json`, other values."""
+        text = self.prepared.text
+        extra = {"text_name": text.name, "text_sha256": text.sha256}
+        return self.model.config.to_dict(), self.prepared.tokenizer.to_json(), extra
+
+    def started(self, run: Path, resumed_at: int | None, processes: int, vectors: int | None = None) -> Started:
+        """Return the first event of training."""
+        prepared = self.prepared
+        return Started(
+            self.config,
+            run,
+            self.model,
+            prepared.tokenizer,
+            prepared.text,
+            prepared.train.tokens if self.config.lines else len(prepared.train.ids),
+            self.sampler.steps_per_epoch,
+            prepared.unknown_tokens,
+            resumed_at,
+            processes,
+            vectors,
+        )
 
 
 def train(
@@ -312,17 +278,12 @@ def train(
     config = _with_absolute_paths(dataclasses.replace(config, out=str(path)))
     legs = [[0, config.steps or 1]]
     run = checkpoint.create_run(path, _run_config(config, prepared.text, legs), tokenizer.to_json())
-    try:
-        with run.lock():
-            durable.require_space(
-                path, _CHECKPOINTS_AT_ONCE * _checkpoint_size(model, config), "the checkpoints of a run"
-            )
-            stepper = Stepper(model, config, config.steps or 1, team, stop)
-            _lead(team, config, prepared, model)
-            yield from Loop(config, legs, prepared, sampler, stepper, run, stop, vectors=found).events()
-    finally:
-        if run.latest() is None:  # whatever ended it, there is nothing in it that anyone could use
-            shutil.rmtree(path, ignore_errors=True)
+    stepper = TextStepper(model, config, config.steps or 1, team, stop)
+    with keeping(run, checkpoint_size(stepper)):
+        _lead(team, config, prepared, model)
+        task = TextTask(config, prepared, sampler, model)
+        started = task.started(run.path, None, team.size, found)
+        yield from Loop(config, legs, task, stepper, run, stop).events(started)
 
 
 def resume(
@@ -355,13 +316,8 @@ def resume(
     """
     team, config, run = team or Team(), run_config(Path(path)), checkpoint.open_run(path)
     saved_config = run.config()
-    legs = [list(leg) for leg in saved_config["legs"]]
-    durable.require_writable_directory(run.path / "checkpoints")
     with run.lock():
-        saved, training = run.recover()
-        position = snapshot.position_of(training)
-        if steps is not None and steps < position.step:
-            raise UsageError(f"{path} has made {position.step:,} steps already.", "Give --steps the number in all.")
+        saved, training, position = recover(run, steps)
         config = dataclasses.replace(config, out=str(path))
         if texts:
             config = dataclasses.replace(config, texts=tuple(texts), corpus=None)
@@ -370,23 +326,21 @@ def resume(
         prepared = Prepared(config, from_json(saved.tokenizer_json), saved_config["text_sha256"])
         config = _with_absolute_paths(config)
         torch.set_num_threads(config.threads or 1)
-        if changed := snapshot.changes(training):
-            words = f"The environment has changed: {', '.join(changed)}."
-            warnings.warn(f"{words} Training goes on, but not with the bits it would have had.", stacklevel=2)
         model = make_model(config, prepared.tokenizer)
         model.load_weights(saved.weights)
-        durable.require_space(run.path / "checkpoints", _checkpoint_size(model, config))
-        run.rewind(saved, training, position.best_step)
-        if steps is not None and steps != legs[-1][1]:
-            legs = [leg for leg in legs if leg[0] < position.step] + [[position.step, steps]]
+        legs = further_legs(saved_config["legs"], position, steps)
         config = dataclasses.replace(config, steps=legs[-1][1])
+        sampler, stepper = prepared.sampler(config, team), TextStepper(model, config, legs[-1][1], team, stop)
+        durable.require_space(run.path / "checkpoints", checkpoint_size(stepper))
+        run.rewind(saved, training, position.best_step)
         content = _run_config(config, prepared.text, legs)
         if content != {**saved_config, "longshort_version": longshort.__version__}:
             run.write_config(content)
-        sampler, stepper = prepared.sampler(config, team), Stepper(model, config, legs[-1][1], team, stop)
         stepper.put_back(training)
         _lead(team, config, prepared, model, training)
-        yield from Loop(config, legs, prepared, sampler, stepper, run, stop, position).events()
+        task = TextTask(config, prepared, sampler, model)
+        started = task.started(run.path, position.step, team.size)
+        yield from Loop(config, legs, task, stepper, run, stop, position).events(started)
 
 
 _WEIGHT = "weight."
@@ -430,7 +384,7 @@ def follow(team: Team, stop: Stop = lambda: False) -> int:
     torch.set_num_threads(config.threads or 1)
     model, sampler = make_model(config, tokenizer), prepared.sampler(config, team)
     model.load_weights({name.removeprefix(_WEIGHT): arrays.pop(name) for name in list(arrays) if _WEIGHT in name[:7]})
-    stepper = Stepper(model, config, 1, team, stop)
+    stepper = TextStepper(model, config, 1, team, stop)
     # Other rows must not lose the same units by dropout.
     torch.manual_seed(int(np.random.SeedSequence([config.seed, team.rank]).generate_state(1, np.uint64)[0]))
     if brief["training"] is not None:
@@ -479,13 +433,6 @@ def _run_config(config: TrainConfig, text: Survey, legs: Legs) -> dict[str, Any]
     return {**content, "legs": [list(leg) for leg in legs], "train": config.to_dict()}
 
 
-def _checkpoint_size(model: LanguageModel, config: TrainConfig) -> int:
-    """Return about how many bytes a checkpoint takes: weights, what the optimizer keeps of each, and small files."""
-    copies = 3 if config.optimizer == "adamw" else 1
-    state = sum(tensor.numel() for tensor in model.zero_state(config.batch_size))
-    return 4 * (copies * sum(p.numel() for p in model.parameters()) + state) + (1 << 17)
-
-
 def run_config(run: Path) -> TrainConfig:
     """Return the configuration that `run` was trained with.
 
@@ -494,18 +441,14 @@ def run_config(run: Path) -> TrainConfig:
     """
     saved = checkpoint.open_run(run).config()
     train, sha256, legs = saved.get("train"), saved.get("text_sha256"), saved.get("legs")
-    if not isinstance(train, dict) or not isinstance(sha256, str) or not _are_legs(legs):
+    if "train_labels" in saved:
+        raise UsageError(
+            f"{run} trains a model that labels sequences, not a language model.",
+            "Resume it in Python, where its examples are: longshort.resume_labels(RUN, EXAMPLES, HELDOUT)",
+        )
+    if not isinstance(train, dict) or not isinstance(sha256, str) or not are_legs(legs):
         raise CheckpointError(f"{run}/config.json is not the configuration of a training run.", "Restore the run.")
     return TrainConfig.from_dict(train, f"{run}/config.json")
-
-
-def _are_legs(legs: Any) -> bool:
-    try:
-        return legs[0][0] == 0 and all(
-            type(number) is int and number >= 0 for first, steps in legs for number in (first, steps)
-        )
-    except (TypeError, ValueError, LookupError):
-        return False
 
 
 def heldout_part(run: Path, tokenizer: Tokenizer, data_dir: Path | None = None) -> Part:
@@ -536,18 +479,3 @@ def _require_same_text(text: Survey, sha256: str, run: str) -> None:
             f"The text of {run} has changed: it was {sha256[:12]}, it is {text.sha256[:12]} (SHA-256).",
             "Restore the text. The model itself can be used on another: longshort eval, or train --from",
         )
-
-
-def free_directory(name: str) -> Path:
-    """Return `name`, or the first of name-2, name-3, ... that does not exist; odd characters become hyphens."""
-    stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in name[-60:]).strip("-") or "run"
-    path, number = Path(stem), 2
-    while path.exists():
-        path, number = Path(f"{stem}-{number}"), number + 1
-    return path
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("There is no CUDA device that PyTorch can use here.", "Leave out --device cuda.")
-    return torch.device(name)

@@ -218,13 +218,13 @@ class Training(NamedTuple):
     config: TrainConfig
     symbols: str
 
-    def prepare(self) -> tuple[training.Stepper, list[Batch]]:
+    def prepare(self) -> tuple[training.TextStepper, list[Batch]]:
         """Return what makes steps, with a new model, and what they read."""
         config, tokenizer = self.config, CharTokenizer(self.symbols)
         T, B = config.seq_len, config.batch_size
         ids = np.random.default_rng(0).integers(tokenizer.size, size=(64, T + 1, B))
         batches = [Batch(part[:-1], part[1:], T * B, 0, False) for part in ids]
-        return training.Stepper(training.make_model(config, tokenizer), config, 10**6), batches
+        return training.TextStepper(training.make_model(config, tokenizer), config, 10**6), batches
 
 
 def _train(kind: Training) -> Contest:

@@ -22,6 +22,7 @@ lines is made.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,8 @@ from longshort.text.permutation import Permutation
 
 IGNORED = -1
 """Target of a place that holds no token; the loss leaves it out."""
+BATCHES_TO_SORT = 64
+"""Sequences of so many batches are sorted by length together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +218,6 @@ class Lines(Sampler):
         breaks: places in `ids` of the newline before the first line and of that after each line.
     """
 
-    BATCHES_TO_SORT = 64
-
     def __init__(
         self,
         ids: NDArray[Any],
@@ -243,24 +244,44 @@ class Lines(Sampler):
     def batch(self, step: int) -> Batch:
         """Return the batch of `step`: the longest line first; rows without a line hold ignored targets."""
         epoch, number = divmod(step, self.steps_per_epoch)
-        generator = self._generator(epoch)
-        order = Permutation(self.num_lines, generator)
-        stretch, place = divmod(number, self.BATCHES_TO_SORT)
-        first = stretch * self.BATCHES_TO_SORT
-        batches = min(self.BATCHES_TO_SORT, self.steps_per_epoch - first)
-        last_line = min((first + batches) * self.batch_size, self.num_lines)
-        lines = order[np.arange(first * self.batch_size, last_line)]
-        starts = self.breaks[lines].astype(np.int64)
-        lengths = self.breaks[lines + 1].astype(np.int64) - starts
-        # A stable sort, as equal lengths must come in the same order everywhere.
-        by_length = np.argsort(-lengths, kind="stable")
-        chosen = int(Permutation(batches, generator)[np.array([place])][0])
-        chosen_B = by_length[chosen * self.batch_size : (chosen + 1) * self.batch_size]
+
+        def length(lines: NDArray[np.int64]) -> NDArray[np.int64]:
+            return self.breaks[lines + 1].astype(np.int64) - self.breaks[lines].astype(np.int64)
+
+        chosen_B = of_similar_length(self.num_lines, self.batch_size, number, length, self._generator(epoch))
+        starts, lengths = self.breaks[chosen_B].astype(np.int64), length(chosen_B)
         starts_B, lengths_B = np.zeros(self.batch_size, dtype=np.int64), np.zeros(self.batch_size, dtype=np.int64)
-        starts_B[: len(chosen_B)], lengths_B[: len(chosen_B)] = starts[chosen_B], lengths[chosen_B]
+        starts_B[: len(chosen_B)], lengths_B[: len(chosen_B)] = starts, lengths
         columns_T1 = np.arange(lengths_B.max())[:, None]
         counts_TB = columns_T1 < lengths_B
         return self._batch(step, np.where(counts_TB, starts_B + columns_T1, starts_B), counts_TB)
+
+
+def of_similar_length(
+    count: int,
+    batch_size: int,
+    number: int,
+    length: Callable[[NDArray[np.int64]], NDArray[np.int64]],
+    generator: np.random.Generator,
+) -> NDArray[np.int64]:
+    """Return which sequences batch `number` (0, 1, ...) of an epoch reads, the longest first: `batch_size` or fewer.
+
+    Args:
+        count: of all sequences.
+        batch_size: of them side by side.
+        number: of the batch.
+        length: gives the lengths of sequences by their numbers.
+        generator: the epoch's, new.
+    """
+    order = Permutation(count, generator)
+    stretch, place = divmod(number, BATCHES_TO_SORT)
+    first = stretch * BATCHES_TO_SORT
+    batches = min(BATCHES_TO_SORT, -(-count // batch_size) - first)
+    sequences = order[np.arange(first * batch_size, min((first + batches) * batch_size, count))]
+    # A stable sort, as equal lengths must come in the same order everywhere.
+    by_length = np.argsort(-length(sequences), kind="stable")
+    chosen = int(Permutation(batches, generator)[np.array([place])][0])
+    return sequences[by_length[chosen * batch_size : (chosen + 1) * batch_size]]
 
 
 SAMPLERS: dict[str, type[Sampler]] = {"consecutive": ConsecutiveLanes, "random": RandomWindows}

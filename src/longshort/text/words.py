@@ -88,6 +88,11 @@ class WordTokenizer(Tokenizer):
         counts: Counter[str] = Counter()
         for piece in whole_pieces(as_pieces(text)):
             counts.update(_split(piece))
+        return cls.of_counts(counts, min_freq)
+
+    @classmethod
+    def of_counts(cls, counts: Counter[str], min_freq: int = 1) -> WordTokenizer:
+        """Return the tokenizer of all words that were counted `min_freq` times or more, the most frequent first."""
         kept = [word for word, count in counts.items() if count >= min_freq or word == END_OF_LINE]
         if counts and not kept:
             raise TextError(f"No word of the text occurs {min_freq} times.", "Give a lower --min-freq.")
@@ -103,6 +108,10 @@ class WordTokenizer(Tokenizer):
         get, unknown = self._id_of.get, self.size
         words = (word for piece in whole_pieces([text]) for word in _split(piece))
         return np.fromiter((get(word, unknown) for word in words), dtype=np.int32)
+
+    def encode_words(self, words: Sequence[str]) -> Ids:
+        """Return the ids of words that have been cut apart already."""
+        return np.array([self._id_of.get(word, self.size) for word in words], dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the words with a space between them, newlines without."""
