@@ -77,6 +77,7 @@ struct Language {
     float* h[2]; /* [layer][U][room][W]: before and after a step */
     float* c;
     float* x;      /* of the embedding, blocked */
+    float* sum[2]; /* [U][room][W]: what residual layers put out, one and the one above it */
     float* logits; /* [row][head.width()] */
     void* choice;  /* scratch of `choose` */
     int64_t* ids;
@@ -144,9 +145,10 @@ struct Language {
       if (!team.wait()) return;
       const float* below = rows.x;
       for (int64_t layer = 0; layer < model.layers; ++layer) {
-        run_layer(rows, layer, now, below, team);
+        float* sum = model.residual && layer ? rows.sum[layer & 1] : nullptr;
+        run_layer(rows, layer, now, below, sum, team);
         if (!team.wait()) return;
-        below = rows.h[1 - now] + layer * layer_floats(rows);
+        below = sum ? sum : rows.h[1 - now] + layer * layer_floats(rows);
       }
       if (!pass().wants_logits(t)) continue;
       run_head(rows, below, team);
@@ -163,6 +165,7 @@ struct Language {
     for (float*& state : rows.h) state = arena.array(model.layers * layer_floats(rows));
     rows.c = kLstm ? arena.array(model.layers * layer_floats(rows)) : nullptr;
     rows.x = arena.array(first.input_blocks * rows.room * W);
+    for (float*& sum : rows.sum) sum = model.residual ? arena.array(layer_floats(rows)) : nullptr;
     rows.logits = arena.array(rows.count * head.width());
     rows.choice = arena.array(int64_t(choice_bytes(model.V) / sizeof(float)));
     rows.ids = reinterpret_cast<int64_t*>(arena.array(2 * rows.count));
@@ -250,7 +253,8 @@ struct Language {
         copy_row_block(model.embedding + rows.ids[row] * model.E, model.E, block, rows.x + (block * rows.room + row) * W);
   }
 
-  void run_layer(const Rows& rows, int64_t layer, int now, const float* below, const Team& team) {
+  /* `sum`: where the new h is stored once more, with what is `below` added; NULL: nowhere. */
+  void run_layer(const Rows& rows, int64_t layer, int now, const float* below, float* sum, const Team& team) {
     const Sizes<Cell>& sizes = layer ? upper : first;
     const int64_t state = layer * layer_floats(rows), row_block = rows.room * W;
     const bool from_table = layer == 0 && model.table;
@@ -278,13 +282,13 @@ struct Language {
           start.p = sums;
         }
         product<N>(count, sizes.hidden_blocks(), rows.h[now] + state + row * W, row_block, hidden, start, Place{sums, NW, W});
-        finish_tile(rows, state, panel, row, count, now, sums, xg);
+        finish_tile(rows, state, panel, row, count, now, sums, xg, below, sum);
       }
     }
   }
 
   void finish_tile(const Rows& rows, int64_t state, int64_t panel, int64_t row, int count, int now, const float* sums,
-                   const float* xg) {
+                   const float* xg, const float* below, float* sum) {
     for (int unit = 0; unit < Cell::kUnits; ++unit) {
       const int64_t block = panel * Cell::kUnits + unit;
       const int units = upper.units(block);
@@ -304,7 +308,9 @@ struct Language {
           after = Cell::kCell == LS_RNN_TANH ? tanh(gates[0]) : relu(gates[0]);
         }
         /* Lanes without a unit are 0, whatever the weights: the next product multiplies them by 0. */
-        store(rows.h[1 - now] + at, first_lanes(after, units));
+        after = first_lanes(after, units);
+        store(rows.h[1 - now] + at, after);
+        if (sum) store(sum + at - state, after + load(below + at - state));
       }
     }
   }

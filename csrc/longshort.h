@@ -35,7 +35,7 @@
 extern "C" {
 #endif
 
-#define LS_ABI_VERSION 4
+#define LS_ABI_VERSION 5
 
 enum ls_cell { LS_RNN_TANH = 0, LS_RNN_RELU = 1, LS_GRU = 2, LS_LSTM = 3 };
 
@@ -146,7 +146,7 @@ typedef struct {
   int32_t cell;             /* enum ls_cell */
   int32_t target;           /* of all that was packed; -1: the active one */
   int32_t int8;             /* not 0: layers and head are ls_round's, the table stays float32 */
-  int32_t reserved;
+  int32_t residual;         /* not 0: each layer but the first adds what it reads to what it puts out; h is without it */
   const float* table;       /* ls_pack_table: what each of the V + 1 symbols gives the gates of the first layer; NULL: */
   const float* embedding;   /* V + 1 x E: what the first layer reads */
   const float* const* packed; /* ls_pack's, of each layer; of the first with I = 0 where there is a table, else I = E */

@@ -54,6 +54,7 @@ def start(model: LanguageModel, prompts: list[list[int]]) -> tuple[Any, tuple[An
     [
         {},
         {"layers": 3, "hidden": 33},
+        {"layers": 4, "hidden": 33, "residual": True},
         {"embedding": 0},
         {"hidden": 1, "embedding": 1},
         {"tied": True, "embedding": 20},
@@ -168,7 +169,7 @@ def test_threads_that_share_a_text_give_the_same_bits(
     """Few texts of a large model: the threads divide its units, and wait for each other after every layer."""
     if not table:
         monkeypatch.setattr(native_model, "TABLE_BYTES", 0)
-    _, model = models(cell=cell, layers=2, hidden=530)
+    _, model = models(cell=cell, layers=3 if table else 2, hidden=530, residual=table)
     decoder = Decoder(model.config, model.weights(), TOKENIZER, precision)
     for B in (1, 5):
         found = []
@@ -184,7 +185,7 @@ def test_threads_that_share_a_text_give_the_same_bits(
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_what_is_read_has_the_same_bits_alone_and_in_any_batch(cell: str) -> None:
-    decoder, model = models(cell=cell, layers=2, hidden=70)
+    decoder, model = models(cell=cell, layers=3, hidden=70, residual=True)
     rng = np.random.default_rng(3)
     ids_TB, targets_TB = rng.integers(11, size=(30, 19)), rng.integers(10, size=(30, 19))
     nats_TB, state = decoder.nats(ids_TB, targets_TB, None)
@@ -240,7 +241,7 @@ def test_eight_bits_are_the_model_with_rounded_weights(
     monkeypatch.setattr(native, "active_target", lambda: target)
     if not table:
         monkeypatch.setattr(native_model, "TABLE_BYTES", 0)
-    _, model = models(cell=cell, layers=2, hidden=37)
+    _, model = models(cell=cell, layers=3, hidden=37, residual=table)
     weights = model.weights()
     few = Decoder(model.config, weights, TOKENIZER, "int8")
     as_rounded = {
@@ -299,7 +300,7 @@ def test_eight_bits_need_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_python_numpy_and_the_native_loop_write_the_same(
     lines: bool, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder, model = models(tokenizer, lines=lines)
+    decoder, model = models(tokenizer, lines=lines, layers=3, residual=True)
     requests = [
         Request(prompt="abc", length=120),
         Request(length=7, sampling=Sampling(temperature=1.5, top_k=4, seed=9), stream=3),

@@ -291,20 +291,22 @@ def run(out: Path, examples: Examples, heldout: Examples | None, stop_at: int | 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_is_kept_loaded_and_resumed_bit_for_bit(kind: str, tmp_path: Path) -> None:
     examples, heldout = KINDS[kind].split(0.25, seed=1)
-    events = run(tmp_path / "whole", examples, heldout)
+    deep = {"layers": 3, "residual": True, "layer_norm": True} if kind == "vectors" else {}
+    events = run(tmp_path / "whole", examples, heldout, **deep)
     assert sum(isinstance(event, Looked) for event in events) == 4
     assert isinstance(events[-1], Finished)
     model = longshort.load(tmp_path / "whole")
     assert type(model) is (SequenceTagger if examples.per_step else SequenceClassifier)
     assert not model.training
     assert model.config.reads == kind
+    assert (model.recurrent.options.residual, model.recurrent.options.layer_norm) == (bool(deep), bool(deep))
     found = evaluate_labels(model, heldout)
     assert found == events[-1].heldout
     assert json.loads((tmp_path / "whole" / "result.json").read_text())["heldout"] == found.to_dict()
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert {"heldout_nats_per_label", "heldout_accuracy", "heldout_macro_f1"} <= {key for line in lines for key in line}
 
-    *_, stopped = run(tmp_path / "parts", examples, heldout, stop_at=9)
+    *_, stopped = run(tmp_path / "parts", examples, heldout, stop_at=9, **deep)
     assert isinstance(stopped, Stopped)
     assert stopped.step < 20
     started, *_, finished = longshort.resume_labels(tmp_path / "parts", examples, heldout)

@@ -25,6 +25,7 @@ COMMON: dict[str, Any] = {
     "zoneout": 0.3,
     "weight_drop": 0.5,
     "learn_initial_state": True,
+    "residual": True,
 }
 LSTM_ONLY: dict[str, Any] = {"forget_bias": 1.5, "peephole": True, "coupled_gates": True}
 
@@ -124,7 +125,8 @@ def by_hand(
                 final[-1][index, row] = c if len(final) > 1 else h
             outputs.append(output)
             readings.append(seen)
-        x_TBI = torch.cat(outputs, dim=-1)
+        y_TBI = torch.cat(outputs, dim=-1)
+        x_TBI = x_TBI + y_TBI if options.residual and k else y_TBI
     return x_TBI, final, readings
 
 
@@ -162,7 +164,7 @@ def test_options_against_loops(name: str, kernel: str, data: st.DataObject) -> N
     pool = COMMON | (LSTM_ONLY if name == "LSTM" else {})
     chosen = {option: pool[option] for option in data.draw(st.sets(st.sampled_from(sorted(pool)), max_size=5))}
     arguments: dict[str, Any] = {
-        "num_layers": data.draw(st.integers(1, 2)),
+        "num_layers": data.draw(st.integers(2 if "residual" in chosen else 1, 3 if "residual" in chosen else 2)),
         "bias": data.draw(st.booleans()) or "forget_bias" in chosen,
         "bidirectional": data.draw(st.booleans()),
         "batch_first": data.draw(st.booleans()),
@@ -223,9 +225,13 @@ ALONE = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options"), [*ALONE, ("LSTM", COMMON | LSTM_ONLY), ("GRU", COMMON)])
+TOGETHER = {option: value for option, value in COMMON.items() if option != "residual"}
+
+
+@pytest.mark.parametrize(("name", "options"), [*ALONE, ("LSTM", TOGETHER | LSTM_ONLY), ("GRU", TOGETHER)])
 def test_gradients_of_every_option_match_finite_differences_twice(name: str, options: dict[str, Any]) -> None:
-    layer: Any = seeded(0, LAYERS[name], 2, 3, bidirectional=True, dtype=torch.float64, **options)
+    shape = {"num_layers": 2} if "residual" in options else {"bidirectional": True}
+    layer: Any = seeded(0, LAYERS[name], 2, 3, **shape, dtype=torch.float64, **options)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.7)
     names = [name for name, _ in layer.named_parameters()]

@@ -162,6 +162,7 @@ class Stack:
         bidirectional: whether every layer has a backward direction too.
         proj_size: P, the width that the LSTM's output is projected to; 0 for none.
         coupled: whether the weights lack the rows of the LSTM's i (see `Options`).
+        residual: whether every layer but the first adds what it reads to what it puts out; the state is without it.
         num_directions: entries of `options`, of the state and of the grouped weights: one a layer and direction.
         output_size: width of one direction's output, P or H.
         gate_size: G.
@@ -177,6 +178,7 @@ class Stack:
     bidirectional: bool = False
     proj_size: int = 0
     coupled: bool = False
+    residual: bool = False
     num_directions: int = field(init=False, repr=False, compare=False)
     output_size: int = field(init=False, repr=False, compare=False)
     gate_size: int = field(init=False, repr=False, compare=False)

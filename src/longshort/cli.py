@@ -297,28 +297,48 @@ def score(
 def compare(
     text: Annotated[str | None, Parameter(help="A text file; the built-in text if not given.")] = None,
     *,
-    recipe: Annotated[Literal["lecture"], Parameter(help="What to run.")] = "lecture",
-    cells: Annotated[str, Parameter(help="Cells, separated by commas.")] = "rnn,gru,lstm",
+    recipe: Annotated[
+        Literal["lecture", "depth"],
+        Parameter(help="lecture: cells and implementations; depth: layers against width, weights and seconds equal."),
+    ] = "lecture",
+    cells: Annotated[
+        str | None, Parameter(help="Cells, separated by commas (default: rnn,gru,lstm; of depth lstm).")
+    ] = None,
     implementations: Annotated[
         str | None,
-        Parameter(help="scratch, torch, native, reference, or your own copy of the textbook such as ./mine.py."),
+        Parameter(
+            help="lecture: scratch, torch, native, reference, or your own copy of the textbook such as ./mine.py."
+        ),
     ] = None,
+    layers: Annotated[str | None, Parameter(help="depth: numbers of layers (default: 1,2,4).")] = None,
+    kinds: Annotated[
+        str | None, Parameter(help="depth: plain, residual, layer_norm, both (default: all of them).")
+    ] = None,
+    hidden: Annotated[
+        Int | None, Parameter(help="depth: units of the one layer whose number of weights all have (default: 256).")
+    ] = None,
+    seconds: Annotated[float | None, Parameter(help="depth: of training, for each stack (default: 60).")] = None,
     seeds: Annotated[Int, Parameter(help="Runs of each, with seeds 0, 1, ...")] = 1,
-    epochs: Annotated[Int | None, Parameter(help="Other than the lecture's 160.")] = None,
+    epochs: Annotated[Int | None, Parameter(help="lecture: other than 160.")] = None,
     threads: Annotated[Int | None, Parameter(help="Processor threads.")] = None,
     corpus: Corpus = None,
     data_dir: DataDir = None,
     plot: Annotated[str | None, Parameter(help="Draw the curves into this file (.png, .svg, .pdf).")] = None,
     json: Json = False,
 ) -> None:
-    """Compare cells and implementations on the lecture's workload, in quality and in seconds."""
+    """Compare cells and implementations on the lecture's workload, or depth with width, in quality and in seconds."""
     _need_torch("compare")
     import torch
 
     from longshort import comparison, screen
     from longshort.text import corpus as corpora
 
-    for name, value in (("seeds", seeds), ("epochs", epochs), ("threads", threads)):
+    of_lecture = {"implementations": implementations, "epochs": epochs}
+    of_depth = {"layers": layers, "kinds": kinds, "hidden": hidden, "seconds": seconds}
+    for name, value in (of_depth if recipe == "lecture" else of_lecture).items():
+        if value is not None:
+            raise UsageError(f"--{name} is not for --recipe {recipe}.", "Leave it out, or take the other recipe.")
+    for name, value in (("seeds", seeds), ("epochs", epochs), ("threads", threads), ("hidden", hidden)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, not {value}.")
     if threads is not None and threads > 1024:
@@ -326,12 +346,16 @@ def compare(
     if plot is not None:
         _check_plot(plot)
     _set_threads(threads)
+    if recipe == "depth":
+        place = {"texts": (text,) if text is not None else (), "corpus": corpus or (None if text else "builtin")}
+        _compare_depths({**place, "data_dir": data_dir}, cells, layers, kinds, hidden, seconds, seeds, plot, json)
+        return
     loaded = corpora.load(
         [text] if text is not None else (), corpus or (None if text is not None else "builtin"), _path(data_dir)
     )
     named = _names(implementations) or comparison.IMPLEMENTATIONS
     chosen = {
-        "cells": [_cell(name) for name in _names(cells)],
+        "cells": [_cell(name) for name in _names(cells) or ["rnn", "gru", "lstm"]],
         "implementations": named,
         "seeds": seeds,
         "epochs": epochs,
@@ -347,6 +371,42 @@ def compare(
 
         plots.comparison(result, plot)
         _say(f"Curves: {plot}")
+
+
+def _compare_depths(
+    place: dict[str, Any],
+    cells: str | None,
+    layers: str | None,
+    kinds: str | None,
+    hidden: int | None,
+    seconds: float | None,
+    seeds: int,
+    plot: str | None,
+    json: bool,
+) -> None:
+    import torch
+
+    from longshort import depth, plots, screen
+    from longshort.training import Prepared
+
+    seconds = 60.0 if seconds is None else seconds
+    if not 0 < seconds < 1e6:
+        raise UsageError(f"--seconds must be a positive number, not {seconds:g}.")
+    numbers = _names(layers) or ["1", "2", "4"]
+    if wrong := [number for number in numbers if not number.isdecimal() or not 1 <= int(number) <= 64]:
+        raise UsageError(f"--layers must be numbers from 1 to 64, separated by commas; not {wrong[0]!r}.")
+    chosen: dict[str, Any] = {"layers": [int(number) for number in numbers], "hidden": hidden or 256, "seeds": seeds}
+    chosen |= {"cells": [_cell(name) for name in _names(cells) or ["lstm"]]}
+    chosen |= {"kinds": _names(kinds) or list(depth.KINDS), "threads": torch.get_num_threads(), "seconds": seconds}
+    with screen.Ticker() as ticker:
+        found = depth.result(Prepared(TrainConfig(**place)), report=ticker.report_depth, **chosen)
+    if json:
+        _print_json(found)
+    else:
+        screen.print_depths(found)
+    if plot is not None:
+        plots.depths(found, plot)
+        _say(f"Picture: {plot}")
 
 
 @app.command

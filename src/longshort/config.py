@@ -89,6 +89,17 @@ class Layers(Options):
         128, "Width of the learned embedding; 0 feeds one-hot symbols, as the lecture does.", least=0, most=65536
     )
     dropout: float = option(0.0, "Share of each layer's outputs that training drops.", least=0, below=1)
+    residual: bool = option(False, "Each layer but the first adds what it reads to what it puts out.")
+    layer_norm: bool = option(False, "Normalise what each gate reads, and the LSTM's cell state.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.residual and self.layers < 2:
+            raise ConfigError(
+                "residual adds up from the second layer on, but there is one layer.", "Set --layers, or leave it out."
+            )
+        if self.layer_norm and self.hidden < 2:
+            raise ConfigError("layer_norm needs two hidden units or more: one number normalised is 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +150,8 @@ class Architecture(Layers):
             )
 
 
-MODEL_OPTIONS = ("cell", "layers", "hidden", "embedding", "tied")
-"""The options that decide which weights a model has. Dropout is none of them."""
+MODEL_OPTIONS = ("cell", "layers", "hidden", "embedding", "tied", "residual", "layer_norm")
+"""The options that decide what a model computes from its weights. Dropout is none of them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ float32, probabilities in float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -51,12 +51,25 @@ def _gru_step(x_BG: Array, h_BG: Array, state: State) -> State:
     return (n + z * (state[0] - n),)
 
 
+def _normal(x_BN: Array, gamma_N: Array) -> Array:
+    """Layer normalisation over the last dimension, as `cells.normalise`."""
+    centred = x_BN - x_BN.mean(-1, keepdims=True)
+    y: Array = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + np.float32(1e-5)) * gamma_N
+    return y
+
+
 def _lstm_step(x_BG: Array, h_BG: Array, state: State) -> State:
+    return _lstm_normal_step(x_BG, h_BG, state, None)
+
+
+def _lstm_normal_step(x_BG: Array, h_BG: Array, state: State, normal_c: tuple[Array, Array] | None) -> State:
+    """The LSTM's step; `normal_c` is gain and bias of the normalised c that the output reads, if it is normalised."""
     gates_BG = x_BG + h_BG
     H = x_BG.shape[1] // 4
     i_f, o = _sigmoid(gates_BG[:, : 2 * H]), _sigmoid(gates_BG[:, 3 * H :])
     c = i_f[:, H:] * state[1] + i_f[:, :H] * np.tanh(gates_BG[:, 2 * H : 3 * H])
-    return (o * np.tanh(c), c)
+    seen = c if normal_c is None else _normal(c, normal_c[0]) + normal_c[1]
+    return (o * np.tanh(seen), c)
 
 
 class ArrayCell(NamedTuple):
@@ -114,17 +127,23 @@ class Decoder:
         """At most so many are used."""
         weight_VH = w["embedding.weight" if config.tied else "output.weight"]
         self._native: NativeModel | None = None
-        if config.cell in native.CELLS and native.ready():
+        if runs_natively(config) and native.ready():
             layers = [
                 native.Weights(*(w[f"recurrent.{name}_l{layer}"] for name in native.Weights._fields))
                 for layer in range(config.layers)
             ]
             rows = w["embedding.weight"] if config.embedding else np.eye(config.vocab_size, dtype=np.float32)
             self._native = NativeModel(
-                config.cell, layers, _with_unknown(rows), (weight_VH, w["output.bias"]), int8=precision == "int8"
+                config.cell,
+                layers,
+                _with_unknown(rows),
+                (weight_VH, w["output.bias"]),
+                int8=precision == "int8",
+                residual=config.residual,
             )
         elif precision == "int8":
-            raise UsageError(f"Weights of eight bits need native kernels. {native.reason()}")
+            why = native.reason() if runs_natively(config) else "These have no layer_norm where models write and read."
+            raise UsageError(f"Weights of eight bits need native kernels. {why}", "Use float32.")
         self._output = weight_VH.T
 
     @cached_property
@@ -133,7 +152,19 @@ class Decoder:
         table_VG = self._weights["recurrent.weight_ih_l0"].T
         if self.config.embedding:
             table_VG = self._weights["embedding.weight"] @ table_VG
-        return _with_unknown(table_VG) + self._weights["recurrent.bias_ih_l0"]
+        return self._normal(0, "ih", _with_unknown(table_VG)) + self._weights["recurrent.bias_ih_l0"]
+
+    def _normal(self, layer: int, name: str, share_BG: Array) -> Array:
+        """Return the input's or the state's share of a layer's gates, normalised where the model has it so."""
+        gamma_G = self._weights.get(f"recurrent.gamma_{name}_l{layer}")
+        return share_BG if gamma_G is None else _normal(share_BG, gamma_G)
+
+    def _step(self, layer: int) -> Callable[[Array, Array, State], State]:
+        """Return the step of a layer's cell."""
+        gamma_H = self._weights.get(f"recurrent.gamma_c_l{layer}")
+        if gamma_H is None:
+            return self._cell.step
+        return partial(_lstm_normal_step, normal_c=(gamma_H, self._weights[f"recurrent.beta_c_l{layer}"]))
 
     def _start(self, batch_size: int, state: State | None) -> State:
         """Return a state that may be overwritten."""
@@ -150,22 +181,24 @@ class Decoder:
         before = self._zero_state(ids_TB.shape[1]) if state is None else state
         w, (T, B) = self._weights, ids_TB.shape
         after: list[State] = []
-        h_TBH = np.empty(0, dtype=np.float32)
+        x_TBH: Array = np.empty(0, dtype=np.float32)
         for layer in range(self.config.layers):
             if layer == 0:
                 x_TBG = self._table[ids_TB]
             else:
-                x_TBG = h_TBH @ w[f"recurrent.weight_ih_l{layer}"].T + w[f"recurrent.bias_ih_l{layer}"]
+                x_TBG = self._normal(layer, "ih", x_TBH @ w[f"recurrent.weight_ih_l{layer}"].T)
+                x_TBG += w[f"recurrent.bias_ih_l{layer}"]
             weight_hh, bias_hh = w[f"recurrent.weight_hh_l{layer}"], w[f"recurrent.bias_hh_l{layer}"]
             now = tuple(tensor[layer] for tensor in before)
-            h_TBH = np.empty((T, B, self.config.hidden), dtype=np.float32)
+            h_TBH, step = np.empty((T, B, self.config.hidden), dtype=np.float32), self._step(layer)
             for t in range(T):
                 # (G, H) times a column is BLAS's fast product for one row; the transposed one is, for several.
                 h_BG = (weight_hh @ now[0][0])[None] if B == 1 else now[0] @ weight_hh.T
-                now = self._cell.step(x_TBG[t], h_BG + bias_hh, now)
+                now = step(x_TBG[t], self._normal(layer, "hh", h_BG) + bias_hh, now)
                 h_TBH[t] = now[0]
             after.append(now)
-        return h_TBH, tuple(np.stack(tensors) for tensors in zip(*after, strict=True))
+            x_TBH = x_TBH + h_TBH if layer and self.config.residual else h_TBH
+        return x_TBH, tuple(np.stack(tensors) for tensors in zip(*after, strict=True))
 
     def nats(
         self, inputs_TB: NDArray[np.int64], targets_TB: NDArray[np.int64], state: State | None
@@ -222,6 +255,11 @@ class Decoder:
         return self._native.write(logits_BV, state, draws, steps, newline=newline, threads=self.threads)
 
 
+def runs_natively(config: ModelConfig) -> bool:
+    """Return whether the native kernels can read and write with such a model, where there are any."""
+    return config.cell in native.CELLS and not config.layer_norm
+
+
 def _with_unknown(rows: Array) -> Array:
     """Return `rows` with one of zeros below: the unknown symbol's."""
     return np.concatenate([rows, np.zeros((1, rows.shape[1]), dtype=np.float32)])
@@ -229,7 +267,7 @@ def _with_unknown(rows: Array) -> Array:
 
 def weight_shapes(config: ModelConfig, num_gates: int, vectors: Sequence[str] = ()) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every weight of a model whose cell has so many gates, and vectors of these names."""
-    V, H, G = config.vocab_size, config.hidden, num_gates * config.hidden
+    V, H, G, cell = config.vocab_size, config.hidden, num_gates * config.hidden, config.cell
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (V, config.embedding)} if config.embedding else {}
     for layer in range(config.layers):
         width = H if layer else config.embedding or V
@@ -240,6 +278,9 @@ def weight_shapes(config: ModelConfig, num_gates: int, vectors: Sequence[str] = 
             f"recurrent.bias_hh_l{layer}": (G,),
             **{f"recurrent.{name}_l{layer}": (H,) for name in vectors},
         }
+        if config.layer_norm:
+            gains = {"gamma_ih": (G,), "gamma_hh": (G,)} | ({"gamma_c": (H,), "beta_c": (H,)} if cell == "lstm" else {})
+            shapes |= {f"recurrent.{name}_l{layer}": shape for name, shape in gains.items()}
     if not config.tied:
         shapes["output.weight"] = (V, H)
     shapes["output.bias"] = (V,)

@@ -12,8 +12,9 @@ forgets packed weights.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -228,18 +229,48 @@ def run_layers(
     run: Any = backends.run_torch if choice.name == "torch" else backends.run_reference
     if choice.name not in ("torch", "reference"):
         run = _run_native(choice)
-    return run(  # type: ignore[no-any-return]
-        stack,
-        x,
-        state,
-        weights,
-        batch_first=batch_first,
-        dropout=dropout,
-        training=training,
-        sequences=sequences,
-        options=options,
-        readings=readings,
-    )
+    rest: dict[str, Any] = {"batch_first": batch_first, "training": training, "sequences": sequences}
+    if not stack.residual:
+        return run(stack, x, state, weights, dropout=dropout, options=options, readings=readings, **rest)  # type: ignore[no-any-return]
+    D, each = 1 + stack.bidirectional, len(weights) // stack.num_layers
+
+    def run_layer(layer: int, x: Tensor) -> tuple[Tensor, State]:
+        one = replace(stack, input_size=x.shape[-1], num_layers=1, residual=False)
+        at = slice(layer * D, (layer + 1) * D)
+        before = state and tuple(tensor[at] for tensor in state)
+        own = weights[layer * each : (layer + 1) * each]
+        return run(one, x, before, own, options=options[at], readings=readings, **rest)  # type: ignore[no-any-return]
+
+    def drop(x: Tensor) -> Tensor:
+        return backends.drop_between(x, dropout, batch_first, sequences) if dropout and training else x
+
+    return add_up(run_layer, drop, stack.num_layers, x)
+
+
+def add_up(
+    run_layer: Callable[[int, Tensor], tuple[Tensor, State]],
+    drop: Callable[[Tensor], Tensor],
+    num_layers: int,
+    x: Tensor,
+) -> tuple[Tensor, State]:
+    """Run residual layers, one above the other: each but the first adds what it reads to what it puts out.
+
+    Args:
+        run_layer: gives a layer's output and the state after, from its number and what it reads.
+        drop: dropout between layers.
+        num_layers: their number.
+        x: what the first one reads.
+
+    Returns:
+        What the last one puts out, and the states of all.
+    """
+    after = []
+    for layer in range(num_layers):
+        y, last = run_layer(layer, x)
+        x = x + y if layer else y
+        x = drop(x) if layer + 1 < num_layers else x
+        after.append(last)
+    return x, tuple(torch.cat(tensors) for tensors in zip(*after, strict=True))
 
 
 def native_target(x: Tensor) -> int | None:
@@ -288,6 +319,7 @@ def run(
     *,
     dropout: float = 0.0,
     training: bool = False,
+    options: Sequence[Options] = (),
 ) -> tuple[Tensor, State]:
     """Run a stack of layers in one direction over a sequence of vectors.
 
@@ -298,15 +330,18 @@ def run(
         weights: of each layer, with biases.
         dropout: between layers, in training.
         training: whether dropout acts.
+        options: of each layer, if it has any: layer normalisation.
 
     Returns:
         Outputs (T, B, H) and the state after the last step.
     """
     stack = Stack(cell, x_TBI.shape[-1], state[0].shape[-1], len(weights))
     flat = [tensor for layer_weights in weights for tensor in layer_weights]
-    grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_TBI, *state, *flat))
-    choice = choose(cell, stack=stack, x=x_TBI, steps=x_TBI.shape[0], rows=x_TBI.shape[1], grad=grad)
-    return run_layers(choice, stack, x_TBI, state, flat, dropout=dropout, training=training)
+    inputs = (x_TBI, *state, *flat, *(tensor for each in options for tensor in each.parameters))
+    grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    needs = frozenset({"layer_norm"} if options else ())
+    choice = choose(cell, needs, stack=stack, x=x_TBI, steps=x_TBI.shape[0], rows=x_TBI.shape[1], grad=grad)
+    return run_layers(choice, stack, x_TBI, state, flat, dropout=dropout, training=training, options=options)
 
 
 def run_tokens(
@@ -319,6 +354,8 @@ def run_tokens(
     *,
     dropout: float = 0.0,
     training: bool = False,
+    residual: bool = False,
+    options: Sequence[Options] = (),
 ) -> tuple[Tensor, State]:
     """Run a stack of layers over a sequence of symbols.
 
@@ -337,11 +374,28 @@ def run_tokens(
         weights: of each layer, with biases; the first input weights are (G, E), or (G, V) for one-hot input.
         dropout: between layers, in training.
         training: whether dropout acts.
+        residual: whether each layer but the first adds what it reads to what it puts out.
+        options: of each layer, if it has any: layer normalisation.
 
     Returns:
         Outputs (T, B, H) and the state after the last step.
     """
+    if residual:
+
+        def run_layer(layer: int, x_TBI: Tensor) -> tuple[Tensor, State]:
+            at = slice(layer, layer + 1)
+            before, own = tuple(tensor[at] for tensor in state), weights[at]
+            if layer:
+                return run(cell, x_TBI, before, own, options=options[at])
+            return run_tokens(cell, ids_TB, embedding_VE, identity, before, own, options=options[at])
+
+        return add_up(run_layer, partial(F.dropout, p=dropout, training=training), len(weights), ids_TB)
     weight_ih, bias_ih = weights[0][0], weights[0][2]
+    if options:  # a row of the table is not what the layer normalises
+        rows_VI = identity if embedding_VE is None else F.pad(embedding_VE, (0, 0, 0, 1))
+        assert rows_VI is not None
+        x_TBI = F.embedding(ids_TB, rows_VI)
+        return run(cell, x_TBI, state, weights, dropout=dropout, training=training, options=options)
     if choose(cell).name == "reference":
         table_VG = weight_ih.T if embedding_VE is None else embedding_VE @ weight_ih.T
         first = F.embedding(ids_TB, F.pad(table_VG, (0, 0, 0, 1)) + bias_ih)

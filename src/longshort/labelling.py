@@ -56,6 +56,7 @@ class Labeller(nn.Module):
         width = config.inputs or config.embedding or V
         options: dict[str, Any] = {"bidirectional": config.bidirectional}
         options |= {"dropout": config.dropout if config.layers > 1 else 0.0}
+        options |= {"residual": config.residual, "layer_norm": config.layer_norm}
         if config.cell == "lstm":
             self.recurrent: Any = LSTM(width, config.hidden, config.layers, **options)
         elif config.cell == "gru":

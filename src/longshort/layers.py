@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from longshort import cells
-from longshort.options import OptionArguments
+from longshort.cells import Options, Stack
+from longshort.options import LayerOptions, OptionArguments
 from longshort.recurrent import RecurrentLayer
 
 
@@ -132,7 +133,9 @@ class CellStack(nn.Module):
     `LanguageModel` runs it through `kernels.run_tokens`, as it runs the weights of RNN, GRU and LSTM.
     """
 
-    def __init__(self, cell: str, input_size: int, hidden_size: int, num_layers: int = 1) -> None:
+    def __init__(
+        self, cell: str, input_size: int, hidden_size: int, num_layers: int = 1, layer_norm: bool = False
+    ) -> None:
         super().__init__()
         self.cell = cell
         self.hidden_size = hidden_size
@@ -148,6 +151,20 @@ class CellStack(nn.Module):
             for name, shape in shapes.items():
                 tensor = torch.empty(shape).uniform_(-bound, bound)
                 self.register_parameter(f"{name}_l{layer}", nn.Parameter(tensor))
+        having = LayerOptions(layer_norm=layer_norm)
+        having.check(f"The cell {cell}", hidden_size=hidden_size, num_layers=num_layers, bias=True)
+        self._gains = having.parameter_sizes(Stack(cell, input_size, hidden_size, num_layers))
+        for layer in range(num_layers):
+            gains = {name: nn.Parameter(torch.empty(size)) for name, size in self._gains.items()}
+            for name, gain in gains.items():
+                self.register_parameter(f"{name}_l{layer}", gain)
+            having.initialise(Stack(cell, input_size, hidden_size), gains)
+
+    @property
+    def options(self) -> list[Options]:
+        """What each layer has beside its weights, where it has anything."""
+        layers = range(self.num_layers) if self._gains else ()
+        return [Options(**{name: getattr(self, f"{name}_l{layer}") for name in self._gains}) for layer in layers]
 
     @property
     def all_weights(self) -> list[list[Tensor]]:

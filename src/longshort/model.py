@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from longshort import cells, checkpoint, head, kernels, native
 from longshort.cells import State
 from longshort.config import ModelConfig
-from longshort.decoder import Decoder, check_weights
+from longshort.decoder import Decoder, check_weights, runs_natively
 from longshort.layers import CellStack
 from longshort.text import tokenizers
 from longshort.text.tokenizers import Tokenizer
@@ -44,7 +44,7 @@ class LanguageModel(nn.Module):
         self.tokenizer = tokenizer
         V, H = config.vocab_size, config.hidden
         self.embedding = nn.Embedding(V, config.embedding) if config.embedding else None
-        self.recurrent = CellStack(config.cell, config.embedding or V, H, config.layers)
+        self.recurrent = CellStack(config.cell, config.embedding or V, H, config.layers, config.layer_norm)
         self.output = nn.Linear(H, V)
         if config.tied and self.embedding is not None:
             nn.init.uniform_(self.embedding.weight, -(H**-0.5), H**-0.5)
@@ -102,15 +102,17 @@ class LanguageModel(nn.Module):
             self.recurrent.all_weights,
             dropout=config.dropout,
             training=self.training,
+            residual=config.residual,
+            options=self.recurrent.options,
         )
         return F.dropout(h_TBH, config.dropout, self.training), state
 
     def initialise_normal(self, std: float = 0.01) -> None:
-        """Draw every weight from N(0, std) and set every bias to zero, as the lecture does."""
-        for parameter in self.parameters():
+        """Draw every weight from N(0, std) and set every bias to zero, as the lecture does; gains stay 1."""
+        for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=std)
-            else:
+            elif "gamma" not in name:
                 nn.init.zeros_(parameter)
 
     @property
@@ -140,8 +142,8 @@ class LanguageModel(nn.Module):
 
     def reader(self) -> LanguageModel | Decoder:
         """Return what reads texts quickest with the weights as they are now: a decoder, where native kernels run it."""
-        native_kernels = kernels.active() in ("auto", "native") and self.config.cell in native.CELLS and native.ready()
-        if self.tokenizer is None or self.output.bias.is_cuda or not native_kernels:
+        native_kernels = kernels.active() in ("auto", "native") and native.ready()
+        if self.tokenizer is None or self.output.bias.is_cuda or not (native_kernels and runs_natively(self.config)):
             return self
         decoder = Decoder(self.config, self.weights(), self.tokenizer)
         decoder.threads = torch.get_num_threads()

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float32]
     Ints = NDArray[np.int64]
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 OK, OUT_OF_MEMORY, BAD_ARGUMENT = 0, 1, 2
 CELLS = {"rnn": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
 """Each cell that has native kernels, and its number in the library."""

@@ -28,7 +28,7 @@ class ModelStructure(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("V", "E", "H", "layers")),
-        *((name, ctypes.c_int32) for name in ("cell", "target", "int8", "reserved")),
+        *((name, ctypes.c_int32) for name in ("cell", "target", "int8", "residual")),
         *((name, ctypes.c_void_p) for name in ("table", "embedding", "packed", "head")),
     )
 
@@ -88,6 +88,7 @@ class NativeModel:
         rows: (V + 1, E): what the first layer reads of each symbol, and of one outside the vocabulary.
         output: (V, H) and (V): the output layer.
         int8: whether the weights are rounded to eight bits and a scale a unit; the table stays float32.
+        residual: whether each layer but the first adds what it reads to what it puts out.
 
     Raises:
         ValueError: shapes or types that do not fit.
@@ -101,6 +102,7 @@ class NativeModel:
         rows: Array,
         output: tuple[Array, Array],
         int8: bool = False,
+        residual: bool = False,
     ) -> None:
         self._library = native.need()
         target = native.active_target()
@@ -128,7 +130,7 @@ class NativeModel:
             ]
             self._head = self._rounded(-1, self.V, self._head, number)
         self._pointers = (ctypes.c_void_p * len(layers))(*(address(packed) for packed in self._packed))
-        self._structure = ModelStructure(self.V, E, H, len(layers), native.CELLS[cell], number, int8)
+        self._structure = ModelStructure(self.V, E, H, len(layers), native.CELLS[cell], number, int8, residual)
         self._structure.table, self._structure.embedding = address(self._table), address(self._embedding)
         self._structure.packed = ctypes.cast(self._pointers, ctypes.c_void_p)
         self._structure.head = address(self._head)

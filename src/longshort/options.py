@@ -34,6 +34,7 @@ class OptionArguments(TypedDict, total=False):
     learn_initial_state: bool
     peephole: bool
     coupled_gates: bool
+    residual: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,8 @@ class LayerOptions:
         learn_initial_state: train the state that the layer starts from where none is given.
         peephole: let the gates see c: Gers and Schmidhuber (2000). LSTM only.
         coupled_gates: i is 1 - f and has no weights: Greff et al. (2017), arXiv:1503.04069. LSTM only.
+        residual: every layer but the first adds what it reads to what it puts out: Wu et al. (2016), arXiv:1609.08144,
+            section 3.1.
     """
 
     layer_norm: bool = False
@@ -64,6 +67,7 @@ class LayerOptions:
     learn_initial_state: bool = False
     peephole: bool = False
     coupled_gates: bool = False
+    residual: bool = False
 
     @cached_property
     def given(self) -> dict[str, bool | float]:
@@ -71,13 +75,13 @@ class LayerOptions:
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
         return {name: value for name, (value, default) in values.items() if value != default}
 
-    def check(self, layer: str, *, hidden_size: int, bias: bool) -> None:
+    def check(self, layer: str, *, hidden_size: int, num_layers: int, bias: bool) -> None:
         """Refuse values and combinations that make no sense.
 
         Raises:
             ConfigError: one of them; the message names it.
         """
-        for name in ("layer_norm", "learn_initial_state", "peephole", "coupled_gates"):
+        for name in ("layer_norm", "learn_initial_state", "peephole", "coupled_gates", "residual"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{layer}: {name} must be True or False, got {getattr(self, name)!r}.")
         for name in ("recurrent_dropout", "zoneout", "weight_drop"):
@@ -92,6 +96,8 @@ class LayerOptions:
         for name in ("forget_bias", "peephole", "coupled_gates"):
             if name in self.given and layer != "LSTM":
                 raise ConfigError(f"{layer} has no {name}: it acts on gates that only LSTM has.")
+        if self.residual and num_layers < 2:
+            raise ConfigError(f"{layer}: residual adds up from the second layer on; num_layers is {num_layers}.")
         if self.layer_norm and hidden_size < 2:
             raise ConfigError(f"{layer}: layer_norm needs a hidden_size of at least 2: one number normalised is 0.")
 

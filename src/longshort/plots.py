@@ -142,6 +142,50 @@ def words(matrix_NE: NDArray[np.float32], groups: Mapping[str, str], path: str |
     _save(plt, figure, [axes], path)
 
 
+def depths(result: Mapping[str, Any], path: str | Path) -> None:
+    """Draw what `compare --recipe depth` found: held-out bits by depth, and by seconds of training.
+
+    Args:
+        result: what it prints with `--json`.
+        path: of the picture.
+
+    Raises:
+        MissingExtraError, OutputError, UsageError: as `comparison`.
+    """
+    plt = _pyplot()
+    rows: Sequence[Mapping[str, Any]] = result["rows"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(2, 3), layout="constrained")
+    lines = list(dict.fromkeys((row["cell"], row["kind"]) for row in rows))
+    several = len({cell for cell, _ in lines}) > 1
+    colours = dict(zip(lines, _cycle(_COLOURS, len(lines)), strict=True))
+    depths = sorted({row["layers"] for row in rows})
+    for (cell, kind), colour in colours.items():
+        own = [row for row in rows if (row["cell"], row["kind"]) == (cell, kind)]
+        middle = {
+            depth: statistics.median(row["bits_per_character"] for row in own if row["layers"] == depth)
+            for depth in depths
+            if any(row["layers"] == depth for row in own)
+        }
+        label = (f"{cell.upper()}, " if several else "") + kind.replace("_", " ")
+        left.plot(list(middle), list(middle.values()), "o-", color=colour, label=label)
+        for depth, dash in zip(depths, _cycle(_DASHES, len(depths)), strict=True):
+            curves = [row["curve"] for row in own if row["layers"] == depth]
+            if curves:
+                points = [
+                    [statistics.median(values) for values in zip(*at, strict=True)] for at in zip(*curves, strict=True)
+                ]
+                right.plot(*zip(*points[1:], strict=True), dash, color=colour, label=f"{label}, {depth}")
+    left.set_xticks(depths)
+    left.set_xlabel("layers, as many weights in all")
+    left.set_ylabel("held-out bits a character")
+    left.set_title(f"After {result['seconds']:g} s of training", loc="left", size=11)
+    left.legend(frameon=False, fontsize=9)
+    right.set_xlabel("seconds of training")
+    right.set_title("On the way", loc="left", size=11)
+    right.legend(frameon=False, fontsize=8, ncols=2)
+    _save(plt, figure, [left, right], path)
+
+
 def _pyplot() -> Any:
     try:
         import matplotlib as mpl

@@ -44,7 +44,9 @@ class RecurrentLayer(StandIn, nn.RNNBase):
         checked = LayerOptions(**options)
         # With i coupled to f, the LSTM's weights have three blocks of rows, as the GRU's.
         super().__init__("GRU" if checked.coupled_gates else mode, *arguments, **factory)
-        checked.check(self.torch_type.__name__, hidden_size=self.hidden_size, bias=self.bias)
+        checked.check(
+            self.torch_type.__name__, hidden_size=self.hidden_size, num_layers=self.num_layers, bias=self.bias
+        )
         if checked.given:
             self.mode = mode
             self.options = checked
@@ -72,6 +74,7 @@ class RecurrentLayer(StandIn, nn.RNNBase):
             self.bidirectional,
             self.proj_size,
             self.options.coupled_gates,
+            self.options.residual,
         )
 
     @cached_property

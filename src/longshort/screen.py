@@ -25,6 +25,7 @@ from longshort.config import flag_of
 if TYPE_CHECKING:
     from longshort.comparison import Row
     from longshort.config import TrainConfig
+    from longshort.depth import Row as Stack
     from longshort.ledger import Row as BenchmarkRow
     from longshort.recipes import Plan
     from longshort.scoring import LineScore
@@ -241,6 +242,12 @@ class Ticker:
         )
         self._say(words, last=epoch == epochs)
 
+    def report_depth(self, row: Stack, percent: int) -> None:
+        """Say how far one stack of `compare --recipe depth` is."""
+        bits = f", {row.curve[-1][1]:.3f} bits a character" if row.curve else ""
+        words = f"{row.cell}, {row.layers} x {row.hidden}, {row.kind}, seed {row.seed}: {percent} %{bits}"
+        self._say(words, last=percent == 100)
+
     def report_case(self, row: BenchmarkRow, done: int, cases: int) -> None:
         """Say what one case of `bench` gave."""
         noisy = " (noisy)" if row.noisy else ""
@@ -305,6 +312,38 @@ def print_comparison(result: Mapping[str, Any]) -> None:
             console.print(
                 f"{group['cell'].upper():5}{visible(group['implementation'])}: {visible(sample)}", markup=False
             )
+
+
+def print_depths(result: Mapping[str, Any]) -> None:
+    """Print the table of `compare --recipe depth`: medians over the seeds."""
+    console, text = _console(), result["text"]
+    console.print(
+        f"{visible(text['name'])}: {text['characters']:,} characters, {text['symbols']} symbols, the last "
+        f"{text['heldout_tokens']:,} held out; {result['seconds']:g} s of training each, "
+        f"{result['seeds']} seed{'s' * (result['seeds'] > 1)}, {result['threads']} threads",
+        markup=False,
+    )
+    names = ("cell", "layers", "kind", "hidden", "parameters", "steps", "tokens/s", "held-out bits/character")
+    table = _table(*names, left=3)
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["cell"], row["layers"], row["kind"]), []).append(row)
+    for (cell, layers, kind), rows in groups.items():
+        middle = {
+            n: statistics.median(r[n] for r in rows) for n in ("steps", "tokens_per_second", "bits_per_character")
+        }
+        table.add_row(
+            visible(cell.upper()),
+            str(layers),
+            kind,
+            str(rows[0]["hidden"]),
+            f"{rows[0]['parameters']:,}",
+            f"{middle['steps']:,.0f}",
+            f"{middle['tokens_per_second']:,.0f}",
+            f"{middle['bits_per_character']:.3f}",
+        )
+    console.print(table)
+    console.print("Trained in turns; medians over the seeds; the held-out text read with the state carried.")
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
