@@ -1,7 +1,9 @@
 """Who wrote this line? A classifier of texts.
 
-python examples/classify_lines.py FILE FILE ...     each file is a class; the last tenth of its lines is held out
+python examples/classify_lines.py FILE FILE ...     a class for each file or named corpus (timemachine, ...)
 python examples/classify_lines.py                   made-up languages, for which the best possible accuracy is known
+
+The last tenth of each file's lines is held out.
 """
 
 import argparse
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import longshort
+from longshort.text import corpus
 from longshort.text.hidden_markov import HiddenMarkov
 
 Lines = list[tuple[str, str]]
@@ -21,7 +24,7 @@ def from_files(paths: list[str]) -> tuple[Lines, Lines]:
     learn: Lines = []
     heldout: Lines = []
     for path in paths:
-        text = Path(path).read_text(encoding="utf-8")
+        text = (corpus.load([path]) if Path(path).exists() else corpus.load([], path)).content
         lines = [(line.strip(), Path(path).stem) for line in text.splitlines() if len(line.strip()) >= 20]
         cut = len(lines) * 9 // 10
         learn, heldout = learn + lines[:cut], heldout + lines[cut:]

@@ -128,7 +128,7 @@ def test_depth_against_width(text: Path, tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--layers", "1,x"], "--layers must be numbers"),
+        (["--layers", "1,x"], "--layers takes whole numbers"),
         (["--layers", "0"], "--layers must be numbers"),
         (["--kinds", "wide"], "no kind of stack called 'wide'"),
         (["--seconds", "0"], "--seconds must be a positive"),

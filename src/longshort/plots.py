@@ -186,6 +186,49 @@ def depths(result: Mapping[str, Any], path: str | Path) -> None:
     _save(plt, figure, [left, right], path)
 
 
+def labels(result: Mapping[str, Any], path: str | Path) -> None:
+    """Draw what `benchmarks/labels.py` found: taggers against what is possible, and who is taken for whom.
+
+    Args:
+        result: what it prints.
+        path: of the picture.
+
+    Raises:
+        MissingExtraError, OutputError, UsageError: as `comparison`.
+    """
+    plt = _pyplot()
+    rows: Sequence[Mapping[str, Any]] = result["rows"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(3, 2), layout="constrained")
+    for both, colour, words in ((True, _COLOURS[0], "reads both ways"), (False, _COLOURS[1], "reads forward")):
+        own = [row for row in rows if row["task"] == "tags" and row["bidirectional"] is both]
+        counts = [row["sentences"] for row in own]
+        left.plot(counts, [row["accuracy"] for row in own], "o-", color=colour, label=words)
+        left.axhline(best := own[-1]["best_possible"], color=colour, linestyle="--", linewidth=1)
+        where = (0.01, best)
+        left.text(*where, "the best possible", va="bottom", size=8, color=colour, transform=left.get_yaxis_transform())
+    left.set_xscale("log")
+    left.set_xticks(counts, [f"{count:,}" for count in counts])
+    left.minorticks_off()
+    left.set_xlabel("sentences to learn from")
+    left.set_ylabel("share of tags that are right")
+    left.set_title("Tags of made-up sentences", loc="left", size=11)
+    left.legend(frameon=False, fontsize=9, loc="lower right")
+    about, chosen = [row for row in rows if row["task"] == "authors"][:2]
+    names = list(about["lines"])
+    confusion_CC = np.array(chosen["confusion"])
+    shares_CC = confusion_CC / confusion_CC.sum(1, keepdims=True)
+    right.imshow(shares_CC, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), share in np.ndenumerate(shares_CC):
+        shown = f"{share:.1%}\n{confusion_CC[row, column]:,}"
+        right.text(column, row, shown, ha="center", va="center", size=9, color="white" if share > 0.5 else "black")
+    right.set_xticks(range(len(names)), names, size=8)
+    right.set_yticks(range(len(names)), names, size=8)
+    right.set_xlabel("what is said")
+    right.set_ylabel("what it is")
+    right.set_title(f"Who wrote the line ({chosen['model']})", loc="left", size=11)
+    _save(plt, figure, [left, right], path)
+
+
 def _pyplot() -> Any:
     try:
         import matplotlib as mpl

@@ -1,0 +1,117 @@
+"""What the verbs of the command line share: how they speak, and what they read from the user's words.
+
+Results go to standard output, everything else (progress, notes, errors) to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from longshort.config import is_own_cell
+from longshort.errors import MissingExtraError, OutputError, UsageError
+
+RANK = os.environ.get("RANK", "0").removeprefix("0")
+"""Number of this process among those that torchrun has started; empty of the first, and where there is only one."""
+
+
+def need_torch(verb: str) -> None:
+    """Raise MissingExtraError where PyTorch is not installed, which `longshort VERB` needs."""
+    from longshort.machine import version_of
+
+    if version_of("torch") is None:
+        raise MissingExtraError("PyTorch", "train", f"longshort {verb}")
+
+
+def set_threads(threads: int | None) -> None:
+    """Let PyTorch use so many threads, if a number is given."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def program() -> str:
+    """Return what a user types to run this program, which may not be on their PATH, as in a fresh clone's .venv."""
+    if shutil.which("longshort") or Path(sys.argv[0]).name != "longshort":
+        return "longshort"
+    return shlex.quote(min(sys.argv[0], os.path.relpath(sys.argv[0]), key=len))
+
+
+def launcher() -> str:
+    """Return what starts this program as it was started, with as many processes."""
+    number = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return program() if number == "1" else f"torchrun --nproc-per-node {number} -m longshort"
+
+
+def load_cell(given: str | None) -> str:
+    """Return the name of a cell, which if it is one of the user's own is loaded from its file."""
+    if given is None or not is_own_cell(given):
+        return given or ""
+    need_torch("--cell FILE.py:NAME")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("A cell of your own trains in one process.", "Start it without torchrun.")
+    from longshort import own_cells
+
+    return own_cells.load_cell(given)
+
+
+def path(given: str | None) -> Path | None:
+    """Return a path if one is given."""
+    return Path(given) if given is not None else None
+
+
+def names(given: str | None) -> list[str]:
+    """Return what a list of names holds; nothing if none was given."""
+    if given is None:
+        return []
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    if not names:
+        raise UsageError(f"A list of names separated by commas was wanted, not {given!r}.")
+    return names
+
+
+def whole(word: str, flag: str) -> int:
+    """Return the number that a word of a list is; UsageError, naming the flag, where it is none."""
+    if not word.isdecimal():
+        raise UsageError(f"{flag} takes whole numbers separated by commas, not {word!r}.")
+    return int(word)
+
+
+def check_plot(path: str) -> None:
+    """Refuse a picture that could not be written after the runs have taken their minutes."""
+    from longshort.machine import version_of
+
+    if version_of("matplotlib") is None:
+        raise MissingExtraError("matplotlib", "plot", "A picture")
+    if Path(path).suffix not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"The picture {path!r} has an unknown format.", "End its name in .png, .svg or .pdf.")
+    folder = Path(path).absolute().parent
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = "it is a directory" if Path(path).is_dir() else "its directory is missing or read-only"
+        raise OutputError(f"The picture {path!r} cannot be written: {reason}.", "Choose another --plot.")
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    """Print one JSON object on standard output, with the version of its form."""
+    print(json.dumps({"format_version": 1, **content}, indent=2, allow_nan=False))
+
+
+def say(words: str) -> None:
+    """Print a line on standard error."""
+    print(words, file=sys.stderr, flush=True)
+
+
+def complain(words: str) -> None:
+    """Print an error on standard error: control characters made visible, three lines at most."""
+    from longshort.screen import visible
+
+    name = f"longshort (process {RANK})" if RANK else "longshort"
+    lines = [line for line in visible(words).split("\n") if line.strip()]
+    say("\n".join([f"{name}: {lines[0]}", *lines[1:3]]) if lines else f"{name}: failed")

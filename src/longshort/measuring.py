@@ -1,0 +1,249 @@
+"""The verbs that compare and measure: `compare` and `bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from longshort import console, durable
+from longshort.config import TrainConfig
+from longshort.errors import UsageError
+from longshort.flags import Corpus, DataDir, Int, Json
+
+
+def compare(
+    text: Annotated[str | None, Parameter(help="A text file; the built-in text if not given.")] = None,
+    *,
+    recipe: Annotated[
+        Literal["lecture", "depth"],
+        Parameter(help="lecture: cells and implementations; depth: layers against width, weights and seconds equal."),
+    ] = "lecture",
+    cells: Annotated[
+        str | None, Parameter(help="Cells, separated by commas (default: rnn,gru,lstm; of depth lstm).")
+    ] = None,
+    implementations: Annotated[
+        str | None,
+        Parameter(
+            help="lecture: scratch, torch, native, reference, or your own copy of the textbook such as ./mine.py."
+        ),
+    ] = None,
+    layers: Annotated[str | None, Parameter(help="depth: numbers of layers (default: 1,2,4).")] = None,
+    kinds: Annotated[
+        str | None, Parameter(help="depth: plain, residual, layer_norm, both (default: all of them).")
+    ] = None,
+    hidden: Annotated[
+        Int | None, Parameter(help="depth: units of the one layer whose number of weights all have (default: 256).")
+    ] = None,
+    seconds: Annotated[float | None, Parameter(help="depth: of training, for each stack (default: 60).")] = None,
+    seeds: Annotated[Int, Parameter(help="Runs of each, with seeds 0, 1, ...")] = 1,
+    epochs: Annotated[Int | None, Parameter(help="lecture: other than 160.")] = None,
+    threads: Annotated[Int | None, Parameter(help="Processor threads.")] = None,
+    corpus: Corpus = None,
+    data_dir: DataDir = None,
+    plot: Annotated[str | None, Parameter(help="Draw the curves into this file (.png, .svg, .pdf).")] = None,
+    json: Json = False,
+) -> None:
+    """Compare cells and implementations on the lecture's workload, or depth with width, in quality and in seconds."""
+    console.need_torch("compare")
+    import torch
+
+    from longshort import comparison, screen
+    from longshort.text import corpus as corpora
+
+    of_lecture = {"implementations": implementations, "epochs": epochs}
+    of_depth = {"layers": layers, "kinds": kinds, "hidden": hidden, "seconds": seconds}
+    for name, value in (of_depth if recipe == "lecture" else of_lecture).items():
+        if value is not None:
+            raise UsageError(f"--{name} is not for --recipe {recipe}.", "Leave it out, or take the other recipe.")
+    for name, value in (("seeds", seeds), ("epochs", epochs), ("threads", threads), ("hidden", hidden)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} must be at least 1, not {value}.")
+    if threads is not None and threads > 1024:
+        raise UsageError(f"--threads must be at most 1024, not {threads}.")
+    if plot is not None:
+        console.check_plot(plot)
+    console.set_threads(threads)
+    if recipe == "depth":
+        place = {"texts": (text,) if text is not None else (), "corpus": corpus or (None if text else "builtin")}
+        _compare_depths({**place, "data_dir": data_dir}, cells, layers, kinds, hidden, seconds, seeds, plot, json)
+        return
+    loaded = corpora.load(
+        [text] if text is not None else (), corpus or (None if text is not None else "builtin"), console.path(data_dir)
+    )
+    named = console.names(implementations) or comparison.IMPLEMENTATIONS
+    chosen = {
+        "cells": [console.load_cell(name) for name in console.names(cells) or ["rnn", "gru", "lstm"]],
+        "implementations": named,
+        "seeds": seeds,
+        "epochs": epochs,
+    }
+    with screen.Ticker() as ticker:
+        result = comparison.result(loaded, threads=torch.get_num_threads(), report=ticker.report, **chosen)
+    if json:
+        console.print_json(result)
+    else:
+        screen.print_comparison(result)
+    if plot is not None:
+        from longshort import plots
+
+        plots.comparison(result, plot)
+        console.say(f"Curves: {plot}")
+
+
+def _compare_depths(
+    place: dict[str, Any],
+    cells: str | None,
+    layers: str | None,
+    kinds: str | None,
+    hidden: int | None,
+    seconds: float | None,
+    seeds: int,
+    plot: str | None,
+    json: bool,
+) -> None:
+    import torch
+
+    from longshort import depth, plots, screen
+    from longshort.training import Prepared
+
+    seconds = 60.0 if seconds is None else seconds
+    if not 0 < seconds < 1e6:
+        raise UsageError(f"--seconds must be a positive number, not {seconds:g}.")
+    depths = [console.whole(word, "--layers") for word in console.names(layers)] or [1, 2, 4]
+    if wrong := [number for number in depths if not 1 <= number <= 64]:
+        raise UsageError(f"--layers must be numbers from 1 to 64, not {wrong[0]}.")
+    chosen: dict[str, Any] = {"layers": depths, "kinds": console.names(kinds) or list(depth.KINDS)}
+    chosen |= {"cells": [console.load_cell(name) for name in console.names(cells) or ["lstm"]], "seeds": seeds}
+    chosen |= {"hidden": hidden or 256, "seconds": seconds, "threads": torch.get_num_threads()}
+    with screen.Ticker() as ticker:
+        found = depth.result(Prepared(TrainConfig(**place)), report=ticker.report_depth, **chosen)
+    if json:
+        console.print_json(found)
+    else:
+        screen.print_depths(found)
+    if plot is not None:
+        plots.depths(found, plot)
+        console.say(f"Picture: {plot}")
+
+
+def bench(
+    what: Annotated[Literal["layers", "train", "generate", "score"], Parameter(help="What to measure.")],
+    /,
+    *,
+    grid: Annotated[
+        str, Parameter(help="quick (a minute), marks (the project's own), full (hours), or options (of our LSTM).")
+    ] = "quick",
+    cells: Annotated[str | None, Parameter(help="Cells, separated by commas (default: lstm,gru,rnn).")] = None,
+    modes: Annotated[str | None, Parameter(help="train, infer, or both (default: train,infer).")] = None,
+    threads: Annotated[
+        str | None, Parameter(help="Numbers of threads, separated by commas (default: 2; of full: 1,2).")
+    ] = None,
+    options: Annotated[
+        str | None, Parameter(help="With --grid options, some of: layer_norm,recurrent_dropout,zoneout,lengths.")
+    ] = None,
+    kernel: Annotated[str, Parameter(help="Force one of our kernels; doctor lists them.")] = "auto",
+    isa: Annotated[Literal["avx2"] | None, Parameter(help="Hold PyTorch and us to these vector instructions.")] = None,
+    neighbour: Annotated[
+        bool, Parameter(help="Measure beside a process that keeps a core busy.", negative="", show_default=False)
+    ] = False,
+    worst: Annotated[Int | None, Parameter(help="Show only this many cases, those where we do worst.")] = None,
+    profile: Annotated[
+        bool, Parameter(help="Of train: where the time of our step goes.", negative="", show_default=False)
+    ] = False,
+    out: Annotated[
+        str | None, Parameter(help="File for the result, after every case; the same command again continues it.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure us beside PyTorch, in turns, with the same weights: layers, or whole steps of training, writing, scoring.
+
+    Ratios, spreads, share of the rate of a large matrix product.
+    """
+    from longshort import machine
+
+    if profile:
+        if what != "train" or out is not None:
+            raise UsageError("--profile is for bench train, and prints a table: --out does not go with it.")
+        if grid != "quick" or cells or modes or options or isa or worst or neighbour or kernel != "auto":
+            raise UsageError("--profile goes with --threads and --json only.")
+        _profile(_threads_of_workloads(threads), json)
+        return
+    if what != "layers":
+        given = {
+            "grid": grid != "quick",
+            "cells": cells,
+            "modes": modes,
+            "options": options,
+            "isa": isa,
+            "worst": worst,
+        }
+        given |= {"kernel": kernel != "auto", "neighbour": neighbour}
+        _bench_workloads(what, [name for name, value in given.items() if value], threads, out, json)
+        return
+    if worst is not None and worst < 1:
+        raise UsageError(f"--worst must be at least 1, not {worst}.")
+    if out == "":
+        raise UsageError("--out is empty.", "An unset shell variable looks like this.")
+    named: dict[str, Any] = {
+        "cells": tuple(console.names(cells)),
+        "modes": tuple(console.names(modes)),
+        "options": tuple(console.names(options)),
+    }
+    numbers = tuple(console.whole(word, "--threads") for word in console.names(threads))
+    console.need_torch("bench")
+    if isa is not None:
+        machine.hold_to(isa)
+    from longshort import benchmarks, screen
+
+    how: dict[str, Any] = {"threads": numbers, "kernel": kernel, "isa": isa, "neighbour": neighbour}
+    settings = benchmarks.Settings(grid=grid, **named, **how)
+    with screen.Ticker() as ticker:
+        result = benchmarks.result(settings, console.path(out), ticker.report_case)
+    if json:
+        console.print_json(result)
+    else:
+        screen.print_benchmark(result, worst)
+
+
+def _bench_workloads(what: str, refused: list[str], threads: str | None, out: str | None, json: bool) -> None:
+    if refused:
+        raise UsageError(f"--{refused[0]} goes with bench layers, not with bench {what}.", "Leave it out.")
+    number = _threads_of_workloads(threads)
+    if out == "":
+        raise UsageError("--out is empty.", "An unset shell variable looks like this.")
+    console.need_torch("bench")
+    from longshort import ledger, screen, workloads
+
+    if out is not None:
+        durable.require_writable_directory(Path(out).absolute().parent)
+    with screen.Ticker() as ticker:
+        result = workloads.result(what, number, ticker.report_workload)
+    if out is not None:
+        ledger.write(Path(out), result)
+    if json:
+        console.print_json(result)
+    else:
+        screen.print_workloads(result)
+
+
+def _threads_of_workloads(given: str | None) -> int:
+    number = console.whole(given or "2", "--threads")
+    if not 1 <= number <= 1024:
+        raise UsageError(f"--threads must be from 1 to 1024, not {number}.")
+    return number
+
+
+def _profile(threads: int, json: bool) -> None:
+    console.need_torch("bench")
+    from longshort import native, screen, workloads
+
+    if not native.targets():
+        raise UsageError(f"--profile shows what our kernels take. {native.reason()}")
+    with screen.Ticker() as ticker:
+        found = workloads.profiles(threads, ticker.report_profile)
+    if json:
+        console.print_json({"threads": threads, "seconds": dict(found)})
+    else:
+        screen.print_profiles(found)
