@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from longshort.config import is_own_cell
 from longshort.errors import MissingExtraError, OutputError, UsageError
 
-_COLOURS = ("#1f6fb4", "#d1601f", "#3a8f3a", "#8a4fa3", "#b0323c", "#5f6b73")
+_COLOURS = ("#1f6fb4", "#d1601f", "#3a8f3a", "#8a4fa3", "#b0323c", "#5f6b73", "#c9a227", "#2aa198")
 _DASHES = ("-", "--", ":", "-.")
 
 
@@ -41,7 +42,8 @@ def comparison(result: Mapping[str, Any], path: str | Path) -> None:
             if len(curves) > 1:
                 lowest, highest = ([f(v) for v in zip(*curves, strict=True)] for f in (min, max))
                 left.fill_between(epochs, lowest, highest, color=colour, alpha=0.12, linewidth=0)
-            left.plot(epochs, middle, dash, color=colour, label=f"{cell.upper()}, {Path(implementation).name}")
+            by = f", {Path(implementation).name}" if len(implementations) > 1 else ""
+            left.plot(epochs, middle, dash, color=colour, label=_cell_name(cell) + by)
     for baseline in result["baselines"]:
         left.axhline(baseline["train_perplexity"], color="#999999", linewidth=0.7)
         label = f"{baseline['order']}-gram counts "
@@ -66,7 +68,7 @@ def comparison(result: Mapping[str, Any], path: str | Path) -> None:
         if curves:
             middles = {epoch: statistics.median(curve[epoch] for curve in curves) for epoch in curves[0]}
             best = min(middles, key=lambda epoch: middles[epoch])
-            names += [cell.upper(), f"{cell.upper()} at epoch {best}"]
+            names += [_cell_name(cell), f"{_cell_name(cell)} at epoch {best}"]
             values += [list(middles.values())[-1], middles[best]]
             colours += [(colour, 1.0), (colour, 0.5)]
     for baseline in result["baselines"]:
@@ -78,7 +80,7 @@ def comparison(result: Mapping[str, Any], path: str | Path) -> None:
     right.bar_label(bars, labels=[f"{value:.1f}" for value in values], padding=4, fontsize=9)
     right.invert_yaxis()
     right.set_xlim(0, max(values, default=1) * 1.15)
-    right.set_xlabel("perplexity at the end of training, and at its best")
+    right.set_xlabel("perplexity at the end, and at its best")
     right.set_title("The characters that follow: unseen", loc="left", size=11)
     _save(plt, figure, (left, right), path)
 
@@ -251,6 +253,11 @@ def _save(plt: Any, figure: Any, panels: Sequence[Any], path: str | Path) -> Non
         raise UsageError(f"The picture {path} has an unknown format.", "End its name in .png, .svg or .pdf.") from error
     finally:
         plt.close(figure)
+
+
+def _cell_name(cell: str) -> str:
+    """Return the name of a cell as a picture has it; one of a user's own, FILE.py:NAME, by its file."""
+    return Path(cell.split(":")[0]).stem.replace("_", " ") if is_own_cell(cell) else cell.upper()
 
 
 def _cycle(values: Sequence[str], count: int) -> list[str]:
