@@ -105,6 +105,6 @@ def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(ConfigError, match="rate"):
         Learning(rate=0.0)
     with torch.no_grad():
-        model.output.bias.fill_(math.nan)
+        model.get_parameter("output.bias").fill_(math.nan)
     with pytest.raises(ConfigError, match="diverged"):
         evaluate_dynamically(model, "abc")

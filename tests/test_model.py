@@ -241,7 +241,7 @@ def constant_model(probabilities: list[float]) -> LanguageModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-        model.output.bias.copy_(torch.tensor(probabilities).log())
+        model.get_parameter("output.bias").copy_(torch.tensor(probabilities).log())
     return model
 
 

@@ -21,6 +21,17 @@ MOST_ONE_HOT = 4096
 """A one-hot row is as wide as the vocabulary; beyond this many symbols a learned embedding is the only sane input."""
 
 
+FEWEST_ADAPTIVE = 1000
+"""Below so many symbols there is nothing to gain from an adaptive softmax."""
+SHRINKAGE = 4
+"""By so much each group of rarer symbols is narrower than the one before."""
+
+
+def adaptive_cutoffs(vocab_size: int) -> list[int]:
+    """Return where an adaptive softmax parts the symbols, the most frequent first (docs/log.md has the measurement)."""
+    return [vocab_size // 16, vocab_size // 4]
+
+
 def option(
     default: Any,
     help: str,
@@ -134,6 +145,9 @@ class Architecture(Layers):
 
     lines: bool = option(False, "Each line of the text is a sequence of its own, from a zero state to its end mark.")
     tied: bool = option(False, "Use the embedding as the output layer's weights too (embedding = hidden).")
+    adaptive_softmax: bool = option(
+        False, "For many words: rare ones share small output layers, which most steps do without."
+    )
     bidirectional: bool = option(False, "Refused: a model that predicts the next symbol must not read it.")
 
     def __post_init__(self) -> None:
@@ -148,9 +162,15 @@ class Architecture(Layers):
                 f"tied needs embedding = hidden, but embedding is {self.embedding} and hidden {self.hidden}.",
                 f"Set --embedding {self.hidden}, or leave out --tied.",
             )
+        if self.adaptive_softmax and self.tied:
+            raise ConfigError(
+                "An adaptive softmax has several matrices, so it cannot be tied.", "Leave out one of both."
+            )
+        if self.adaptive_softmax and self.hidden < 16:
+            raise ConfigError(f"adaptive_softmax needs 16 hidden units or more, not {self.hidden}.")
 
 
-MODEL_OPTIONS = ("cell", "layers", "hidden", "embedding", "tied", "residual", "layer_norm")
+MODEL_OPTIONS = ("cell", "layers", "hidden", "embedding", "tied", "residual", "layer_norm", "adaptive_softmax")
 """The options that decide what a model computes from its weights. Dropout is none of them."""
 
 
@@ -163,6 +183,11 @@ class ModelConfig(Architecture):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_one_hot(self.embedding, self.vocab_size, self.hidden)
+        if self.adaptive_softmax and self.vocab_size < FEWEST_ADAPTIVE:
+            raise ConfigError(
+                f"adaptive_softmax is for {FEWEST_ADAPTIVE:,} symbols or more; this text has {self.vocab_size:,}.",
+                "Leave it out: the whole softmax is the faster one.",
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "the configuration") -> Self:
@@ -233,6 +258,12 @@ class TrainConfig(Schedule, Architecture):
                     f"{name} is for the tokenizer {tokenizer}, but this run's is {self.tokenizer}.",
                     f"Set --tokenizer {tokenizer}, or leave out --{flag}.",
                 )
+        if self.adaptive_softmax and self.tokenizer != "word":
+            raise ConfigError(
+                f"adaptive_softmax needs symbols in the order of their frequency, as the tokenizer word has them; "
+                f"not {self.tokenizer}.",
+                "Set --tokenizer word, or leave out --adaptive-softmax.",
+            )
         if self.vectors is not None and not self.embedding:
             raise ConfigError("Symbols that are fed one-hot have no vectors.", "Leave out vectors, or --embedding 0.")
         if self.vectors is not None and self.from_model is not None:

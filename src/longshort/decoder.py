@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longshort import checkpoint, machine, native
-from longshort.config import ModelConfig
+from longshort.config import SHRINKAGE, ModelConfig, adaptive_cutoffs
 from longshort.errors import CheckpointError, UsageError
 from longshort.native_model import Draw, NativeModel
 from longshort.text import tokenizers
@@ -110,10 +110,11 @@ class Decoder:
     def __init__(
         self, config: ModelConfig, weights: Mapping[str, Array], tokenizer: Tokenizer, precision: str = "float32"
     ) -> None:
-        if config.cell not in CELLS:
+        if config.cell not in CELLS or config.adaptive_softmax:
+            what = "An adaptive softmax" if config.cell in CELLS else f"The cell {config.cell!r}"
+            others = "" if config.cell in CELLS else f"; without it {', '.join(CELLS)} can be run"
             raise UsageError(
-                f"The cell {config.cell!r} runs with PyTorch only; without it {', '.join(CELLS)} can be run.",
-                "Install PyTorch: pip install 'longshort[train]'",
+                f"{what} runs with PyTorch only{others}.", "Install PyTorch: pip install 'longshort[train]'"
             )
         if precision not in PRECISIONS:
             raise UsageError(f"Weights can be {' or '.join(PRECISIONS)}, not {precision!r}.")
@@ -257,7 +258,7 @@ class Decoder:
 
 def runs_natively(config: ModelConfig) -> bool:
     """Return whether the native kernels can read and write with such a model, where there are any."""
-    return config.cell in native.CELLS and not config.layer_norm
+    return config.cell in native.CELLS and not (config.layer_norm or config.adaptive_softmax)
 
 
 def _with_unknown(rows: Array) -> Array:
@@ -281,10 +282,18 @@ def weight_shapes(config: ModelConfig, num_gates: int, vectors: Sequence[str] = 
         if config.layer_norm:
             gains = {"gamma_ih": (G,), "gamma_hh": (G,)} | ({"gamma_c": (H,), "beta_c": (H,)} if cell == "lstm" else {})
             shapes |= {f"recurrent.{name}_l{layer}": shape for name, shape in gains.items()}
+    if config.adaptive_softmax:
+        cutoffs = adaptive_cutoffs(V)
+        size = cutoffs[0] + len(cutoffs)
+        shapes |= {"output.head.weight": (size, H), "output.head.bias": (size,)}
+        for number, (first, last) in enumerate(zip(cutoffs, [*cutoffs[1:], V], strict=True)):
+            width = H // SHRINKAGE ** (number + 1)
+            shapes[f"output.tail.{number}.0.weight"] = (width, H)
+            shapes[f"output.tail.{number}.1.weight"] = (last - first, width)
+        return shapes
     if not config.tied:
         shapes["output.weight"] = (V, H)
-    shapes["output.bias"] = (V,)
-    return shapes
+    return {**shapes, "output.bias": (V,)}
 
 
 def check_weights(

@@ -68,7 +68,7 @@ def evaluate_dynamically(
     weights: list[Tensor] = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     own = [parameter.detach().clone() for parameter in weights]
     optimizer = torch.optim.Adam(weights, lr=learning.rate, betas=(0.0, 0.999), fused=True)
-    device, size = learner.output.bias.device, model.tokenizer.size
+    device, size = learner.device, model.tokenizer.size
     state, total = learner.zero_state(), 0.0
     for inputs, targets, fresh in _windows(part, learning.window):
         pause()

@@ -1,5 +1,8 @@
 """The output layer and its loss in one: the logits become their own gradient, and are never kept.
 
+    Softmax            every symbol has a row of one matrix
+    AdaptiveSoftmax    rare symbols have narrow ones, which are only used where they occur
+
 N  tokens   V  symbols   H  hidden units
 """
 
@@ -9,11 +12,55 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from longshort import kernels, ops
+from longshort.config import SHRINKAGE, adaptive_cutoffs
 from longshort.text.batches import IGNORED
+
+
+class Softmax(nn.Linear):
+    """The output layer: weight (V, H), bias (V)."""
+
+    def logits(self, h_TBH: Tensor) -> Tensor:
+        """Return the logits (T, B, V)."""
+        return self(h_TBH)  # type: ignore[no-any-return]
+
+    def loss(self, h_NH: Tensor, targets_N: Tensor, tokens: int) -> Tensor:
+        """Return the sum of -log p of all targets, divided by `tokens`; as `cross_entropy`."""
+        return cross_entropy(h_NH, self.weight, self.bias, targets_N, tokens)
+
+    def nats(self, h_NH: Tensor, targets_N: Tensor) -> Tensor:
+        """Return -log p of each target in nats, float64 (N)."""
+        log_p_NV = F.log_softmax(self(h_NH).double(), dim=-1)
+        return -log_p_NV.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)
+
+
+class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
+    """An output layer for many symbols, the most frequent first: Grave et al. (2017), arXiv:1609.04309.
+
+    It is PyTorch's. Rarer symbols are in groups, `config.adaptive_cutoffs`; a group's matrix is narrower by `SHRINKAGE`
+    than the one before and only read where one of its symbols is the target, so a step costs a fraction.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__(hidden_size, vocab_size, adaptive_cutoffs(vocab_size), float(SHRINKAGE), head_bias=True)
+
+    def logits(self, h_TBH: Tensor) -> Tensor:
+        """Return log p of every symbol, (T, B, V)."""
+        log_p_NV: Tensor = self.log_prob(h_TBH.flatten(0, 1))
+        return log_p_NV.view(*h_TBH.shape[:2], -1)
+
+    def loss(self, h_NH: Tensor, targets_N: Tensor, tokens: int) -> Tensor:
+        """Return the sum of -log p of all targets, divided by `tokens`; as `cross_entropy`."""
+        known_N = targets_N != IGNORED
+        return self.nats(h_NH[known_N], targets_N[known_N]).sum() / tokens
+
+    def nats(self, h_NH: Tensor, targets_N: Tensor) -> Tensor:
+        """Return -log p of each target in nats (N)."""
+        return -self(h_NH, targets_N).output  # type: ignore[no-any-return]
+
 
 _LOGITS_AT_ONCE = 1 << 23
 """Of large vocabularies the logits of so many rows are made at a time: 32 MB."""

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from longshort import cells, checkpoint, head, kernels, native
+from longshort import cells, checkpoint, kernels, native
 from longshort.cells import State
 from longshort.config import ModelConfig
 from longshort.decoder import Decoder, check_weights, runs_natively
+from longshort.head import AdaptiveSoftmax, Softmax
 from longshort.layers import CellStack
 from longshort.text import tokenizers
 from longshort.text.tokenizers import Tokenizer
@@ -33,7 +34,8 @@ class LanguageModel(nn.Module):
         tokenizer: of the text that the model reads, if it is to read texts and not only ids.
 
     The parameters are named as `torch.nn`'s: `embedding.weight` (V, E) unless symbols are fed one-hot,
-    `recurrent.weight_ih_l0` (G, E or V) and so on, `output.weight` (V, H), `output.bias` (V).
+    `recurrent.weight_ih_l0` (G, E or V) and so on, `output.weight` (V, H), `output.bias` (V)
+    unless the softmax is adaptive.
     """
 
     identity: Tensor | None
@@ -45,8 +47,8 @@ class LanguageModel(nn.Module):
         V, H = config.vocab_size, config.hidden
         self.embedding = nn.Embedding(V, config.embedding) if config.embedding else None
         self.recurrent = CellStack(config.cell, config.embedding or V, H, config.layers, config.layer_norm)
-        self.output = nn.Linear(H, V)
-        if config.tied and self.embedding is not None:
+        self.output: Softmax | AdaptiveSoftmax = AdaptiveSoftmax(H, V) if config.adaptive_softmax else Softmax(H, V)
+        if config.tied and self.embedding is not None and isinstance(self.output, Softmax):
             nn.init.uniform_(self.embedding.weight, -(H**-0.5), H**-0.5)
             self.output.weight = self.embedding.weight
         # One-hot rows, and a row of zeros for the unknown symbol; not weights, so not saved.
@@ -57,7 +59,7 @@ class LanguageModel(nn.Module):
     def zero_state(self, batch_size: int = 1) -> State:
         """Return the state before the first symbol: for each tensor of the cell's state zeros (L, B, H)."""
         names = cells.get_cell(self.config.cell).states
-        like = self.output.bias
+        like = self.recurrent.all_weights[0][0]
         return tuple(like.new_zeros(self.config.layers, batch_size, self.config.hidden) for _ in names)
 
     def forward(self, ids_TB: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -72,7 +74,7 @@ class LanguageModel(nn.Module):
             `detach` where a window ends.
         """
         h_TBH, state = self._read(ids_TB, state)
-        return self.output(h_TBH), state
+        return self.output.logits(h_TBH), state
 
     def loss(self, ids_TB: Tensor, targets_TB: Tensor, state: State | None, tokens: int) -> tuple[Tensor, State]:
         """Predict the symbol after each of `ids_TB`, of which `targets_TB` says what it was.
@@ -87,8 +89,7 @@ class LanguageModel(nn.Module):
             The sum of -log p of the targets, in nats, divided by `tokens`; and the state after the last symbol.
         """
         h_TBH, state = self._read(ids_TB, state)
-        output, targets_N = self.output, targets_TB.flatten()
-        return head.cross_entropy(h_TBH.flatten(0, 1), output.weight, output.bias, targets_N, tokens), state
+        return self.output.loss(h_TBH.flatten(0, 1), targets_TB.flatten(), tokens), state
 
     def _read(self, ids_TB: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Return what the output layer reads, (T, B, H), and the state after the last symbol."""
@@ -114,6 +115,11 @@ class LanguageModel(nn.Module):
                 nn.init.normal_(parameter, std=std)
             elif "gamma" not in name:
                 nn.init.zeros_(parameter)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.recurrent.all_weights[0][0].device
 
     @property
     def num_parameters(self) -> int:
@@ -143,7 +149,7 @@ class LanguageModel(nn.Module):
     def reader(self) -> LanguageModel | Decoder:
         """Return what reads texts quickest with the weights as they are now: a decoder, where native kernels run it."""
         native_kernels = kernels.active() in ("auto", "native") and native.ready()
-        if self.tokenizer is None or self.output.bias.is_cuda or not (native_kernels and runs_natively(self.config)):
+        if self.tokenizer is None or self.device.type == "cuda" or not (native_kernels and runs_natively(self.config)):
             return self
         decoder = Decoder(self.config, self.weights(), self.tokenizer)
         decoder.threads = torch.get_num_threads()
@@ -161,7 +167,7 @@ class LanguageModel(nn.Module):
 
     def _state_of(self, state: Any) -> State | None:
         """Return a state that may be arrays as tensors."""
-        return state and tuple(torch.as_tensor(tensor, device=self.output.bias.device) for tensor in state)
+        return state and tuple(torch.as_tensor(tensor, device=self.device) for tensor in state)
 
     # What evaluation and generation ask of any model, this one or the torch-free decoder: arrays in, arrays out.
 
@@ -170,17 +176,16 @@ class LanguageModel(nn.Module):
         self, inputs_TB: NDArray[np.int64], targets_TB: NDArray[np.int64], state: State | None
     ) -> tuple[NDArray[np.float64], State]:
         """Return -log p of each target in nats, float64 (T, B), and the state after the last input."""
-        device = self.output.bias.device
         with self._evaluating():
-            logits_TBV, state = self(torch.from_numpy(inputs_TB).to(device), self._state_of(state))
-        log_p = F.log_softmax(logits_TBV.double(), dim=-1)
-        targets = torch.from_numpy(targets_TB).to(device).unsqueeze(-1)
-        return -log_p.gather(-1, targets).squeeze(-1).cpu().numpy(), state
+            h_TBH, state = self._read(torch.from_numpy(inputs_TB).to(self.device), self._state_of(state))
+            targets_N = torch.from_numpy(targets_TB).to(self.device).flatten()
+            nats_N = self.output.nats(h_TBH.flatten(0, 1), targets_N)
+        return nats_N.double().view(targets_TB.shape).cpu().numpy(), state
 
     @torch.no_grad()
     def logits(self, ids_T: NDArray[np.int64], state: State | None) -> tuple[NDArray[np.float32], State]:
         """Read `ids_T` and return the logits (V) of the symbol after the last, and the state there."""
-        device = self.output.bias.device
+        device = self.device
         with self._evaluating():
             logits_TBV, state = self(torch.from_numpy(ids_T).to(device).unsqueeze(1), self._state_of(state))
         return logits_TBV[-1, 0].cpu().float().numpy(), state

@@ -441,7 +441,7 @@ def print_workloads(result: Mapping[str, Any]) -> None:
             f"{row['peer_per_second']:,.0f} {row['unit']}/s",
             f"{row['peer_spread']:.0%}",
             f"{row['ratio']:.2f}",
-            f"{row['gemm_share']:.0%}",
+            f"{row['gemm_share']:.0%}" if row["gemm_share"] else "-",
             "noisy" if row["noisy"] else "",
         )
     console.print(table)

@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from longshort import ledger, machine, peers, profiling, training
-from longshort.config import TrainConfig
+from longshort.config import FEWEST_ADAPTIVE, SHRINKAGE, TrainConfig, adaptive_cutoffs
 from longshort.decoder import Decoder
 from longshort.model import LanguageModel
 from longshort.native_model import Draw
@@ -171,7 +172,10 @@ class PlainModel(nn.Module):
         self.size = config.vocab_size
         self.embedding = nn.Embedding(self.size, config.embedding) if config.embedding else None
         self.recurrent = nn.LSTM(config.embedding or self.size, config.hidden, config.layers)
-        self.output = nn.Linear(config.hidden, self.size)
+        self.output: Any = nn.Linear(config.hidden, self.size)
+        if config.adaptive_softmax:
+            size = (config.hidden, self.size, adaptive_cutoffs(self.size), float(SHRINKAGE))
+            self.output = nn.AdaptiveLogSoftmaxWithLoss(*size, head_bias=True)
         if config.tied and self.embedding is not None:
             self.output.weight = self.embedding.weight
         with torch.no_grad():
@@ -188,6 +192,13 @@ class PlainModel(nn.Module):
         """Return logits and the state after."""
         h, state = self.recurrent(self.inputs(ids), state)
         return self.output(h), state
+
+    def loss(self, ids: Tensor, targets: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Return the mean loss in nats and the state after."""
+        h, state = self.recurrent(self.inputs(ids), state)
+        if isinstance(self.output, nn.AdaptiveLogSoftmaxWithLoss):
+            return self.output(h.flatten(0, 1), targets.flatten()).loss, state
+        return F.cross_entropy(self.output(h).flatten(0, 1), targets.flatten()), state
 
 
 def _models(config: TrainConfig, tokenizer: Tokenizer) -> tuple[LanguageModel, PlainModel]:
@@ -222,9 +233,18 @@ class Training(NamedTuple):
         """Return what makes steps, with a new model, and what they read."""
         config, tokenizer = self.config, CharTokenizer(self.symbols)
         T, B = config.seq_len, config.batch_size
-        ids = np.random.default_rng(0).integers(tokenizer.size, size=(64, T + 1, B))
+        ids = _symbols(tokenizer.size, (64, T + 1, B))
         batches = [Batch(part[:-1], part[1:], T * B, 0, False) for part in ids]
         return training.TextStepper(training.make_model(config, tokenizer), config, 10**6), batches
+
+
+def _symbols(size: int, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """Return random symbols: characters alike, of words the k-th in proportion to 1 / k, as natural text has them."""
+    generator = np.random.default_rng(0)
+    if size < FEWEST_ADAPTIVE:
+        return generator.integers(size, size=shape)
+    p = 1 / np.arange(1, size + 1)
+    return generator.choice(size, size=shape, p=p / p.sum())
 
 
 def _train(kind: Training) -> Contest:
@@ -249,15 +269,14 @@ def _train(kind: Training) -> Contest:
         batch = batches[turn["peer"] % 64]
         inputs, targets = torch.from_numpy(batch.inputs_TB), torch.from_numpy(batch.targets_TB)
         optimizer.zero_grad()
-        logits, after = plain(inputs, tuple(tensor.detach() for tensor in state[0]))
-        state[0] = after
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss, state[0] = plain.loss(inputs, targets, tuple(tensor.detach() for tensor in state[0]))
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, config.clip or 1.0)
         optimizer.step()
         return loss.item()
 
-    operations = 3 * 2 * T * B * (4 * H * H + H * V)
+    # An adaptive softmax makes another number of operations in each step: none are counted.
+    operations = 0 if config.adaptive_softmax else 3 * 2 * T * B * (4 * H * H + H * V)
     return Contest(name=kind.name, peer="nn.LSTM", unit="steps", ours=ours, theirs=peer, operations=operations)
 
 
@@ -279,6 +298,11 @@ def _trainings(threads: int) -> tuple[Training, ...]:
             "embedding 512, 1 x 512, T=64, AdamW", TrainConfig(hidden=512, embedding=512, seq_len=64, **rest), SYMBOLS
         ),
         Training("33,278 words, tied, 1 x 256, AdamW", TrainConfig(embedding=256, tied=True, **lecture), WORDS),
+        Training(
+            "33,278 words, adaptive softmax, 1 x 256, AdamW",
+            TrainConfig(embedding=256, adaptive_softmax=True, tokenizer="word", **lecture),
+            WORDS,
+        ),
     )
 
 
@@ -298,7 +322,8 @@ def profiles(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found, kinds = [], _trainings(threads)
+        # An adaptive softmax is many operations, which would be taken for other parts of the step.
+        found, kinds = [], [kind for kind in _trainings(threads) if not kind.config.adaptive_softmax]
         for kind in kinds:
             found.append((kind.name, profiling.profile_step(*kind.prepare())))
             report(kind.name, len(found), len(kinds))
@@ -401,7 +426,7 @@ def _with_padding(plain: PlainModel, tokenizer: Tokenizer, lines: Sequence[str])
 
 
 KINDS: dict[str, tuple[Callable[[int], Contest], ...]] = {
-    "train": tuple(map(_trained, range(4))),
+    "train": tuple(map(_trained, range(5))),
     "generate": (
         _written("nn.LSTM", 1),
         _written("nn.LSTMCell", 1),
