@@ -11,6 +11,7 @@
 #include "bytes.h"
 #include "layout.h"
 #include "loss.h"
+#include "normal.h"
 
 namespace ls {
 namespace LS_TARGET {
@@ -77,6 +78,8 @@ struct Language {
     float* h[2]; /* [layer][U][room][W]: before and after a step */
     float* c;
     float* x;      /* of the embedding, blocked */
+    float* xg;     /* with layer normalisation the input's share of the gates, [panel][room][N W] */
+    float* hg;     /* the state's */
     float* sum[2]; /* [U][room][W]: what residual layers put out, one and the one above it */
     float* logits; /* [row][head.width()] */
     void* choice;  /* scratch of `choose` */
@@ -146,7 +149,13 @@ struct Language {
       const float* below = rows.x;
       for (int64_t layer = 0; layer < model.layers; ++layer) {
         float* sum = model.residual && layer ? rows.sum[layer & 1] : nullptr;
-        run_layer(rows, layer, now, below, sum, team);
+        if (model.gains) {
+          run_products(rows, layer, now, below, team);
+          if (!team.wait()) return;
+          normalise_rows(rows, layer, now, below, sum, team);
+        } else {
+          run_layer(rows, layer, now, below, sum, team);
+        }
         if (!team.wait()) return;
         below = sum ? sum : rows.h[1 - now] + layer * layer_floats(rows);
       }
@@ -165,6 +174,9 @@ struct Language {
     for (float*& state : rows.h) state = arena.array(model.layers * layer_floats(rows));
     rows.c = kLstm ? arena.array(model.layers * layer_floats(rows)) : nullptr;
     rows.x = arena.array(first.input_blocks * rows.room * W);
+    const int64_t gate_floats = model.gains ? upper.panels * rows.room * NW : 0;
+    rows.xg = arena.array(gate_floats);
+    rows.hg = arena.array(gate_floats);
     for (float*& sum : rows.sum) sum = model.residual ? arena.array(layer_floats(rows)) : nullptr;
     rows.logits = arena.array(rows.count * head.width());
     rows.choice = arena.array(int64_t(choice_bytes(model.V) / sizeof(float)));
@@ -253,24 +265,122 @@ struct Language {
         copy_row_block(model.embedding + rows.ids[row] * model.E, model.E, block, rows.x + (block * rows.room + row) * W);
   }
 
+  bool from_table(int64_t layer) const { return layer == 0 && model.table; }
+  const Sizes<Cell>& sizes_of(int64_t layer) const { return layer ? upper : first; }
+
+  /* A layer's panel: its biases, which its other weights follow. */
+  const float* biases_of(int64_t layer, int64_t panel) const {
+    const Sizes<Cell>& sizes = sizes_of(layer);
+    return model.packed[layer] + panel * (model.int8 ? BytePanel<Cell>{sizes}.floats() : sizes.panel_floats());
+  }
+  const float* hidden_of(int64_t layer, int64_t panel) const {
+    const Sizes<Cell>& sizes = sizes_of(layer);
+    const float* biases = biases_of(layer, panel);
+    return biases + (model.int8 ? BytePanel<Cell>{sizes}.hidden_at() : sizes.bias_floats() + sizes.input_floats());
+  }
+
+  /* What the table gives a panel's gates of some rows, [row][N W]. */
+  void copy_table(const Rows& rows, int64_t panel, int64_t row, int count, float* out) const {
+    for (int r = 0; r < count; ++r)
+      __builtin_memcpy(out + r * NW, model.table + (rows.ids[row + r] * first.panels + panel) * NW, NW * sizeof(float));
+  }
+
+  /* With layer normalisation a row's gates need the whole row. First both shares of all of them, without biases: */
+  void run_products(const Rows& rows, int64_t layer, int now, const float* below, const Team& team) {
+    const Sizes<Cell>& sizes = sizes_of(layer);
+    const float* before = rows.h[now] + layer * layer_floats(rows);
+    Tiles tiles(rows.count, max_rows<N>());
+    alignas(64) static const float zeros[NW] = {};
+    const Place start = {const_cast<float*>(zeros), 0, W};
+    for (int64_t panel = team.begin(sizes.panels); panel < team.end(sizes.panels); ++panel) {
+      const float* inputs = biases_of(layer, panel) + sizes.bias_floats();
+      for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        const int64_t row = tiles.begin(tile), at = (panel * rows.room + row) * NW;
+        const int count = tiles.size(tile);
+        if (from_table(layer))
+          copy_table(rows, panel, row, count, rows.xg + at);
+        else
+          product<N>(count, sizes.input_blocks, below + row * W, rows.room * W, inputs, start, Place{rows.xg + at, NW, W});
+        product<N>(count, sizes.hidden_blocks(), before + row * W, rows.room * W, hidden_of(layer, panel), start,
+                   Place{rows.hg + at, NW, W});
+      }
+    }
+  }
+
+  /* Then whole rows. */
+  void normalise_rows(const Rows& rows, int64_t layer, int now, const float* below, float* sum, const Team& team) {
+    const int64_t apart = rows.room * NW, state = layer * layer_floats(rows);
+    const float* const* gains = model.gains + 4 * layer;
+    for (int64_t row = team.begin(rows.count); row < team.end(rows.count); ++row) {
+      float *x_gates = rows.xg + row * NW, *h_gates = rows.hg + row * NW, *c = rows.c + state + row * W;
+      Moments of_x{}, of_h = moments<Cell, N>(upper, h_gates, apart);
+      if (!from_table(layer)) of_x = moments<Cell, N>(upper, x_gates, apart);
+      for (int64_t panel = 0; panel < upper.panels; ++panel)
+        for (int unit = 0; unit < Cell::kUnits; ++unit) {
+          const int64_t block = panel * Cell::kUnits + unit;
+          const int units = upper.units(block);
+          if (!units) continue;
+          const float* biases = biases_of(layer, panel);
+          V gates[G], hidden{};
+          for (int gate = 0; gate < G; ++gate) {
+            const int64_t n = gate * Cell::kUnits + unit, at = gate * model.H + block * W;
+            V from_x = load(x_gates + panel * apart + n * W);
+            if (!from_table(layer)) from_x = of_x.normalise(from_x) * load_part(gains[0] + at, units) + load(biases + n * W);
+            V from_h = of_h.normalise(load(h_gates + panel * apart + n * W)) * load_part(gains[1] + at, units);
+            if (kGru && gate == 2) {
+              gates[gate] = from_x;
+              hidden = from_h + load(biases + 3 * W);
+            } else {
+              gates[gate] = from_x + from_h;
+            }
+          }
+          if constexpr (kLstm) { /* the output waits for the whole row's c */
+            V after = sigmoid(gates[1]) * load(c + block * rows.room * W) + sigmoid(gates[0]) * tanh(gates[2]);
+            store(c + block * rows.room * W, first_lanes(after, units));
+            store(h_gates + panel * apart + unit * W, sigmoid(gates[3]));
+          } else if constexpr (kGru) {
+            V n = tanh(gates[2] + sigmoid(gates[0]) * hidden);
+            V before = load(rows.h[now] + place(rows, layer, block, row));
+            put(rows, layer, block, row, now, n + sigmoid(gates[1]) * (before - n), below, sum);
+          } else {
+            V after = Cell::kCell == LS_RNN_TANH ? tanh(gates[0]) : relu(gates[0]);
+            put(rows, layer, block, row, now, after, below, sum);
+          }
+        }
+      if constexpr (kLstm) {
+        static_assert(Cell::kUnits == 1, "moments of c go from panel to panel");
+        const Moments of_c = moments<Cell, 1>(upper, c, rows.room * W);
+        for (int64_t block = 0; block < upper.panels; ++block) {
+          const int units = upper.units(block);
+          V c_hat = of_c.normalise(load(c + block * rows.room * W));
+          V read = c_hat * load_part(gains[2] + block * W, units) + load_part(gains[3] + block * W, units);
+          put(rows, layer, block, row, now, load(h_gates + block * apart) * tanh(read), below, sum);
+        }
+      }
+    }
+  }
+
+  /* A row's new h. Lanes without a unit are 0, whatever the weights: the next product multiplies them by 0. */
+  void put(const Rows& rows, int64_t layer, int64_t block, int64_t row, int now, V after, const float* below, float* sum) {
+    after = first_lanes(after, upper.units(block));
+    const int64_t at = (block * rows.room + row) * W;
+    store(rows.h[1 - now] + layer * layer_floats(rows) + at, after);
+    if (sum) store(sum + at, after + load(below + at));
+  }
+
   /* `sum`: where the new h is stored once more, with what is `below` added; NULL: nowhere. */
   void run_layer(const Rows& rows, int64_t layer, int now, const float* below, float* sum, const Team& team) {
     const Sizes<Cell>& sizes = layer ? upper : first;
     const int64_t state = layer * layer_floats(rows), row_block = rows.room * W;
-    const bool from_table = layer == 0 && model.table;
     Tiles tiles(rows.count, max_rows<N>());
     alignas(64) float xg[kAccumulators * W], sums[kAccumulators * W];
-    const BytePanel<Cell> bytes{sizes};
     for (int64_t panel = team.begin(sizes.panels); panel < team.end(sizes.panels); ++panel) {
-      const float* biases = model.packed[layer] + panel * (model.int8 ? bytes.floats() : sizes.panel_floats());
-      const float* inputs = biases + sizes.bias_floats();
-      const float* hidden = model.int8 ? biases + bytes.hidden_at() : inputs + sizes.input_floats();
+      const float *biases = biases_of(layer, panel), *inputs = biases + sizes.bias_floats(), *hidden = hidden_of(layer, panel);
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         const int64_t row = tiles.begin(tile);
         const int count = tiles.size(tile);
-        if (from_table) {
-          for (int r = 0; r < count; ++r)
-            __builtin_memcpy(xg + r * NW, model.table + (rows.ids[row + r] * sizes.panels + panel) * NW, NW * sizeof(float));
+        if (from_table(layer)) {
+          copy_table(rows, panel, row, count, xg);
         } else {
           Place start = {const_cast<float*>(biases), 0, W};
           product<N>(count, sizes.input_blocks, below + row * W, row_block, inputs, start, Place{xg, NW, W});
@@ -282,13 +392,14 @@ struct Language {
           start.p = sums;
         }
         product<N>(count, sizes.hidden_blocks(), rows.h[now] + state + row * W, row_block, hidden, start, Place{sums, NW, W});
-        finish_tile(rows, state, panel, row, count, now, sums, xg, below, sum);
+        finish_tile(rows, layer, panel, row, count, now, sums, xg, below, sum);
       }
     }
   }
 
-  void finish_tile(const Rows& rows, int64_t state, int64_t panel, int64_t row, int count, int now, const float* sums,
+  void finish_tile(const Rows& rows, int64_t layer, int64_t panel, int64_t row, int count, int now, const float* sums,
                    const float* xg, const float* below, float* sum) {
+    const int64_t state = layer * layer_floats(rows);
     for (int unit = 0; unit < Cell::kUnits; ++unit) {
       const int64_t block = panel * Cell::kUnits + unit;
       const int units = upper.units(block);
@@ -307,10 +418,7 @@ struct Language {
         } else {
           after = Cell::kCell == LS_RNN_TANH ? tanh(gates[0]) : relu(gates[0]);
         }
-        /* Lanes without a unit are 0, whatever the weights: the next product multiplies them by 0. */
-        after = first_lanes(after, units);
-        store(rows.h[1 - now] + at, after);
-        if (sum) store(sum + at - state, after + load(below + at - state));
+        put(rows, layer, block, row + r, now, after, below, sum);
       }
     }
   }

@@ -115,6 +115,8 @@ bool is_model(const ls_model& m) {
   if (!(m.table || (m.embedding && m.E > 0)) || !m.packed || !m.head) return false;
   for (int64_t layer = 0; layer < m.layers; ++layer)
     if (!m.packed[layer]) return false;
+  for (int64_t i = 0; m.gains && i < 4 * m.layers; ++i)
+    if (!m.gains[i] && (i % 4 < 2 || m.cell == LS_LSTM)) return false;
   return true;
 }
 

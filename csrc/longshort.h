@@ -151,6 +151,9 @@ typedef struct {
   const float* embedding;   /* V + 1 x E: what the first layer reads */
   const float* const* packed; /* ls_pack's, of each layer; of the first with I = 0 where there is a table, else I = E */
   const float* head;        /* ls_pack_head's */
+  /* Layer normalisation, as in ls_options: of each layer gamma_ih, gamma_hh, and of an LSTM gamma_c and beta_c (else NULL), layers
+     x 4. A table's rows are normalised already, and have biases. NULL: none. */
+  const float* const* gains;
 } ls_model;
 
 /* How a text's symbols are chosen. The random number of symbol n is the first of Philox4x32-10 with key `seed` and counter

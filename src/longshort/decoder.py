@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from longshort import checkpoint, machine, native
 from longshort.config import SHRINKAGE, ModelConfig, adaptive_cutoffs
 from longshort.errors import CheckpointError, UsageError
-from longshort.native_model import Draw, NativeModel
+from longshort.native_model import Draw, NativeModel, normalise
 from longshort.text import tokenizers
 from longshort.text.tokenizers import Tokenizer
 
@@ -51,13 +51,6 @@ def _gru_step(x_BG: Array, h_BG: Array, state: State) -> State:
     return (n + z * (state[0] - n),)
 
 
-def _normal(x_BN: Array, gamma_N: Array) -> Array:
-    """Layer normalisation over the last dimension, as `cells.normalise`."""
-    centred = x_BN - x_BN.mean(-1, keepdims=True)
-    y: Array = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + np.float32(1e-5)) * gamma_N
-    return y
-
-
 def _lstm_step(x_BG: Array, h_BG: Array, state: State) -> State:
     return _lstm_normal_step(x_BG, h_BG, state, None)
 
@@ -68,7 +61,7 @@ def _lstm_normal_step(x_BG: Array, h_BG: Array, state: State, normal_c: tuple[Ar
     H = x_BG.shape[1] // 4
     i_f, o = _sigmoid(gates_BG[:, : 2 * H]), _sigmoid(gates_BG[:, 3 * H :])
     c = i_f[:, H:] * state[1] + i_f[:, :H] * np.tanh(gates_BG[:, 2 * H : 3 * H])
-    seen = c if normal_c is None else _normal(c, normal_c[0]) + normal_c[1]
+    seen = c if normal_c is None else normalise(c, normal_c[0]) + normal_c[1]
     return (o * np.tanh(seen), c)
 
 
@@ -141,11 +134,16 @@ class Decoder:
                 (weight_VH, w["output.bias"]),
                 int8=precision == "int8",
                 residual=config.residual,
+                gains=[self._gains(layer) for layer in range(config.layers)] if config.layer_norm else (),
             )
         elif precision == "int8":
-            why = native.reason() if runs_natively(config) else "These have no layer_norm where models write and read."
-            raise UsageError(f"Weights of eight bits need native kernels. {why}", "Use float32.")
+            raise UsageError(f"Weights of eight bits need native kernels. {native.reason()}")
         self._output = weight_VH.T
+
+    def _gains(self, layer: int) -> list[Array]:
+        """Return a layer's gains of layer normalisation, as `NativeModel` takes them."""
+        names = ("gamma_ih", "gamma_hh", *(("gamma_c", "beta_c") if self.config.cell == "lstm" else ()))
+        return [self._weights[f"recurrent.{name}_l{layer}"] for name in names]
 
     @cached_property
     def _table(self) -> Array:
@@ -158,7 +156,7 @@ class Decoder:
     def _normal(self, layer: int, name: str, share_BG: Array) -> Array:
         """Return the input's or the state's share of a layer's gates, normalised where the model has it so."""
         gamma_G = self._weights.get(f"recurrent.gamma_{name}_l{layer}")
-        return share_BG if gamma_G is None else _normal(share_BG, gamma_G)
+        return share_BG if gamma_G is None else normalise(share_BG, gamma_G)
 
     def _step(self, layer: int) -> Callable[[Array, Array, State], State]:
         """Return the step of a layer's cell."""
@@ -258,7 +256,7 @@ class Decoder:
 
 def runs_natively(config: ModelConfig) -> bool:
     """Return whether the native kernels can read and write with such a model, where there are any."""
-    return config.cell in native.CELLS and not (config.layer_norm or config.adaptive_softmax)
+    return config.cell in native.CELLS and not config.adaptive_softmax
 
 
 def _with_unknown(rows: Array) -> Array:

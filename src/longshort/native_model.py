@@ -29,7 +29,7 @@ class ModelStructure(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("V", "E", "H", "layers")),
         *((name, ctypes.c_int32) for name in ("cell", "target", "int8", "residual")),
-        *((name, ctypes.c_void_p) for name in ("table", "embedding", "packed", "head")),
+        *((name, ctypes.c_void_p) for name in ("table", "embedding", "packed", "head", "gains")),
     )
 
 
@@ -89,6 +89,7 @@ class NativeModel:
         output: (V, H) and (V): the output layer.
         int8: whether the weights are rounded to eight bits and a scale a unit; the table stays float32.
         residual: whether each layer but the first adds what it reads to what it puts out.
+        gains: of layer normalisation, if there is any: of each layer gamma_ih, gamma_hh, of an LSTM gamma_c, beta_c.
 
     Raises:
         ValueError: shapes or types that do not fit.
@@ -103,6 +104,7 @@ class NativeModel:
         output: tuple[Array, Array],
         int8: bool = False,
         residual: bool = False,
+        gains: Sequence[Sequence[Array]] = (),
     ) -> None:
         self._library = native.need()
         target = native.active_target()
@@ -112,7 +114,7 @@ class NativeModel:
         first = layers[0]
         self._table = self._embedding = None
         if 4 * size * GATES[cell] * H <= TABLE_BYTES:
-            self._table = self._pack_table(_gates(cell, first, rows), number)
+            self._table = self._pack_table(_gates(cell, first, rows, gains[0][0] if gains else None), number)
             first = first._replace(weight_ih=np.empty((len(first.weight_hh), 0), np.float32))
         else:
             self._embedding = native.float_array("rows", rows, (size, E))
@@ -134,6 +136,17 @@ class NativeModel:
         self._structure.table, self._structure.embedding = address(self._table), address(self._embedding)
         self._structure.packed = ctypes.cast(self._pointers, ctypes.c_void_p)
         self._structure.head = address(self._head)
+        G = GATES[cell] * H
+        self._gains = [
+            native.float_array("gains", gain, (size,))
+            for own in gains
+            for gain, size in zip(own, (G, G, H, H), strict=False)
+        ]
+        if gains:
+            each = len(self._gains) // len(layers)
+            places = [[address(gain) for gain in self._gains[i : i + each]] for i in range(0, len(self._gains), each)]
+            self._places = (ctypes.c_void_p * (4 * len(layers)))(*(p for own in places for p in (*own, None, None)[:4]))
+            self._structure.gains = ctypes.cast(self._places, ctypes.c_void_p)
 
     def _rounded(self, cell: int, width: int, packed: Array, number: int) -> Array:
         rounded = native.aligned(self._library.ls_rounded_floats(cell, width, self.H, number))
@@ -231,10 +244,19 @@ def _require_writable(name: str, array: Array, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must be contiguous and writable")
 
 
-def _gates(cell: str, weights: Weights, rows: Array) -> Array:
+def normalise(x_BN: Array, gamma_N: Array) -> Array:
+    """Layer normalisation over the last dimension, as `cells.normalise`."""
+    centred = x_BN - x_BN.mean(-1, keepdims=True)
+    y: Array = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + np.float32(1e-5)) * gamma_N
+    return y
+
+
+def _gates(cell: str, weights: Weights, rows: Array, gamma_ih: Array | None) -> Array:
     """Return what each row gives the gates, (V + 1, G): the product with W_ih and the biases that it can take in."""
     with np.errstate(invalid="ignore", over="ignore"):  # weights of a run that diverged: who reads the figures sees it
         gates = rows @ weights.weight_ih.T
+        if gamma_ih is not None:
+            gates = normalise(gates, gamma_ih)
     if weights.bias_ih is not None:
         gates += weights.bias_ih
     if weights.bias_hh is not None:  # of the GRU's n it stays with W_hh h: r multiplies both
