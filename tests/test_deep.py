@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import longshort
+from conftest import ROOT
 from longshort import depth, native, plots, screen, training
 from longshort.cli import main
 from longshort.config import ModelConfig, TrainConfig
@@ -165,3 +167,18 @@ def test_a_deep_residual_net_passes_gradients_on() -> None:
         gradient: Any = model.recurrent.weight_ih_l0.grad
         size[residual] = float(gradient.norm())
     assert size[True] > 1e6 * size[False]
+
+
+def test_the_page_has_the_figures_of_the_file() -> None:
+    page = (ROOT / "docs" / "deep.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "benchmarks" / "results" / "2026-11-25-depth.json").read_text(encoding="utf-8"))
+    groups: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
+    for row in found["rows"]:
+        groups.setdefault((row["layers"], row["hidden"], row["kind"].replace("_", " ")), []).append(row)
+    for (layers, hidden, kind), rows in groups.items():
+        steps, speed, bits = (
+            statistics.median(row[name] for row in rows)
+            for name in ("steps", "tokens_per_second", "bits_per_character")
+        )
+        figures = f"{rows[0]['parameters']:,} | {steps:,.0f} | {speed:,.0f} | {bits:.3f}"
+        assert f"| {layers} x {hidden} | {kind} | {figures} |" in page

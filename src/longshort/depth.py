@@ -75,6 +75,11 @@ def result(prepared: Prepared, *, threads: int, seconds: float, **chosen: Any) -
     about |= {"symbols": prepared.tokenizer.size, "heldout_tokens": prepared.heldout_tokens}
     date, where = datetime.now(UTC).date().isoformat(), machine.description()
     found: dict[str, Any] = {"recipe": "depth", "text": about, "seconds": seconds, "threads": threads}
+    found["command"] = f"longshort compare {text.name} --recipe depth --seconds {seconds:g}" + "".join(
+        f" --{name} {','.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in chosen.items()
+        if name != "report"
+    )
     return {**found, "seeds": chosen.get("seeds", 1), "date": date, "machine": where, "rows": rows}
 
 
