@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 import warnings
@@ -521,3 +522,30 @@ def test_the_examples_run(name: str, wanted: list[str], tmp_path: Path) -> None:
     found = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert all(words in found.stdout for words in wanted)
     assert len(program.read_text(encoding="utf-8").splitlines()) <= 75
+
+
+def test_the_pages_program_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "labels.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    command = [sys.executable, "-W", "error", "-c", program]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert "['english', 'french']" in found.stdout
+
+
+def test_the_page_has_the_figures_of_the_file() -> None:
+    page = (ROOT / "docs" / "labels.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "benchmarks" / "results" / "2026-11-25-labels.json").read_text(encoding="utf-8"))
+    tags: dict[int, list[str]] = {}
+    for row in found["rows"]:
+        figures = f"{row.get('accuracy', 0):.3f} | {row.get('best_possible', 0):.3f}"
+        if row["task"] == "made-up languages":
+            assert f"| {row['cell'].upper()}, pooling {row['pooling']} | {figures} |" in page
+        elif row["task"] == "tags":
+            tags.setdefault(row["sentences"], []).append(figures)
+        elif "model" in row:
+            figures = f"{row['accuracy']:.3f} | {row['macro_f1']:.3f} | {row['f1']['timemachine']:.3f}"
+            assert f"| {row['model']} | {figures} | {row['seconds']:.0f} |" in page
+    assert len(tags) == 5
+    for sentences, both in tags.items():
+        assert f"| {sentences:,} | {' | '.join(both)} |" in page

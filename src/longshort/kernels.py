@@ -344,6 +344,12 @@ def run(
     return run_layers(choice, stack, x_TBI, state, flat, dropout=dropout, training=training, options=options)
 
 
+def embed(ids: Tensor, embedding_VE: Tensor) -> Tensor:
+    """Return the embedding's row of each symbol; of V, which is unknown, zeros. The embedding is not copied."""
+    V = len(embedding_VE)
+    return F.embedding(ids.clamp(max=V - 1), embedding_VE).masked_fill((ids == V).unsqueeze(-1), 0)
+
+
 def run_tokens(
     cell: str,
     ids_TB: Tensor,
@@ -392,9 +398,11 @@ def run_tokens(
         return add_up(run_layer, partial(F.dropout, p=dropout, training=training), len(weights), ids_TB)
     weight_ih, bias_ih = weights[0][0], weights[0][2]
     if options:  # a row of the table is not what the layer normalises
-        rows_VI = identity if embedding_VE is None else F.pad(embedding_VE, (0, 0, 0, 1))
-        assert rows_VI is not None
-        x_TBI = F.embedding(ids_TB, rows_VI)
+        if embedding_VE is None:
+            assert identity is not None
+            x_TBI = F.embedding(ids_TB, identity)
+        else:
+            x_TBI = embed(ids_TB, embedding_VE)
         return run(cell, x_TBI, state, weights, dropout=dropout, training=training, options=options)
     if choose(cell).name == "reference":
         table_VG = weight_ih.T if embedding_VE is None else embedding_VE @ weight_ih.T
@@ -422,5 +430,5 @@ def run_tokens(
             weights = [[weight_ih @ embedding_VE.T, *weights[0][1:]], *weights[1:]]
     else:
         assert embedding_VE is not None
-        x_TBI = F.embedding(ids_TB, F.pad(embedding_VE, (0, 0, 0, 1)))
+        x_TBI = embed(ids_TB, embedding_VE)
     return run(cell, x_TBI, state, weights, dropout=dropout, training=training)

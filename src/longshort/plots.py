@@ -227,7 +227,7 @@ def labels(result: Mapping[str, Any], path: str | Path) -> None:
     right.set_yticks(range(len(names)), names, size=8)
     right.set_xlabel("what is said")
     right.set_ylabel("what it is")
-    right.set_title(f"Who wrote the line ({chosen['model']})", loc="left", size=11)
+    right.set_title("Who wrote the line", loc="left", size=11)
     _save(plt, figure, [left, right], path)
 
 
