@@ -105,7 +105,8 @@ def test_a_row_is_labelled_as_if_it_were_alone(
     width = 3 if reads == "vectors" else 0
     given: dict[str, Any] = {"embedding": 0} if reads == "one-hot" else {}
     given |= {"reads": "vectors", "inputs": 3, "vocab_size": 0} if width else {}
-    stack = {"cell": cell, "layers": layers, "bidirectional": bidirectional, "per_step": per_step, "pooling": pooling}
+    stack = {"cell": cell, "layers": layers, "bidirectional": bidirectional, "per_step": per_step}
+    stack |= {} if per_step else {"pooling": pooling}
     model = made(**stack, **given)
     sequences = drawn(lengths, width, seed)
     batch = Encoded(model.config, None, sequences).batch(np.arange(len(sequences)))
@@ -130,7 +131,7 @@ def test_gradients_do_not_depend_on_order_and_padding(per_step: bool, order: lis
     weights = torch.tensor([1.0, 2.0, 0.5])
 
     def gradients(groups: list[list[int]], longer: int) -> list[Tensor]:
-        model = made(per_step=per_step, pooling=pooling, layers=2)
+        model = made(per_step=per_step, pooling="mean" if per_step else pooling, layers=2)
         encoded = Encoded(model.config, None, sequences, labels)
         counts = np.array([len(each) if per_step else 1 for each in sequences])
         importance = weights.numpy()[["abc".index(name) for name in names]] * counts
@@ -404,6 +405,10 @@ def test_what_cannot_be_trained_is_refused_and_leaves_nothing(tmp_path: Path, mo
         run(out, examples, None, cell="my.py:Cell")
     with pytest.raises(ConfigError, match="One-hot input is for at most"):
         run(out, Examples([[5000], [1]], ["x", "y"]), None, embedding=0)
+    with pytest.raises(ConfigError, match="tokenizer bpe is for texts; these sequences are ids"):
+        run(out, examples, None, tokenizer="bpe")
+    with pytest.raises(ConfigError, match="min_freq is for words"):
+        run(out, examples, None, min_freq=2)
     with pytest.raises(ConfigError, match="holds white space"):
         run(out, Examples([["a b"], ["c"]], ["x", "y"]), None)
     with pytest.raises(TrainingError, match="diverged"):
@@ -423,6 +428,7 @@ def test_configurations_that_make_no_sense() -> None:
         ({"labels": ("a", "a")}, "two different ones"),
         ({"inputs": 2}, "vocab_size and no inputs"),
         ({"reads": "vectors"}, "inputs and no vocab_size"),
+        ({"per_step": True, "pooling": "ends"}, "no pooling"),
     ):
         with pytest.raises(ConfigError, match=words):
             made(**changes)
@@ -549,3 +555,12 @@ def test_the_page_has_the_figures_of_the_file() -> None:
     assert len(tags) == 5
     for sentences, both in tags.items():
         assert f"| {sentences:,} | {' | '.join(both)} |" in page
+
+
+def test_texts_are_cut_into_words_where_that_is_asked_for(tmp_path: Path) -> None:
+    texts = ["good day", "day night", "bad night", "bad day", "good good"]
+    examples = Examples(texts * 8, ["+", "-", "-", "-", "+"] * 8)
+    run(tmp_path / "run", examples, None, tokenizer="word", lr=0.05, steps=60, dropout=0.0)
+    model = longshort.load(tmp_path / "run")
+    assert model.config.vocab_size == 4  # and no symbol reaches from one text into the next
+    assert model.predict(["good night  good", "bad unheard-of"]) == ["+", "-"]

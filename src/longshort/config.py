@@ -321,6 +321,8 @@ class LabelModelConfig(LabelLayers):
         super().__post_init__()
         if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
             raise ConfigError(f"labels must be two different ones or more, not {self.labels!r:.80}.")
+        if self.per_step and self.pooling != "mean":
+            raise ConfigError("A tagger labels each step, so it has no pooling.", "Leave pooling out.")
         width, other = (self.inputs, self.vocab_size) if self.reads == "vectors" else (self.vocab_size, self.inputs)
         if not width or other:
             wanted = "inputs and no vocab_size" if self.reads == "vectors" else "vocab_size and no inputs"

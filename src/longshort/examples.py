@@ -127,6 +127,10 @@ class Examples:
                 f"class_weights are wanted for {len(self.names)} labels, in the order {', '.join(self.names)!s:.200}.",
                 f"There are {len(config.class_weights)}. Examples.balanced_weights() gives some.",
             )
+        if self.reads != "text" and config.tokenizer != "char":
+            raise ConfigError(f"tokenizer {config.tokenizer} is for texts; these sequences are {self.reads}.")
+        if config.min_freq is not None and self.reads != "words" and config.tokenizer != "word":
+            raise ConfigError("min_freq is for words.", "Leave it out, or set tokenizer to word.")
         tokenizer, vocab_size, inputs = self._tokenizer(config), 0, 0
         if tokenizer is not None:
             vocab_size = tokenizer.size
@@ -149,9 +153,8 @@ class Examples:
         if self.reads == "text":
             # Where symbols are longer than a character, none may reach from one text into the next.
             apart = "" if config.tokenizer in ("char", "byte") else " "
-            return train_tokenizer(
-                config.tokenizer, [text + apart for text in self.sequences], min_freq=config.min_freq
-            )
+            texts = [text + apart for text in self.sequences]
+            return train_tokenizer(config.tokenizer, texts, min_freq=config.min_freq)
         return None
 
 
