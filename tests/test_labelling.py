@@ -524,7 +524,7 @@ def test_a_changed_configuration_is_refused_or_is_a_model(name: str, value: Any,
 )
 def test_the_examples_run(name: str, wanted: list[str], tmp_path: Path) -> None:
     program = ROOT / "examples" / name
-    arguments = [sys.executable, str(program), "--count", "2000", "--out", str(tmp_path / "run")]
+    arguments = [sys.executable, str(program), "--count", "500", "--out", str(tmp_path / "run")]
     found = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert all(words in found.stdout for words in wanted)
     assert len(program.read_text(encoding="utf-8").splitlines()) <= 75

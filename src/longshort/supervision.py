@@ -160,8 +160,8 @@ def train_labels(
     torch.set_num_threads(config.threads or 1)
     legs = [[0, steps]]
     content = _run_config(config, examples, heldout, legs)
-    run = checkpoint.create_run(path, content, task.description()[1])
     stepper = LabelStepper(model, config, steps, stop)
+    run = checkpoint.create_run(path, content, task.description()[1])
     with keeping(run, checkpoint_size(stepper)):
         yield from Loop(config, legs, task, stepper, run, stop).events(task.started(run.path, None))
 

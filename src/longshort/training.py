@@ -277,8 +277,8 @@ def train(
     # Absolute, so that the run finds its text again from wherever it is looked at.
     config = _with_absolute_paths(dataclasses.replace(config, out=str(path)))
     legs = [[0, config.steps or 1]]
-    run = checkpoint.create_run(path, _run_config(config, prepared.text, legs), tokenizer.to_json())
     stepper = TextStepper(model, config, config.steps or 1, team, stop)
+    run = checkpoint.create_run(path, _run_config(config, prepared.text, legs), tokenizer.to_json())
     with keeping(run, checkpoint_size(stepper)):
         _lead(team, config, prepared, model)
         task = TextTask(config, prepared, sampler, model)
