@@ -59,7 +59,7 @@ def main() -> None:
             name: HiddenMarkov.drawn(3, 8, seed, sharpness=0.6) for seed, name in enumerate(("ar", "bo", "cu"))
         }
         generator = np.random.default_rng(0)
-        learn, heldout = made_up(languages, args.count, generator), made_up(languages, 3000, generator)
+        learn, heldout = (made_up(languages, n, generator) for n in (args.count, args.count // 3))
         print(f"best possible accuracy {best_possible(languages, heldout):.3f}")
     examples, rest = (longshort.Examples(*zip(*part, strict=True)) for part in (learn, heldout))
     weights = examples.balanced_weights()

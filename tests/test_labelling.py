@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import re
-import subprocess
+import runpy
 import sys
 import warnings
 from pathlib import Path
@@ -522,21 +522,25 @@ def test_a_changed_configuration_is_refused_or_is_a_model(name: str, value: Any,
         ("tag_words.py", ["forward only", "boat/noun"]),
     ],
 )
-def test_the_examples_run(name: str, wanted: list[str], tmp_path: Path) -> None:
+def test_the_examples_run(
+    name: str, wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     program = ROOT / "examples" / name
-    arguments = [sys.executable, str(program), "--count", "500", "--out", str(tmp_path / "run")]
-    found = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert all(words in found.stdout for words in wanted)
+    monkeypatch.setattr(sys, "argv", [name, "--count", "500", "--out", str(tmp_path / "run")])
+    runpy.run_path(str(program), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert all(words in shown for words in wanted)
     assert len(program.read_text(encoding="utf-8").splitlines()) <= 75
 
 
-def test_the_pages_program_runs(tmp_path: Path) -> None:
+def test_the_pages_program_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = (ROOT / "docs" / "labels.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    command = [sys.executable, "-W", "error", "-c", program]
-    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert found.returncode == 0, found.stderr
-    assert "['english', 'french']" in found.stdout
+    monkeypatch.chdir(tmp_path)
+    exec(program, {})
+    assert "['english', 'french']" in capsys.readouterr().out
 
 
 def test_the_page_has_the_figures_of_the_file() -> None:

@@ -222,6 +222,7 @@ ALONE = [
     (name, {option: value})
     for name in LAYERS
     for option, value in (COMMON | (LSTM_ONLY if name == "LSTM" else {})).items()
+    if option != "residual" or name == "GRU"  # which is between layers, whatever they are
 ]
 
 

@@ -580,7 +580,8 @@ def _check_config(config: dict[str, Any], tokenizer: bytes, directory: Path) -> 
     model, size, step = config.get("model"), config.get("vocab_size"), config.get("step", -1)
     if config.get("model_type") != "longshort" or not isinstance(model, dict):
         refuse(directory / _CONFIG, "it describes no longshort model")
-    if type(size) is not int or size < 0 or model.get("vocab_size") != size:
+    fewest = 0 if "labels" in model else 1  # what labels sequences may read vectors
+    if type(size) is not int or size < fewest or model.get("vocab_size") != size:
         refuse(directory / _CONFIG, "vocab_size is missing, or not the one inside model")
     if step is not None and (type(step) is not int or step < 0):
         refuse(directory / _CONFIG, "step is not a number of steps")
