@@ -109,7 +109,8 @@ def run(
         report: called after each turn with the row so far and its share of the time in percent.
 
     Raises:
-        UsageError: an unknown kind, a depth below 1, or nothing held out.
+        UsageError: an unknown kind, or nothing held out.
+        ConfigError: a depth below 1.
         TrainingError: a loss that is not finite.
     """
     if unknown := [kind for kind in kinds if kind not in KINDS]:
@@ -142,9 +143,8 @@ def equal_width(config: ModelConfig, parameters: int) -> int:
 
 
 def _count(config: ModelConfig, hidden: int) -> int:
-    gates = len(get_cell(config.cell).gates)
-    sized = dataclasses.replace(config, hidden=max(hidden, 2))
-    return sum(math.prod(shape) for shape in weight_shapes(sized, gates).values())
+    cell, sized = get_cell(config.cell), dataclasses.replace(config, hidden=max(hidden, 2))
+    return sum(math.prod(shape) for shape in weight_shapes(sized, len(cell.gates), cell.vectors).values())
 
 
 class _Run:

@@ -262,8 +262,11 @@ class Encoded:
                     f"The model does not know the label {error.args[0]!r:.80}.", f"It gives {', '.join(config.labels)}."
                 ) from error
 
-        unknown = [[IGNORED] * length if self.per_step else [IGNORED] for length in self.lengths]
-        self.targets = [np.array(numbers(each), np.int64) for each in labels] if labels is not None else unknown
+        if labels is None:
+            counts = self.lengths if self.per_step else np.ones(len(self.arrays), np.int64)
+            self.targets = [np.full(count, IGNORED, np.int64) for count in counts]
+        else:
+            self.targets = [np.array(numbers(each), np.int64) for each in labels]
 
     def __len__(self) -> int:
         """Return the number of sequences."""

@@ -25,7 +25,7 @@ class Softmax(nn.Linear):
 
     def logits(self, h_TBH: Tensor) -> Tensor:
         """Return the logits (T, B, V)."""
-        return self(h_TBH)  # type: ignore[no-any-return]
+        return F.linear(h_TBH, self.weight, self.bias)
 
     def loss(self, h_NH: Tensor, targets_N: Tensor, tokens: int) -> Tensor:
         """Return the sum of -log p of all targets, divided by `tokens`; as `cross_entropy`."""
@@ -59,7 +59,8 @@ class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
 
     def nats(self, h_NH: Tensor, targets_N: Tensor) -> Tensor:
         """Return -log p of each target in nats (N)."""
-        return -self(h_NH, targets_N).output  # type: ignore[no-any-return]
+        log_p_N: Tensor = self(h_NH, targets_N).output
+        return -log_p_N
 
 
 _LOGITS_AT_ONCE = 1 << 23

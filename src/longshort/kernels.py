@@ -231,7 +231,10 @@ def run_layers(
         run = _run_native(choice)
     rest: dict[str, Any] = {"batch_first": batch_first, "training": training, "sequences": sequences}
     if not stack.residual:
-        return run(stack, x, state, weights, dropout=dropout, options=options, readings=readings, **rest)  # type: ignore[no-any-return]
+        found: tuple[Tensor, State] = run(
+            stack, x, state, weights, dropout=dropout, options=options, readings=readings, **rest
+        )
+        return found
     D, each = 1 + stack.bidirectional, len(weights) // stack.num_layers
 
     def run_layer(layer: int, x: Tensor) -> tuple[Tensor, State]:
@@ -239,7 +242,8 @@ def run_layers(
         at = slice(layer * D, (layer + 1) * D)
         before = state and tuple(tensor[at] for tensor in state)
         own = weights[layer * each : (layer + 1) * each]
-        return run(one, x, before, own, options=options[at], readings=readings, **rest)  # type: ignore[no-any-return]
+        found: tuple[Tensor, State] = run(one, x, before, own, options=options[at], readings=readings, **rest)
+        return found
 
     def drop(x: Tensor) -> Tensor:
         return backends.drop_between(x, dropout, batch_first, sequences) if dropout and training else x

@@ -83,9 +83,10 @@ class Labeller(nn.Module):
         h_TBH, state = self.recurrent(inputs, lengths=lengths)
         last = state[0] if isinstance(state, tuple) else state
         directions = 1 + self.config.bidirectional
-        ends_BH = last[-directions:].transpose(0, 1).flatten(1)
-        dropout = self.config.dropout
-        return F.dropout(h_TBH, dropout, self.training), F.dropout(ends_BH, dropout, self.training)
+        return h_TBH, last[-directions:].transpose(0, 1).flatten(1)
+
+    def _drop(self, h: Tensor) -> Tensor:
+        return F.dropout(h, self.config.dropout, self.training)
 
     def loss(self, batch: Batch, class_weights: Tensor | None = None) -> Tensor:
         """Return the mean of -log p of the labels of `batch`, in nats.
@@ -174,12 +175,12 @@ class SequenceClassifier(Labeller):
         """
         h_TBH, ends_BH = self._read(inputs, lengths)
         if self.config.pooling == "ends":
-            return cast(Tensor, self.output(ends_BH))
+            return cast(Tensor, self.output(self._drop(ends_BH)))
         T, B = h_TBH.shape[:2]
         steps_B = torch.full((B,), T) if lengths is None else torch.as_tensor(lengths)
         steps_B1 = steps_B.to(h_TBH.device).unsqueeze(1)
         # The layers give zeros beyond a row's end, so they may be in the sum.
-        return cast(Tensor, self.output(h_TBH.sum(0) / steps_B1.clamp(min=1)))
+        return cast(Tensor, self.output(self._drop(h_TBH).sum(0) / steps_B1.clamp(min=1)))
 
 
 class SequenceTagger(Labeller):
@@ -194,7 +195,7 @@ class SequenceTagger(Labeller):
             inputs: as of `SequenceClassifier`.
             lengths: the same.
         """
-        return cast(Tensor, self.output(self._read(inputs, lengths)[0]))
+        return cast(Tensor, self.output(self._drop(self._read(inputs, lengths)[0])))
 
 
 @dataclass(frozen=True, slots=True)

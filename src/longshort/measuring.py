@@ -81,14 +81,20 @@ def compare(
     }
     with screen.Ticker() as ticker:
         result = comparison.result(loaded, threads=torch.get_num_threads(), report=ticker.report, **chosen)
+    _show(result, json, plot)
+
+
+def _show(result: dict[str, Any], json: bool, plot: str | None) -> None:
+    """Print what a comparison found, as its recipe is shown, and draw it if that is asked for."""
+    from longshort import plots, screen
+
+    depth = result["recipe"] == "depth"
     if json:
         console.print_json(result)
     else:
-        screen.print_comparison(result)
+        (screen.print_depths if depth else screen.print_comparison)(result)
     if plot is not None:
-        from longshort import plots
-
-        plots.comparison(result, plot)
+        (plots.depths if depth else plots.comparison)(result, plot)
         console.say(f"Curves: {plot}")
 
 
@@ -105,7 +111,7 @@ def _compare_depths(
 ) -> None:
     import torch
 
-    from longshort import depth, plots, screen
+    from longshort import depth, screen
     from longshort.training import Prepared
 
     seconds = 60.0 if seconds is None else seconds
@@ -119,13 +125,7 @@ def _compare_depths(
     chosen |= {"hidden": hidden or 256, "seconds": seconds, "threads": torch.get_num_threads()}
     with screen.Ticker() as ticker:
         found = depth.result(Prepared(TrainConfig(**place)), report=ticker.report_depth, **chosen)
-    if json:
-        console.print_json(found)
-    else:
-        screen.print_depths(found)
-    if plot is not None:
-        plots.depths(found, plot)
-        console.say(f"Picture: {plot}")
+    _show(found, json, plot)
 
 
 def bench(
