@@ -38,7 +38,8 @@ struct Backward {
   int64_t chunk_rows;
   int64_t U;              /* unit blocks, without those that are all padding */
   int64_t hidden_panels, input_panels;
-  bool options, has_direct, normal;
+  bool options;           /* whether there is anything beside the plain layer; gradients of gates too */
+  bool has_direct, normal;
   int64_t saved_row; /* floats that a row of a unit block has saved */
   bool direct_weights;    /* they are read as they lie; `recurrent` has its rows one after the other then */
   int64_t r_row, r_block;
@@ -62,7 +63,7 @@ struct Backward {
       : a(args), steps(args.shape), sizes(args.shape.I, args.shape.H), T(args.shape.T), B(args.shape.B),
         I(args.shape.I), H(args.shape.H), Bp(odd(B)), U(ceil_div(H, W)) {
     const ls_options& o = a.options;
-    options = o.h_mask || o.resets || o.zoneout_mask || o.zoneout != 0.0f;
+    options = o.h_mask || o.resets || o.zoneout_mask || o.zoneout != 0.0f || a.dgates;
     normal = o.gamma_ih;
     saved_row = saved_vectors<Cell>(normal) * W;
     has_direct = kGru || o.zoneout_mask || o.zoneout != 0.0f;
@@ -253,7 +254,7 @@ struct Backward {
           const float* g = u.saved + row * saved_row;
           V o = load(g + 3 * W), tanh_c = tanh(load(g + 4 * W));
           V dc_row = load(dc + (block * Bp + row) * W) + dh * o * (1.0f - tanh_c * tanh_c);
-          gates[3] = dh * tanh_c * o * (1.0f - o);
+          gates[3] = with_shown<kOptions>(dh * tanh_c, u, row, 3) * o * (1.0f - o);
           differentiate_lstm<kOptions>(u, row, dc_row, gates);
         } else {
           differentiate<kOptions>(u, row, dh, gates, input);
@@ -282,6 +283,13 @@ struct Backward {
     if (step > 0) before = a.saved + saved_offset(sizes, saved_row, row_offset[step - 1], n_before, block, 0);
     const float* saved = a.saved + saved_offset(sizes, saved_row, row_offset[step], steps.rows(step), block, 0);
     return {step, steps.time(step), block, n_before, sizes.units(block), saved, before};
+  }
+
+  /* The gradient `d` of a gate (of the LSTM 4 is c), and what reaches it from whoever looked at it. */
+  template <bool kOptions>
+  V with_shown(V d, const Units& u, int64_t row, int gate) const {
+    if (!kOptions || !a.dgates) return d;
+    return d + load_part(a.dgates + ((gate * T + u.time) * B + steps.batch_row(row)) * H + u.block * W, u.count);
   }
 
   /* The gradient of what a step's cell made of h. With zoneout a share goes to h before it, past the cell: into `direct`, to
@@ -317,9 +325,10 @@ struct Backward {
                  : a.c0           ? load_part(a.c0 + to, u.count)
                                   : V{};
     if (reset) c_before = V{};
-    gates[0] = dc_row * g * i * (1.0f - i);
-    gates[1] = dc_row * c_before * f * (1.0f - f);
-    gates[2] = dc_row * i * (1.0f - g * g);
+    dc_row = with_shown<kOptions>(dc_row, u, row, 4);
+    gates[0] = with_shown<kOptions>(dc_row * g, u, row, 0) * i * (1.0f - i);
+    gates[1] = with_shown<kOptions>(dc_row * c_before, u, row, 1) * f * (1.0f - f);
+    gates[2] = with_shown<kOptions>(dc_row * i, u, row, 2) * (1.0f - g * g);
     V dc_before = reset ? V{} : dc_row * f;
     store(dc + (u.block * Bp + row) * W, dc_before);
     if (a.dc0 && row >= u.n_before) store_part(a.dc0 + to, dc_before, u.count);
@@ -333,9 +342,9 @@ struct Backward {
       bool reset = kOptions && is_reset(u.step, row);
       V r = load(saved), z = load(saved + W), n = load(saved + 2 * W), hidden = load(saved + 3 * W);
       V before = reset ? V{} : h_before(u.step, row, u.n_before, u.block, u.count);
-      V dn = dh * (1.0f - z) * (1.0f - n * n);
-      gates[0] = input[0] = dn * hidden * r * (1.0f - r);
-      gates[1] = input[1] = dh * (before - n) * z * (1.0f - z);
+      V dn = with_shown<kOptions>(dh * (1.0f - z), u, row, 2) * (1.0f - n * n);
+      gates[0] = input[0] = with_shown<kOptions>(dn * hidden, u, row, 0) * r * (1.0f - r);
+      gates[1] = input[1] = with_shown<kOptions>(dh * (before - n), u, row, 1) * z * (1.0f - z);
       gates[2] = dn * r;
       input[2] = dn;
       float* to = direct + (u.block * Bp + row) * W;
@@ -392,7 +401,7 @@ struct Backward {
         V d = dh * gate * (1.0f - tanh_c * tanh_c);
         float* out = dg + block * G * next + at * W;
         store(out, d * gamma); /* until the whole row's are known */
-        store(out + 3 * next, dh * tanh_c * gate * (1.0f - gate));
+        store(out + 3 * next, with_shown<kOptions>(dh * tanh_c, u, row, 3) * gate * (1.0f - gate));
         of_c.add(d * gamma, c_hat);
         add_to(part(sums, 4, 0, block), d * c_hat);
         add_to(part(sums, 4, 1, block), d);

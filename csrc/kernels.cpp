@@ -3,6 +3,7 @@
 #include "backward.h"
 #include "decode.h"
 #include "forward.h"
+#include "gates.h"
 #include "loss.h"
 
 namespace ls {
@@ -32,6 +33,14 @@ static int64_t saved_floats(const ls_shape* shape, bool normal) {
     case LS_GRU: return saved_floats_of<Gru>(*shape, normal);
     case LS_LSTM: return saved_floats_of<Lstm>(*shape, normal);
     default: return saved_floats_of<RnnTanh>(*shape, normal);
+  }
+}
+
+static void gates(const ls_shape* shape, bool normal, const float* saved, float* out) {
+  switch (shape->cell) {
+    case LS_GRU: return lay_out_gates<Gru>(*shape, normal, saved, out);
+    case LS_LSTM: return lay_out_gates<Lstm>(*shape, normal, saved, out);
+    default: return; /* an RNN has none */
   }
 }
 
@@ -148,10 +157,11 @@ static void apply(int32_t function, int64_t n, const float* x, float* y) {
 #define LS_TEXT(a) #a
 extern const Target LS_JOIN(target_, LS_TARGET);
 const Target LS_JOIN(target_, LS_TARGET) = {
-    LS_QUOTE(LS_TARGET),      LS_TARGET::forward,        LS_TARGET::backward, LS_TARGET::saved_floats,
-    LS_TARGET::packed_floats, LS_TARGET::pack,           LS_TARGET::decode,   LS_TARGET::read,
-    LS_TARGET::table_floats,  LS_TARGET::head_floats,    LS_TARGET::pack_table_of, LS_TARGET::rounded_floats,
-    LS_TARGET::round,         LS_TARGET::pack_head,      LS_TARGET::cross_entropy, LS_TARGET::apply,
+    LS_QUOTE(LS_TARGET),      LS_TARGET::forward,     LS_TARGET::backward,      LS_TARGET::saved_floats,
+    LS_TARGET::gates,         LS_TARGET::packed_floats, LS_TARGET::pack,        LS_TARGET::decode,
+    LS_TARGET::read,          LS_TARGET::table_floats, LS_TARGET::head_floats,  LS_TARGET::pack_table_of,
+    LS_TARGET::rounded_floats, LS_TARGET::round,      LS_TARGET::pack_head,     LS_TARGET::cross_entropy,
+    LS_TARGET::apply,
 };
 
 }  // namespace ls

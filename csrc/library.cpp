@@ -212,6 +212,16 @@ int32_t ls_backward(const ls_backward_args* args) {
   return target->backward(args);
 }
 
+int32_t ls_gates(const ls_shape* shape, int32_t layer_norm, const float* saved, float* gates) {
+  const Target* target = shape && is_shape(*shape) ? find(shape->target) : nullptr;
+  if (!target) return LS_BAD_ARGUMENT;
+  bool nothing = shape->T == 0 || shape->B == 0 || shape->cell < LS_GRU;
+  if (nothing) return LS_OK;
+  if ((!saved && !is_empty(*shape)) || !gates) return LS_BAD_ARGUMENT;
+  target->gates(shape, layer_norm != 0, saved, gates);
+  return LS_OK;
+}
+
 int64_t ls_table_floats(int32_t cell, int64_t V, int64_t H, int32_t target) {
   const Target* found = is_cell(cell) && V > 0 && are_widths(V, H) ? find(target) : nullptr;
   return found ? found->table_floats(cell, V + 1, H) : -1;

@@ -35,7 +35,7 @@
 extern "C" {
 #endif
 
-#define LS_ABI_VERSION 5
+#define LS_ABI_VERSION 6
 
 enum ls_cell { LS_RNN_TANH = 0, LS_RNN_RELU = 1, LS_GRU = 2, LS_LSTM = 3 };
 
@@ -122,6 +122,7 @@ typedef struct {
   int64_t dy_step, dy_row;
   const float* dh_n; /* B x H; NULL: zeros */
   const float* dc_n; /* B x H; NULL: zeros */
+  const float* dgates; /* of what ls_gates lays out, laid out so; NULL: zeros */
   float* dx;         /* NULL: not wanted; past the end of a sequence set to 0 as y is */
   int64_t dx_step, dx_row;
   float* dweight_ih; /* G H x I; NULL: not wanted, as all below */
@@ -238,6 +239,11 @@ LS_API uint64_t ls_sample(int32_t cell, int64_t I, int64_t H, const float* weigh
 
 LS_API int32_t ls_forward(const ls_forward_args* args);
 LS_API int32_t ls_backward(const ls_backward_args* args);
+
+/* What a forward call saved, laid out to be looked at: of an LSTM i, f, g, o after their activations and c after the step, of a
+   GRU r, z, n, each T x B x H in the order of the batch, 0 where a row has no step. Of an RNN nothing: y has it all.
+   `shape` and `layer_norm` as in that call. */
+LS_API int32_t ls_gates(const ls_shape* shape, int32_t layer_norm, const float* saved, float* gates);
 
 /* Write texts: choose a symbol from the logits, read it, and so on. A text is the same alone and in any batch, in one call
    and in several, with any number of threads, as long as the target stays the same. */

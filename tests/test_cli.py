@@ -22,7 +22,7 @@ from longshort import checkpoint, documents, native
 from longshort.cli import main
 from longshort.text.corpus import SOURCES
 
-VERBS = ("demo", "train", "resume", "eval", "generate", "compare", "bench", "doctor")
+VERBS = ("demo", "train", "resume", "eval", "generate", "score", "inspect", "compare", "bench", "doctor")
 TINY = ["--hidden", "12", "--embedding", "8", "--seq-len", "12", "--batch-size", "4", "--threads", "1"]
 
 

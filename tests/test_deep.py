@@ -12,7 +12,7 @@ import torch
 
 import longshort
 from conftest import ROOT
-from longshort import depth, native, plots, screen, training
+from longshort import depth, native, plots, tables, training
 from longshort.cli import main
 from longshort.config import ModelConfig, TrainConfig
 from longshort.errors import ConfigError, TrainingError, UsageError
@@ -122,7 +122,7 @@ def test_depth_against_width(text: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert {row["seed"] for row in rows} == {0, 1}
     assert picture.stat().st_size > 5000
     plots.depths({**found, "rows": [*rows, {**rows[0], "cell": "lstm"}]}, tmp_path / "two.svg")
-    screen.print_depths(found)
+    tables.print_depths(found)
     shown = capsys.readouterr().out
     assert "residual" in shown
     assert "held-out bits/character" in shown

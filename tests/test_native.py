@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ class Reference:
         self.resets = np.zeros((T, B), bool) if resets is None else resets
         self.gains = gains
         self.y = np.zeros((T, B, H), kind)
+        self.shown = {name: np.zeros((T, B, H), kind) for name in native.SHOWN[cell]}
         self.after = [np.array(s, kind) for s in state]
         self.tape: dict[tuple[int, int], tuple[Any, ...]] = {}
         for b in range(B):
@@ -146,10 +147,12 @@ class Reference:
             new = np.tanh(total) if self.cell == "rnn" else np.where(total.real > 0, total, 0)
             gates = (new,)
         self.tape[t, b] = (now, read, gates, hats)
+        for name, value in zip(self.shown, (*gates[: 4 if c else 3], *c), strict=False):
+            self.shown[name][t, b] = value
         mask = self.zoneout[t, b]
         return (new + mask * (h - new), *c)
 
-    def gradients(self, dy: Array, dstate: Sequence[Array]) -> list[Array]:
+    def gradients(self, dy: Array, dstate: Sequence[Array], dgates: Mapping[str, Array]) -> list[Array]:
         """Return the gradients of x, the four weights, the states and the gains."""
         weight_ih, weight_hh = self.weights[:2]
         dx, *dweights = (np.zeros(w.shape) for w in (self.x, *self.weights))
@@ -161,11 +164,12 @@ class Reference:
                 now, read, gates, hats = self.tape[t, b]
                 dh, mask = dh + dy[t, b], self.zoneout[t, b]
                 dnew, dh = dh * (1 - mask), dh * mask
+                d = {name: gradient[t, b] for name, gradient in dgates.items()}
                 if self.cell == "gru":
                     r, z, n, h_n = gates
-                    dn = dnew * (1 - z) * (1 - n * n)
-                    dz = dnew * (now[0] - n) * z * (1 - z)
-                    dr = dn * h_n * r * (1 - r)
+                    dn = (dnew * (1 - z) + d["n"]) * (1 - n * n)
+                    dz = (dnew * (now[0] - n) + d["z"]) * z * (1 - z)
+                    dr = (dn * h_n + d["r"]) * r * (1 - r)
                     dh = dh + dnew * z
                     dx_G, dh_G = np.concatenate([dr, dz, dn]), np.concatenate([dr, dz, dn * r])
                 elif self.cell == "lstm":
@@ -175,12 +179,12 @@ class Reference:
                         dgains[2] += dshown * hats[2][0]
                         dgains[3] += dshown
                         dshown = through(dshown * self.gains[2], *hats[2])
-                    dc_now = dc[0] + dshown
+                    dc_now = dc[0] + dshown + d["c"]
                     parts = (
-                        dc_now * g * i * (1 - i),
-                        dc_now * now[1] * f * (1 - f),
-                        dc_now * i * (1 - g * g),
-                        dnew * np.tanh(shown) * o * (1 - o),
+                        (dc_now * g + d["i"]) * i * (1 - i),
+                        (dc_now * now[1] + d["f"]) * f * (1 - f),
+                        (dc_now * i + d["g"]) * (1 - g * g),
+                        (dnew * np.tanh(shown) + d["o"]) * o * (1 - o),
                     )
                     dc = [dc_now * f]
                     dx_G = dh_G = np.concatenate(parts)
@@ -214,15 +218,17 @@ def test_the_reference_has_the_gradients_of_complex_steps(cell: str, reverse: bo
     arrays = [a.astype(np.float64) for a in inputs]
     after = 5 + len(case.state)
     dy, dstate = rng.normal(size=(4, 3, 3)), [rng.normal(size=s.shape) for s in case.state]
+    dgates = {name: rng.normal(size=(4, 3, 3)) for name in native.SHOWN[cell]}
 
     def run(arrays: Sequence[Array]) -> Reference:
         settings = case.reference_options() | {"gains": arrays[after:]}
         return Reference(cell, arrays[0], arrays[1:5], arrays[5:after], case.lengths, reverse, **settings)
 
-    gradients = run(arrays).gradients(dy, dstate)
+    gradients = run(arrays).gradients(dy, dstate, dgates)
     directions = [rng.normal(size=a.shape) for a in arrays]
     moved = run([a + 1e-30j * d for a, d in zip(arrays, directions, strict=True)])
     slope = (moved.y * dy).imag.sum() + sum((s * d).imag.sum() for s, d in zip(moved.after, dstate, strict=True))
+    slope += sum((moved.shown[name] * d).imag.sum() for name, d in dgates.items())
     wanted = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
     assert slope / 1e-30 == pytest.approx(wanted, rel=1e-10)
 
@@ -323,22 +329,29 @@ class Case:
         expected = self.reference(reverse)
         dy = rng.normal(size=output.y.shape).astype(np.float32)
         dstate = [rng.normal(size=s.shape).astype(np.float32) for s in self.state]
-        wanted = expected.gradients(dy, dstate)
+        dgates = {name: rng.normal(size=output.y.shape).astype(np.float32) for name in native.SHOWN[self.cell]}
+        wanted = expected.gradients(dy, dstate, dgates)
         forward, backward = [1e-5] * (1 + len(self.state)), [1e-4] * len(wanted)
         if self.options.gains is not None:
             # Where a row's values lie close together, the normalised ones lose digits, whoever computes them.
             single = self.reference(reverse, np.float32)
             values = zip((single.y, *single.after), (expected.y, *expected.after), strict=True)
             forward = [max(1e-5, 3 * error(*pair)) for pair in values]
-            backward = [max(1e-4, 3 * error(*pair)) for pair in zip(single.gradients(dy, dstate), wanted, strict=True)]
+            pairs = zip(single.gradients(dy, dstate, dgates), wanted, strict=True)
+            backward = [max(1e-4, 3 * error(*pair)) for pair in pairs]
         for found in (plain, output):
             for name, value, tolerance in zip(
                 ("y", "h_n", "c_n"), (expected.y, *expected.after), forward, strict=False
             ):
                 close(getattr(found, name), value, tolerance, name)
-        arguments = (self.cell, self.x, self.weights, output, dy, self.state, dstate)
-        settings: dict[str, Any] = {"threads": threads, "target": target, "sequences": sequences}
-        settings["options"] = self.options
+        settings: dict[str, Any] = {"target": target, "sequences": sequences, "options": self.options}
+        assert output.saved is not None
+        shown = native.gates(self.cell, self.x, self.weights, output.saved, **settings)
+        assert list(shown) == list(dgates)
+        for name, gate in shown.items():
+            close(gate, expected.shown[name], max(forward), name)
+        arguments = (self.cell, self.x, self.weights, output, dy, self.state, dstate, dgates)
+        settings["threads"] = threads
         *of_arrays, of_gains = native.backward(*arguments, **settings)
         names = [*native.Gradients._fields[: 5 + len(self.state)], *Gains._fields]
         present = [*of_arrays[: 5 + len(self.state)], *(gain for gain in of_gains or () if gain is not None)]
@@ -713,6 +726,11 @@ def test_arguments_that_cannot_be_are_refused(cell: str) -> None:
     saved, backward.saved = backward.saved, None
     assert library.ls_backward(ctypes.byref(backward)) == native.BAD_ARGUMENT
     backward.saved = saved
+    shape, gates = ctypes.byref(forward.shape), np.empty((5, 3, 2, 5), np.float32).ctypes.data
+    for pointers in ((None, gates), (saved, None)):
+        assert library.ls_gates(shape, 0, *pointers) == (native.BAD_ARGUMENT if native.SHOWN[cell] else native.OK)
+    assert library.ls_gates(None, 0, saved, gates) == native.BAD_ARGUMENT
+    assert library.ls_gates(shape, 0, saved, gates) == native.OK
     assert library.ls_forward(ctypes.byref(forward)) == native.OK
     assert library.ls_backward(ctypes.byref(backward)) == native.OK
     assert library.ls_forward(None) == library.ls_backward(None) == native.BAD_ARGUMENT

@@ -210,10 +210,20 @@ def test_options_against_loops(name: str, kernel: str, data: st.DataObject) -> N
 
     weights = torch.randn_like(output)
     inputs = [x_TBI, *layer.parameters()]
+
+    def seen(readings: Any, swapped: bool) -> Tensor:
+        """A number that all gates and states at every step have a part in."""
+        pairs = zip(readings, expected[2], strict=True)
+        values = [each[name].transpose(0, 1) if swapped else each[name] for each, known in pairs for name in known]
+        return torch.stack([(value * weights[..., :1]).square().sum() for value in [x_TBI, *values]]).sum()
+
     losses = [
         (out * weights).sum() + flat(after)[-1].square().sum() + 0 * sum(p.sum() for p in layer.parameters())
         for out, after in ((output, state), expected[:2])
     ]
+    if return_gates:
+        losses[0] = losses[0] + seen(gates[0], arguments["batch_first"])
+        losses[1] = losses[1] + seen(expected[2], False)
     gradients = [torch.autograd.grad(loss, inputs, retain_graph=True, materialize_grads=True) for loss in losses]
     same(gradients[0], gradients[1], 1e-4 if dtype is torch.float32 else 1e-9)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from longshort import screen
+from longshort import tables
 from longshort.cli import main
 from longshort.text.corpus import SOURCES
 
@@ -21,8 +21,9 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
 SESSIONS = re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS = [line[2:] for block in SESSIONS for line in block.splitlines() if line.startswith("$ ")]
 COMMANDS += [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
-THREE_MINUTES = ROOT / "benchmarks" / "results" / "2026-11-23-tinyshakespeare-3-minutes.json"
+THREE_MINUTES = ROOT / "benchmarks" / "results" / "2026-11-26-tinyshakespeare-3-minutes.json"
 LAYERS = ROOT / "benchmarks" / "results" / "2026-11-25-layers-marks.json"
+LAYERS_ELSEWHERE = ROOT / "benchmarks" / "results" / "2026-11-26-layers-marks.json"
 NATIVE = ROOT / "benchmarks" / "results" / "2026-11-24-lecture-native.json"
 LECTURE = ROOT / "benchmarks" / "results" / "2026-11-23-lecture-timemachine.json"
 
@@ -88,7 +89,7 @@ def test_every_command_of_the_readme_runs(
             (place / target).write_bytes((ROOT / source).read_bytes())
         else:
             assert program in ("git", "cd", "pip", "uv", "python"), command
-    assert ran == {"demo", "train", "resume", "eval", "generate", "score", "compare", "doctor"}
+    assert ran == {"demo", "train", "resume", "eval", "generate", "score", "inspect", "compare", "doctor"}
 
 
 def test_every_python_program_of_the_readme_runs(place: Path, english: str) -> None:
@@ -106,7 +107,7 @@ def test_every_python_program_of_the_readme_runs(place: Path, english: str) -> N
 
 def test_the_lectures_table_is_the_result_file() -> None:
     result = json.loads(LECTURE.read_text(encoding="utf-8"))
-    for group in screen.summary(result["rows"]):
+    for group in tables.summary(result["rows"]):
         figures = [f"{group['train_perplexity'][epoch]:.2f}" for epoch in ("40", "80", "120", "160")]
         cells = [f"{group['cell'].upper()}, {group['implementation']}", *figures]
         cells += [f"{group['heldout_perplexity']:.1f}", f"{group['heldout_best']:.1f} ({group['heldout_best_epoch']})"]
@@ -119,6 +120,9 @@ def test_the_lectures_table_is_the_result_file() -> None:
 
 def test_the_layers_table_is_the_result_file() -> None:
     script = [sys.executable, str(ROOT / "benchmarks" / "layers_table.py"), str(LAYERS)]
+    table = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    assert table in PAGE
+    script[-1] = str(LAYERS_ELSEWHERE)
     table = subprocess.run(script, capture_output=True, text=True, check=True).stdout
     assert table in PAGE
     best = max(json.loads(LAYERS.read_text(encoding="utf-8"))["rows"], key=lambda row: float(row["ratio"]))
@@ -135,7 +139,7 @@ def test_the_table_of_workloads_is_the_result_files() -> None:
 
 
 def test_the_lectures_seconds_on_our_kernels_are_the_result_file() -> None:
-    groups = screen.summary(json.loads(NATIVE.read_text(encoding="utf-8"))["rows"])
+    groups = tables.summary(json.loads(NATIVE.read_text(encoding="utf-8"))["rows"])
     seconds = {(g["cell"], g["implementation"]): f"{g['seconds_per_epoch']:.3f}" for g in groups}
     for implementation in ("native", "torch"):
         figures = [re.escape(seconds[cell, implementation]) for cell in ("lstm", "gru", "rnn")]

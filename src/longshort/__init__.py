@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from longshort.examples import Examples as Examples
     from longshort.generation import Sampling as Sampling
     from longshort.generation import generate as generate
+    from longshort.inspection import Inspection as Inspection
+    from longshort.inspection import inspect as inspect
     from longshort.labelling import Labelling as Labelling
     from longshort.labelling import SequenceClassifier as SequenceClassifier
     from longshort.labelling import SequenceTagger as SequenceTagger
@@ -90,6 +92,8 @@ _HOME = {
     "evaluate": "evaluation",
     "evaluate_dynamically": "dynamic",
     "generate": "generation",
+    "inspect": "inspection",
+    "Inspection": "inspection",
     "neighbours": "embeddings",
     "score": "scoring",
     "to_torch": "conversion",

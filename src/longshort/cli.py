@@ -1,4 +1,4 @@
-"""The command line: one function a verb (`compare` and `bench` are in `measuring.py`).
+"""The command line: one function a verb (`compare` and `bench` are in `measuring.py`, `inspect` in `inspecting.py`).
 
 Exit status: 0 done, 1 failure, 2 usage, 130 interrupted, 143 terminated.
 """
@@ -23,7 +23,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 import longshort
-from longshort import console, durable, measuring
+from longshort import console, durable, inspecting, measuring, models
 from longshort.config import TrainConfig
 from longshort.errors import LongshortError, UsageError
 from longshort.flags import Corpus, DataDir, Int, Json, OwnCell, TrainFlags
@@ -157,7 +157,7 @@ def evaluate(
         raise UsageError("--rate is how fast a model learns while it reads.", "Add --dynamic.")
     if dynamic:
         console.need_torch("eval --dynamic")
-    load = _language_model if dynamic else _reader
+    load = models.language_model if dynamic else models.reader
     if split is not None:
         if text or corpus:
             raise UsageError("--split valid is the run's own text; TEXT and --corpus do not go with it.")
@@ -279,7 +279,7 @@ def score(
     console.load_cell(cell)
     if top is not None and top < 1:
         raise UsageError(f"--top must be at least 1, not {top}.")
-    scored = scoring.score(_decoder(model), corpus.lines(file), ahead=ahead)
+    scored = scoring.score(models.decoder(model), corpus.lines(file), ahead=ahead)
     for found in scored if top is None else scoring.oddest(scored, top):
         if json:
             print(jsonlib.dumps(found.to_dict()))
@@ -289,6 +289,7 @@ def score(
             print(screen.marked_line(found, colour=sys.stdout.isatty()))
 
 
+app.command(inspecting.inspect)
 app.command(measuring.compare)
 app.command(measuring.bench)
 
@@ -296,7 +297,7 @@ app.command(measuring.bench)
 @app.command
 def doctor(*, json: Json = False) -> None:
     """Say what this machine has, which kernels run, what is missing and how to get it."""
-    from longshort import machine, screen
+    from longshort import machine, tables
 
     report = machine.description()
     report["kernels"] = list(longshort.kernels.available()) if machine.version_of("torch") else []
@@ -304,7 +305,7 @@ def doctor(*, json: Json = False) -> None:
     if json:
         console.print_json(report)
     else:
-        screen.print_doctor(report)
+        tables.print_doctor(report)
 
 
 # --------------------------------------------------------------------------------------------- what they share
@@ -393,7 +394,7 @@ def _pieces(
     from longshort.generation import Request, Sampling, generate_many
 
     rest: dict[str, Any] = {"prompt": prompt, "length": length, "sampling": Sampling(**settings), "stop": stop}
-    loaded = _decoder(model) if weights == "float32" else _rounded(model, weights)
+    loaded = models.decoder(model) if weights == "float32" else models.rounded(model, weights)
     if state is not None:
         durable.require_writable_directory(Path(state).parent)
         rest["after"] = Continuation.load(state, loaded) if os.path.lexists(state) else None
@@ -430,48 +431,6 @@ def _generate_to_screen(
     print(flush=True)
 
 
-def _decoder(model: str | Path) -> Any:
-    """Return the torch-free decoder of `model`, or where only PyTorch can run its cell, a `LanguageModel`."""
-    from longshort.decoder import load_decoder
-
-    try:
-        return load_decoder(model)
-    except UsageError:
-        loaded = _language_model(model)
-        if loaded is None:
-            raise
-        return loaded
-
-
-def _reader(model: str | Path) -> Any:
-    """Return what reads texts quickest: a decoder on native kernels, else PyTorch, else a decoder on NumPy."""
-    loaded = _decoder(model)
-    return loaded if getattr(loaded, "writes", True) else _language_model(model) or loaded
-
-
-def _rounded(model: str | Path, weights: str) -> Any:
-    """Return a decoder with rounded weights, and say what they cost."""
-    from longshort.decoder import load_decoder
-    from longshort.generation import cost_in_bits
-
-    exact = load_decoder(model)
-    loaded = exact.rounded(weights)
-    cost = cost_in_bits(exact, loaded)
-    console.say(f"longshort: {weights} weights cost {cost:.4f} bits a character (on 16 texts that the model wrote).")
-    return loaded
-
-
-def _language_model(model: str | Path) -> Any:
-    """Return the `LanguageModel` at `model`; None where PyTorch is not installed."""
-    from longshort.machine import version_of
-
-    if version_of("torch") is None:
-        return None
-    from longshort.model import load_language_model
-
-    return load_language_model(model)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line and return its exit status."""
     # Before PyTorch is loaded: a waiting thread spins briefly, then sleeps. GNU OpenMP's own choice (300,000 turns) is
@@ -479,7 +438,8 @@ def main(arguments: list[str] | None = None) -> int:
     # `bench` leaves it: PyTorch's layers are measured as their other users have them.
     given = sys.argv[1:] if arguments is None else arguments
     verb = given[:1]
-    if verb in (["train"], ["eval"], ["score"]):  # the parser would take a lone hyphen for a flag without a name
+    # The parser would take a lone hyphen for a flag without a name.
+    if verb in (["train"], ["eval"], ["score"], ["inspect"]):
         given = ["/dev/stdin" if word == "-" else word for word in given]
     if "OMP_WAIT_POLICY" not in os.environ and verb != ["bench"]:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")

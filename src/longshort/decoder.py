@@ -27,6 +27,12 @@ from longshort.text.tokenizers import Tokenizer
 Array = NDArray[np.float32]
 State = tuple[Array, ...]
 """Each tensor (L, B, H)."""
+Gates = tuple[Array, ...]
+"""Each (B, H)."""
+Step = Callable[[Array, Array, State], tuple[State, Gates]]
+"""`step(x_BG, h_BG, state) -> (state, gates)`: the input's and the state's shares of the gates, biases added."""
+Readings = dict[str, Array]
+"""What one layer had at every step: each gate and each tensor of the state by name, (T, H)."""
 
 
 def _sigmoid(x: Array) -> Array:
@@ -35,50 +41,54 @@ def _sigmoid(x: Array) -> Array:
     return y
 
 
-def _rnn_step(x_BG: Array, h_BG: Array, state: State) -> State:
-    return (np.tanh(x_BG + h_BG),)
+def _rnn_step(x_BG: Array, h_BG: Array, state: State) -> tuple[State, Gates]:
+    return (np.tanh(x_BG + h_BG),), ()
 
 
-def _rnn_relu_step(x_BG: Array, h_BG: Array, state: State) -> State:
-    return (np.maximum(x_BG + h_BG, np.float32(0)),)
+def _rnn_relu_step(x_BG: Array, h_BG: Array, state: State) -> tuple[State, Gates]:
+    return (np.maximum(x_BG + h_BG, np.float32(0)),), ()
 
 
-def _gru_step(x_BG: Array, h_BG: Array, state: State) -> State:
+def _gru_step(x_BG: Array, h_BG: Array, state: State) -> tuple[State, Gates]:
     H = x_BG.shape[1] // 3
     r_z = _sigmoid(x_BG[:, : 2 * H] + h_BG[:, : 2 * H])
     r, z = r_z[:, :H], r_z[:, H:]
     n = np.tanh(x_BG[:, 2 * H :] + r * h_BG[:, 2 * H :])
-    return (n + z * (state[0] - n),)
+    return (n + z * (state[0] - n),), (r, z, n)
 
 
-def _lstm_step(x_BG: Array, h_BG: Array, state: State) -> State:
+def _lstm_step(x_BG: Array, h_BG: Array, state: State) -> tuple[State, Gates]:
     return _lstm_normal_step(x_BG, h_BG, state, None)
 
 
-def _lstm_normal_step(x_BG: Array, h_BG: Array, state: State, normal_c: tuple[Array, Array] | None) -> State:
+def _lstm_normal_step(
+    x_BG: Array, h_BG: Array, state: State, normal_c: tuple[Array, Array] | None
+) -> tuple[State, Gates]:
     """The LSTM's step; `normal_c` is gain and bias of the normalised c that the output reads, if it is normalised."""
     gates_BG = x_BG + h_BG
     H = x_BG.shape[1] // 4
     i_f, o = _sigmoid(gates_BG[:, : 2 * H]), _sigmoid(gates_BG[:, 3 * H :])
-    c = i_f[:, H:] * state[1] + i_f[:, :H] * np.tanh(gates_BG[:, 2 * H : 3 * H])
+    i, f, g = i_f[:, :H], i_f[:, H:], np.tanh(gates_BG[:, 2 * H : 3 * H])
+    c = f * state[1] + i * g
     seen = c if normal_c is None else normalise(c, normal_c[0]) + normal_c[1]
-    return (o * np.tanh(seen), c)
+    return (o * np.tanh(seen), c), (i, f, g, o)
 
 
 class ArrayCell(NamedTuple):
     """A cell of `cells.py` once more, on arrays."""
 
-    step: Callable[[Array, Array, State], State]
-    """`step(x_BG, h_BG, state) -> state`: the input's and the state's shares of the gates, biases added."""
+    step: Step
     num_gates: int
-    num_states: int
+    states: tuple[str, ...]
+    shown: tuple[str, ...] = ()
+    """Names of the gates that the step gives."""
 
 
 CELLS = {
-    "rnn": ArrayCell(_rnn_step, 1, 1),
-    "rnn_relu": ArrayCell(_rnn_relu_step, 1, 1),
-    "gru": ArrayCell(_gru_step, 3, 1),
-    "lstm": ArrayCell(_lstm_step, 4, 2),
+    "rnn": ArrayCell(_rnn_step, 1, ("h",)),
+    "rnn_relu": ArrayCell(_rnn_relu_step, 1, ("h",)),
+    "gru": ArrayCell(_gru_step, 3, ("h",), ("r", "z", "n")),
+    "lstm": ArrayCell(_lstm_step, 4, ("h", "c"), ("i", "f", "g", "o")),
 }
 
 
@@ -122,10 +132,7 @@ class Decoder:
         weight_VH = w["embedding.weight" if config.tied else "output.weight"]
         self._native: NativeModel | None = None
         if runs_natively(config) and native.ready():
-            layers = [
-                native.Weights(*(w[f"recurrent.{name}_l{layer}"] for name in native.Weights._fields))
-                for layer in range(config.layers)
-            ]
+            layers = [self._layer_weights(layer) for layer in range(config.layers)]
             rows = w["embedding.weight"] if config.embedding else np.eye(config.vocab_size, dtype=np.float32)
             self._native = NativeModel(
                 config.cell,
@@ -139,6 +146,10 @@ class Decoder:
         elif precision == "int8":
             raise UsageError(f"Weights of eight bits need native kernels. {native.reason()}")
         self._output = weight_VH.T
+
+    def _layer_weights(self, layer: int) -> native.Weights:
+        """Return a layer's weights as the native kernels take them."""
+        return native.Weights(*(self._weights[f"recurrent.{name}_l{layer}"] for name in native.Weights._fields))
 
     def _gains(self, layer: int) -> list[Array]:
         """Return a layer's gains of layer normalisation, as `NativeModel` takes them."""
@@ -158,7 +169,7 @@ class Decoder:
         gamma_G = self._weights.get(f"recurrent.gamma_{name}_l{layer}")
         return share_BG if gamma_G is None else normalise(share_BG, gamma_G)
 
-    def _step(self, layer: int) -> Callable[[Array, Array, State], State]:
+    def _step(self, layer: int) -> Step:
         """Return the step of a layer's cell."""
         gamma_H = self._weights.get(f"recurrent.gamma_c_l{layer}")
         if gamma_H is None:
@@ -173,10 +184,15 @@ class Decoder:
 
     def _zero_state(self, batch_size: int) -> State:
         shape = (self.config.layers, batch_size, self.config.hidden)
-        return tuple(np.zeros(shape, dtype=np.float32) for _ in range(self._cell.num_states))
+        return tuple(np.zeros(shape, dtype=np.float32) for _ in self._cell.states)
 
-    def _run(self, ids_TB: NDArray[np.int64], state: State | None) -> tuple[Array, State]:
-        """Return the last layer's outputs (T, B, H) and the state after the last step, by NumPy."""
+    def _run(
+        self, ids_TB: NDArray[np.int64], state: State | None, readings: list[Readings] | None = None
+    ) -> tuple[Array, State]:
+        """Return the last layer's outputs (T, B, H) and the state after the last step, by NumPy.
+
+        `readings`, of one row, is filled with what each layer had at every step.
+        """
         before = self._zero_state(ids_TB.shape[1]) if state is None else state
         w, (T, B) = self._weights, ids_TB.shape
         after: list[State] = []
@@ -190,12 +206,19 @@ class Decoder:
             weight_hh, bias_hh = w[f"recurrent.weight_hh_l{layer}"], w[f"recurrent.bias_hh_l{layer}"]
             now = tuple(tensor[layer] for tensor in before)
             h_TBH, step = np.empty((T, B, self.config.hidden), dtype=np.float32), self._step(layer)
+            seen: list[Gates] = []
             for t in range(T):
                 # (G, H) times a column is BLAS's fast product for one row; the transposed one is, for several.
                 h_BG = (weight_hh @ now[0][0])[None] if B == 1 else now[0] @ weight_hh.T
-                now = step(x_TBG[t], self._normal(layer, "hh", h_BG) + bias_hh, now)
+                now, gates = step(x_TBG[t], self._normal(layer, "hh", h_BG) + bias_hh, now)
                 h_TBH[t] = now[0]
+                if readings is not None:
+                    seen.append((*gates, *now))
             after.append(now)
+            if readings is not None:
+                names = (*self._cell.shown, *self._cell.states)
+                values = (np.concatenate(of_name) for of_name in zip(*seen, strict=True))
+                readings.append(dict(zip(names, values, strict=True)))
             x_TBH = x_TBH + h_TBH if layer and self.config.residual else h_TBH
         return x_TBH, tuple(np.stack(tensors) for tensors in zip(*after, strict=True))
 
@@ -221,6 +244,28 @@ class Decoder:
             return self._native.read(ids_T[:, None], after, threads=self.threads)[1][0], after
         h_TBH, state = self._run(ids_T[:, None], state)
         return h_TBH[-1, 0] @ self._output + self._weights["output.bias"], state
+
+    def readings(self, ids_T: NDArray[np.int64]) -> list[Readings]:
+        """Read `ids_T` from a zero state and return what each layer had at every step, in float32 weights.
+
+        Returns:
+            Of each layer, by name and (T, H): each gate, and each tensor of the state after the step. LSTM
+            `i f g o h c`, GRU `r z n h`, RNN `h`.
+        """
+        config, found = self.config, list[Readings]()
+        if self._native is None or not config.embedding:  # one-hot input is a look-up for NumPy, and a product there
+            self._run(ids_T[:, None], None, found)
+            return found
+        x_TBI = _with_unknown(self._weights["embedding.weight"])[ids_T[:, None]]
+        for layer in range(config.layers):
+            weights = self._layer_weights(layer)
+            options = native.Options(gains=native.Gains(*self._gains(layer)) if config.layer_norm else None)
+            done = native.forward(config.cell, x_TBI, weights, options=options, save=True, threads=self.threads)
+            assert done.saved is not None
+            shown = native.gates(config.cell, x_TBI, weights, done.saved, options=options) | {"h": done.y}
+            found.append({name: shown[name][:, 0] for name in (*self._cell.shown, *self._cell.states)})
+            x_TBI = x_TBI + done.y if layer and config.residual else done.y
+        return found
 
     def weights(self) -> dict[str, Array]:
         """Return the weights by name, as they were given."""

@@ -171,6 +171,8 @@ def _native_lacks(cell: str, needs: frozenset[str], x: Tensor | None) -> str:
         return f"they have no {', '.join(sorted(needs - ops.CAN))}"
     if not (ops.TARGETS or native.ready()):
         return native.reason()
+    if "return_gates" in needs and _graphed():
+        return "as a node of a graph they do not give their gates"
     if x is None:
         return ""
     if x.dtype is not torch.float32 or not x.is_cpu:
@@ -188,10 +190,14 @@ def _native_lacks(cell: str, needs: frozenset[str], x: Tensor | None) -> str:
     return "" if x.layout is torch.strided else f"they run dense tensors, not {x.layout}"
 
 
+def _graphed() -> bool:
+    """Return whether a call becomes a node of a graph, or of whatever looks at PyTorch's operations."""
+    return bool(torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
+
+
 def _run_native(choice: Choice) -> Any:
     """Return what runs a stack of layers by the native kernels: as a node where a graph is made, else at once."""
-    graphed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    run = graph.run_graph if graphed else ops.run_native
+    run = graph.run_graph if _graphed() else ops.run_native
     return partial(run, target=ops.TARGETS[choice.name], grad=choice.grad)
 
 

@@ -86,13 +86,13 @@ def compare(
 
 def _show(result: dict[str, Any], json: bool, plot: str | None) -> None:
     """Print what a comparison found, as its recipe is shown, and draw it if that is asked for."""
-    from longshort import plots, screen
+    from longshort import plots, tables
 
     depth = result["recipe"] == "depth"
     if json:
         console.print_json(result)
     else:
-        (screen.print_depths if depth else screen.print_comparison)(result)
+        (tables.print_depths if depth else tables.print_comparison)(result)
     if plot is not None:
         (plots.depths if depth else plots.comparison)(result, plot)
         console.say(f"Curves: {plot}")
@@ -195,7 +195,7 @@ def bench(
     console.need_torch("bench")
     if isa is not None:
         machine.hold_to(isa)
-    from longshort import benchmarks, screen
+    from longshort import benchmarks, screen, tables
 
     how: dict[str, Any] = {"threads": numbers, "kernel": kernel, "isa": isa, "neighbour": neighbour}
     settings = benchmarks.Settings(grid=grid, **named, **how)
@@ -204,7 +204,7 @@ def bench(
     if json:
         console.print_json(result)
     else:
-        screen.print_benchmark(result, worst)
+        tables.print_benchmark(result, worst)
 
 
 def _bench_workloads(what: str, refused: list[str], threads: str | None, out: str | None, json: bool) -> None:
@@ -214,7 +214,7 @@ def _bench_workloads(what: str, refused: list[str], threads: str | None, out: st
     if out == "":
         raise UsageError("--out is empty.", "An unset shell variable looks like this.")
     console.need_torch("bench")
-    from longshort import ledger, screen, workloads
+    from longshort import ledger, screen, tables, workloads
 
     if out is not None:
         durable.require_writable_directory(Path(out).absolute().parent)
@@ -225,7 +225,7 @@ def _bench_workloads(what: str, refused: list[str], threads: str | None, out: st
     if json:
         console.print_json(result)
     else:
-        screen.print_workloads(result)
+        tables.print_workloads(result)
 
 
 def _threads_of_workloads(given: str | None) -> int:
@@ -237,7 +237,7 @@ def _threads_of_workloads(given: str | None) -> int:
 
 def _profile(threads: int, json: bool) -> None:
     console.need_torch("bench")
-    from longshort import native, screen, workloads
+    from longshort import native, screen, tables, workloads
 
     if not native.targets():
         raise UsageError(f"--profile shows what our kernels take. {native.reason()}")
@@ -246,4 +246,4 @@ def _profile(threads: int, json: bool) -> None:
     if json:
         console.print_json({"threads": threads, "seconds": dict(found)})
     else:
-        screen.print_profiles(found)
+        tables.print_profiles(found)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from longshort import cells, checkpoint, kernels, native
-from longshort.cells import State
+from longshort.cells import Readings, Stack, State
 from longshort.config import ModelConfig
 from longshort.decoder import Decoder, check_weights, runs_natively
 from longshort.head import AdaptiveSoftmax, Softmax
@@ -181,6 +181,25 @@ class LanguageModel(nn.Module):
             targets_N = torch.from_numpy(targets_TB).to(self.device).flatten()
             nats_N = self.output.nats(h_TBH.flatten(0, 1), targets_N)
         return nats_N.double().view(targets_TB.shape).cpu().numpy(), state
+
+    @torch.no_grad()
+    def readings(self, ids_T: NDArray[np.int64]) -> list[dict[str, NDArray[np.float32]]]:
+        """Read `ids_T` from a zero state and return what each layer had at every step, as `Decoder.readings`."""
+        config, device = self.config, self.device
+        ids_TB = torch.from_numpy(ids_T).to(device).unsqueeze(1)
+        if self.embedding is not None:
+            x_TBE = kernels.embed(ids_TB, self.embedding.weight)
+        else:
+            assert self.identity is not None
+            x_TBE = F.embedding(ids_TB, self.identity)
+        weights = [weight for own in self.recurrent.all_weights for weight in own]
+        stack = Stack(config.cell, x_TBE.shape[-1], config.hidden, config.layers, residual=config.residual)
+        needs = frozenset({"return_gates", *(("layer_norm",) if config.layer_norm else ())})
+        choice = kernels.choose(config.cell, needs, stack=stack, x=x_TBE, steps=len(ids_T), rows=1)
+        found: list[Readings] = []
+        options, state = self.recurrent.options, self.zero_state(1)
+        kernels.run_layers(choice, stack, x_TBE, state, weights, options=options, readings=found)
+        return [{name: value[:, 0].cpu().float().numpy() for name, value in each.items()} for each in found]
 
     @torch.no_grad()
     def logits(self, ids_T: NDArray[np.int64], state: State | None) -> tuple[NDArray[np.float32], State]:

@@ -17,7 +17,7 @@ import functools
 import os
 import threading as _threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,11 +31,13 @@ if TYPE_CHECKING:
     Array = NDArray[np.float32]
     Ints = NDArray[np.int64]
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 OK, OUT_OF_MEMORY, BAD_ARGUMENT = 0, 1, 2
 CELLS = {"rnn": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
 """Each cell that has native kernels, and its number in the library."""
 GATES = {"rnn": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
+SHOWN = {"rnn": (), "rnn_relu": (), "gru": ("r", "z", "n"), "lstm": ("i", "f", "g", "o", "c")}
+"""What a forward pass can show beside h, in the library's order."""
 FUNCTIONS = {"exp": 0, "tanh": 1, "sigmoid": 2}
 PATH = Path(__file__).parent / "_lib" / "liblongshort.so"
 """Where the build puts the library."""
@@ -107,8 +109,7 @@ class BackwardArgs(ctypes.Structure):
         ("dy", _pointer),
         ("dy_step", _i64),
         ("dy_row", _i64),
-        ("dh_n", _pointer),
-        ("dc_n", _pointer),
+        *((name, _pointer) for name in ("dh_n", "dc_n", "dgates")),
         ("dx", _pointer),
         ("dx_step", _i64),
         ("dx_row", _i64),
@@ -139,6 +140,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ls_sample": (ctypes.c_uint64, (_i32, _i64, _i64, *[_pointer] * 4)),
     "ls_forward": (_i32, (_pointer,)),
     "ls_backward": (_i32, (_pointer,)),
+    "ls_gates": (_i32, (_pointer, _i32, _pointer, _pointer)),
     "ls_decode": (_i32, (_pointer,)),
     "ls_read": (_i32, (_pointer,)),
     "ls_table_floats": (_i64, (_i32, _i64, _i64, _i32)),
@@ -526,6 +528,42 @@ def forward(
     return Output(y, h_n, c_n, saved)
 
 
+def gates(
+    cell: str,
+    x: Array,
+    weights: Weights,
+    saved: Array,
+    *,
+    sequences: Sequences = _EVERY_STEP,
+    options: Options = _PLAIN,
+    target: str | None = None,
+) -> dict[str, Array]:
+    """Return what a call of `forward` with `save` had at every step: each of `SHOWN`, (T, B, H), 0 past a row's end.
+
+    Args:
+        cell: as in the forward call.
+        x: as in the forward call.
+        weights: as in the forward call.
+        saved: what it saved.
+        sequences: as in the forward call.
+        options: as in the forward call.
+        target: as in the forward call.
+
+    Raises:
+        ValueError: shapes or types that do not fit.
+        UsageError: there is no such target, or no library.
+    """
+    import numpy as np
+
+    found = need()
+    call = _Call(cell, x, weights, (), sequences, options, 1, index_of(found, target))
+    layer_norm = options.gains is not None
+    saved = float_array("saved", saved, (saved_floats(call.shape, layer_norm),))
+    shown = np.empty((len(SHOWN[cell]), call.T, call.B, call.H), np.float32)
+    check_status(found.ls_gates(ctypes.byref(call.shape), layer_norm, address(saved), address(shown)))
+    return dict(zip(SHOWN[cell], shown, strict=True))
+
+
 def backward(
     cell: str,
     x: Array,
@@ -534,6 +572,7 @@ def backward(
     dy: Array | None,
     state: Sequence[Array] = (),
     dstate: Sequence[Array | None] = (),
+    dgates: Mapping[str, Array] | None = None,
     *,
     sequences: Sequences = _EVERY_STEP,
     options: Options = _PLAIN,
@@ -551,6 +590,7 @@ def backward(
         dy: gradient of y; None: zeros.
         state: as in the forward call.
         dstate: gradients of h_n, or of h_n and c_n, each (B, H) or None; empty: zeros.
+        dgates: gradients of all that `gates` returned; None: zeros.
         sequences: as in the forward call.
         options: as in the forward call.
         threads: at most so many.
@@ -571,6 +611,10 @@ def backward(
     saved = float_array("output.saved", output.saved, (saved_floats(call.shape, options.gains is not None),))
     dy = None if dy is None else _rows("dy", dy, call.y_shape)
     dh_n, dc_n = call.states("dstate", dstate)
+    shown: Array | None = None
+    if dgates is not None and SHOWN[cell]:
+        shape = (call.T, call.B, call.H)
+        shown = np.stack([float_array(f"dgates[{name!r}]", dgates[name], shape) for name in SHOWN[cell]])
     accumulate = dx is not None
     dx = np.zeros(call.x.shape, np.float32) if dx is None else _writable("dx", dx, call.x.shape)
     G = GATES[cell] * call.H
@@ -585,7 +629,7 @@ def backward(
     args.saved = address(saved)
     if dy is not None:
         args.dy, args.dy_step, args.dy_row = call.strided(dy)
-    args.dh_n, args.dc_n = address(dh_n), address(dc_n)
+    args.dh_n, args.dc_n, args.dgates = address(dh_n), address(dc_n), address(shown)
     args.dx, args.dx_step, args.dx_row = call.strided(dx)
     args.dweight_ih, args.dweight_hh = address(weight_ih), address(weight_hh)
     args.dbias_ih, args.dbias_hh = address(bias_ih), address(bias_hh)

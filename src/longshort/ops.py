@@ -14,6 +14,7 @@ import struct
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -23,13 +24,13 @@ from torch import Tensor
 from longshort import backends, cells, native
 from longshort.cells import GAINS, Options, Readings, Sequences, Stack, State
 
-CAN = frozenset({"packed", "lengths", "resets", "recurrent_dropout", "zoneout", "layer_norm"})
+CAN = frozenset({"packed", "lengths", "resets", "recurrent_dropout", "zoneout", "layer_norm", "return_gates"})
 """What a call may have beyond a plain layer."""
 
 # The library's structures, written by one call: ctypes fields cost 60 ns each, and there are forty.
 _SHAPE, _OPTIONS = "4q3P4i", "PPfi5P"
 _FORWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq8Pqq3PPPq")
-_BACKWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq5PqqPPqq3Pqq10PiiPPqP")
+_BACKWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq5PqqPPqq4Pqq10PiiPPqP")
 _SHAPE_ALONE = struct.Struct(f"@{_SHAPE}")
 
 
@@ -72,6 +73,8 @@ class Call(NamedTuple):
     """Whether the gains of layer normalisation follow each direction's weights."""
     ids: Tensor | None = None
     """(T, B), int64, contiguous."""
+    shows: bool = False
+    """Whether the gates are wanted too."""
 
     def size(self, x: Tensor) -> tuple[int, int]:
         """Return T and B."""
@@ -369,6 +372,7 @@ def backward(
     dy: Tensor | None,
     dstate: Sequence[Tensor | None],
     wanted: Sequence[bool],
+    dgates: Sequence[Tensor | None] = (),
 ) -> list[Tensor | None]:
     """Return the gradients of x, of h_0 (and c_0), and of the weights, those that are `wanted`; the others None.
 
@@ -382,6 +386,7 @@ def backward(
         dy: gradient of y; zeros if None.
         dstate: of h_n and for the LSTM c_n.
         wanted: one entry for each gradient, in the order in which they are returned.
+        dgates: of what `show` gave, an entry a direction; zeros if there are none.
     """
     D, H = call.directions, call.H
     _, B = call.size(x)
@@ -395,6 +400,7 @@ def backward(
     ]
     dy = None if dy is None else rows(dy)
     dstate = [None if gradient is None else gradient.contiguous() for gradient in dstate]
+    dgates = [None if gradient is None else gradient.contiguous() for gradient in dgates or (None,) * D]
     per_direction = len(weights) // D
     x_step, x_row = (0, 0) if call.ids is not None else call.strides(x)
     y_step, y_row = call.strides(y)
@@ -427,6 +433,7 @@ def backward(
             dy_row,
             part(dstate[0], offset),
             part(dstate[1], offset) if lstm else 0,
+            _address(dgates[d]),
             _address(dx),
             dx_step,
             dx_row,
@@ -444,6 +451,22 @@ def backward(
         )
         _check(_library.ls_backward(fields))
     return [given, *dbefore, *dweights]
+
+
+def show(call: Call, x: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return of each direction what `forward` had at every step beside h: `native.SHOWN`, (gates, T, B, H).
+
+    Args:
+        call: the layer.
+        x: as in `forward`.
+        saved: as `forward` filled it.
+    """
+    T, B = call.size(x)
+    shown = [torch.empty(len(native.SHOWN[call.cell]), T, B, call.H) for _ in saved]
+    for d, (own, gates) in enumerate(zip(saved, shown, strict=True)):
+        shape = _SHAPE_ALONE.pack(*call.shape(x, d))
+        _check(_library.ls_gates(shape, call.layer_norm, own.data_ptr(), gates.data_ptr()))
+    return tuple(shown)
 
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor, scale: float, target: int = -1) -> float:
@@ -476,18 +499,19 @@ class _Layer(torch.autograd.Function):
         ctx.call, ctx.saved, ctx.num_states = call, saved, num_states
         ctx.save_for_backward(x, *rest, y)
         ctx.set_materialize_grads(False)
-        return (y, *after)
+        return (y, *after, *(show(call, x, [each.tensor for each in saved]) if call.shows else ()))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *dstate: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *after: Tensor | None) -> tuple[Any, ...]:
         x, *rest, y = ctx.saved_tensors
         state, weights = rest[: ctx.num_states], rest[ctx.num_states :]
         wanted = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # somebody will differentiate once more
-            return (None, *_by_equations(ctx.call, x, state, weights, (dy, *dstate), wanted))
+            return (None, *_by_equations(ctx.call, x, state, weights, (dy, *after), wanted))
         given = None if state[0] is None else state
         saved = [each.tensor for each in ctx.saved]
-        return (None, *backward(ctx.call, x, given, weights, y, saved, dy, dstate, wanted))
+        dstate, dgates = after[: ctx.num_states], after[ctx.num_states :]
+        return (None, *backward(ctx.call, x, given, weights, y, saved, dy, dstate, wanted, dgates))
 
 
 def _by_equations(
@@ -500,6 +524,7 @@ def _by_equations(
 ) -> list[Tensor | None]:
     given: Any = None if state[0] is None else tuple(state)
     plain, options = part_gains(call, weights)
+    readings: list[Readings] | None = [] if call.shows else None
     if call.ids is not None:
         first = F.embedding(call.ids, x) + plain[2]
         cell = cells.get_cell(call.cell)
@@ -510,9 +535,18 @@ def _by_equations(
     else:
         stack = Stack(call.cell, x.shape[-1], call.H, 1, call.bias, call.directions == 2)
         output, after = backends.run_reference(
-            stack, x, given, plain, batch_first=call.batch_first, sequences=call.sequences, options=options
+            stack,
+            x,
+            given,
+            plain,
+            batch_first=call.batch_first,
+            sequences=call.sequences,
+            options=options,
+            readings=readings,
         )
-    pairs = [(out, grad) for out, grad in zip((output, *after), gradients, strict=True) if grad is not None]
+    shown = (torch.stack([seen[name] for name in native.SHOWN[call.cell]]) for seen in readings or ())
+    outputs = (output, *after, *shown)
+    pairs = [(out, grad) for out, grad in zip(outputs, gradients, strict=True) if grad is not None]
     inputs = [tensor for tensor, want in zip((x, *state, *weights), wanted, strict=True) if want and tensor is not None]
     found = iter(
         torch.autograd.grad(
@@ -569,9 +603,9 @@ def run_native(
     whether gradients are wanted. With `ids` (T, B), int64, the first layer reads symbols; `x` is its table then, as
     `Call` says, and the first of the weights is empty.
     """
-    assert readings is None
     D = 2 if stack.bidirectional else 1
     layers, per_layer = stack.num_layers, len(weights) // stack.num_layers
+    shows = readings is not None and bool(native.SHOWN[stack.cell])
     if state is not None:
         state = tuple(tensor.contiguous() for tensor in state)
     after: list[State] = []
@@ -579,21 +613,35 @@ def run_native(
         having = tuple(each.contiguous() for each in options[layer * D : (layer + 1) * D])
         own, layer_norm = join_gains(D, weights[layer * per_layer : (layer + 1) * per_layer], having)
         symbols = None if layer or ids is None else ids.contiguous()
-        call = Call(
-            stack.cell, stack.hidden_size, D, stack.bias, batch_first, sequences, having, target, layer_norm, symbols
-        )
+        plain = (stack.cell, stack.hidden_size, D, stack.bias, batch_first, sequences, having, target)
+        call = Call(*plain, layer_norm, symbols, shows)
         x = rows(x) if symbols is None else x.contiguous()
         before = state if state is None or layers == 1 else tuple(t[layer * D : (layer + 1) * D] for t in state)
+        num_states = len(stack.state_sizes)
+        shown: tuple[Tensor, ...] = ()
         if grad:
-            x, *last = _Layer.apply(call, x, *(before or (None,) * len(stack.state_sizes)), *own)  # type: ignore[no-untyped-call]
+            x, *rest = _Layer.apply(call, x, *(before or (None,) * num_states), *own)  # type: ignore[no-untyped-call]
+            last, shown = tuple(rest[:num_states]), tuple(rest[num_states:])
         else:
-            x, last = forward(call, x, before, own, keep_packed=symbols is None)
-        after.append(tuple(last))
+            saved = [_Saved(saved_floats(call, x)) for _ in range(D if shows else 0)]
+            y, last = forward(call, x, before, own, [each.tensor for each in saved], keep_packed=symbols is None)
+            shown, x = show(call, x, [each.tensor for each in saved]), y
+        after.append(last)
+        if readings is not None:
+            y_TBH = x.transpose(0, 1) if batch_first else x
+            readings += [_reading(stack.cell, h, gates) for h, gates in zip_longest(y_TBH.chunk(D, -1), shown)]
         if dropout and training and layer + 1 < layers:
             x = backends.drop_between(x, dropout, batch_first, sequences)
     if layers == 1:
         return x, after[0]
     return x, tuple(torch.cat(tensors) for tensors in zip(*after, strict=True))
+
+
+def _reading(cell: str, h_TBH: Tensor, shown: Tensor | None) -> Readings:
+    """Return what one direction had at every step by name, in the order of `cells`."""
+    values = dict(zip(native.SHOWN[cell], () if shown is None else shown.unbind(), strict=True), h=h_TBH)
+    known = cells.get_cell(cell)
+    return {name: values[name] for name in (*known.gates, *known.states)}
 
 
 def step_native(run: Any, cell: str, x_BI: Tensor, state: State, weights: Sequence[Tensor | None]) -> State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,19 @@ from numpy.typing import NDArray
 
 from longshort.config import is_own_cell
 from longshort.errors import MissingExtraError, OutputError, UsageError
+from longshort.inspection import KEEPS, Inspection
 
 _COLOURS = ("#1f6fb4", "#d1601f", "#3a8f3a", "#8a4fa3", "#b0323c", "#5f6b73", "#c9a227", "#2aa198")
 _DASHES = ("-", "--", ":", "-.")
+_MEANING = {
+    ("lstm", "i"): ": how much of g is taken in",
+    ("lstm", "f"): ": how much of c is kept",
+    ("lstm", "o"): ": how much of tanh c is put out",
+    ("lstm", "tanh c"): ": what the units hold",
+    ("gru", "r"): ": how much of h the candidate sees",
+    ("gru", "z"): ": how much of h is kept",
+}
+_SIGNS = {ord("\n"): "⏎", ord("\t"): "⇥"}
 
 
 def comparison(result: Mapping[str, Any], path: str | Path) -> None:
@@ -229,6 +240,58 @@ def labels(result: Mapping[str, Any], path: str | Path) -> None:
     right.set_ylabel("what it is")
     right.set_title("Who wrote the line", loc="left", size=11)
     _save(plt, figure, [left, right], path)
+
+
+def gates(found: Inspection, layer: int, path: str | Path) -> None:
+    """Draw what one layer had while it read 100 symbols of a text, and its units that follow something.
+
+    The symbols are those around `Inspection.example`, or of a text too short for one the first.
+
+    Args:
+        found: what `inspect` gave.
+        layer: from 0.
+        path: as of `comparison`, with its errors.
+    """
+    plt = _pyplot()
+    readings, following = found.layers[layer], found.following()
+    begin = found.example()[1] - 30 if following else 0
+    begin = max(min(begin, len(found.symbols) - 100), 0)
+    here = slice(begin, begin + 100)
+    symbols = found.symbols[here]
+    keeps = KEEPS.get(found.cell)
+    order = np.argsort(readings[keeps].mean(0) if keeps else readings["h"].std(0), kind="stable")[::-1]
+    units = order[np.unique(np.linspace(0, len(order) - 1, 24).astype(int))]
+    follow = {each.unit: each.aspect for each in reversed(following[:8]) if each.layer == layer}
+    shown = [(name, units) for name in readings if name not in ("g", "n", "c", "h")] + [(found.value, units)]
+    shown += [(found.value, np.array([*follow][::-1]))] if follow else []
+    heights = [0.7, *[1.0 + len(chosen) / 24 for _, chosen in shown]]
+    shape: dict[str, Any] = {"figsize": (13, 0.85 * sum(heights) + 0.8), "height_ratios": heights}
+    figure, panels = plt.subplots(len(heights), 1, sharex=True, layout="constrained", **shape)
+    bits = np.nan_to_num(found.nats[here]) / math.log(2)
+    panels[0].bar(range(len(symbols)), bits, color=_COLOURS[5], width=0.8)
+    panels[0].set_ylabel("bits")
+    panels[0].set_title("How odd each symbol was", loc="left", size=10)
+    for axes, (name, chosen) in zip(panels[1:], shown, strict=True):
+        value_UT = (np.tanh(readings["c"]) if name == "tanh c" else readings[name])[here][:, chosen].T
+        is_gate = bool(value_UT.min() >= 0 and value_UT.max() <= 1)
+        most = max(1.0, float(np.abs(value_UT).max()))
+        colours = {"cmap": "Blues", "vmin": 0} if is_gate else {"cmap": "RdBu_r", "vmin": -most}
+        image = axes.imshow(value_UT, aspect="auto", interpolation="nearest", vmax=most, **colours)
+        figure.colorbar(image, ax=axes, pad=0.01, aspect=12)
+        if chosen is units:
+            axes.set_yticks([0, len(units) - 1], [f"unit {units[0]}", f"unit {units[-1]}"], size=8)
+            axes.set_title(f"{name}{_MEANING.get((found.cell, name), '')}", loc="left", size=10)
+        else:
+            axes.set_yticks(range(len(chosen)), [f"{follow[unit]}, unit {unit}" for unit in chosen], size=8)
+            axes.set_title(f"{name} of units that follow something", loc="left", size=10)
+    signs = [symbol.translate(_SIGNS).strip() or "␣" for symbol in symbols]
+    wide = max(map(len, signs)) > 2
+    panels[-1].set_xticks(range(len(symbols)), signs, size=8, rotation=90 if wide else 0, family="DejaVu Sans Mono")
+    for axes in panels:
+        axes.tick_params(axis="x", length=0)
+    order_is = "those that keep the most on top" if keeps else "those that change the most on top"
+    figure.suptitle(f"{len(units)} of {len(order)} units of layer {layer}, {order_is}", x=0.01, ha="left", size=9)
+    _save(plt, figure, panels, path)
 
 
 def _pyplot() -> Any:

@@ -197,6 +197,8 @@ class RecurrentLayer(StandIn, nn.RNNBase):
             state = None if state is None else tuple(tensor.unsqueeze(1) for tensor in state)
 
         sequences = None if lengths is None else read_lengths(lengths, steps, rows)
+        if lengths is not None and sequences is None and resets is None and not return_gates:
+            return self.forward(input, hx)  # all rows have all steps: there may be a short way
         if resets is not None:
             shape = (steps,) if rows is None else (rows, steps) if batch_first else (steps, rows)
             resets = read_resets(resets, shape).view(input.shape[:2])

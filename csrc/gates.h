@@ -1,0 +1,43 @@
+/* What a forward pass has saved, laid out to be looked at. */
+
+#ifndef LONGSHORT_GATES_H
+#define LONGSHORT_GATES_H
+
+#include "layout.h"
+
+namespace ls {
+namespace LS_TARGET {
+
+/* Of the vectors that are saved, the first so many are shown: not what the GRU's n is made of, and of an RNN none, as its only
+   one is y. */
+template <class Cell>
+constexpr int shown_vectors() {
+  return Cell::kCell == LS_LSTM ? 5 : Cell::kCell == LS_GRU ? 3 : 0;
+}
+
+/* gates[vector][t][row of the batch][H]; 0 where a row has no step. */
+template <class Cell>
+static void lay_out_gates(const ls_shape& s, bool normal, const float* saved, float* gates) {
+  const Steps steps(s);
+  const Sizes<Cell> sizes(s.I, s.H);
+  const int64_t saved_row = saved_vectors<Cell>(normal) * W, whole = s.T * s.B * s.H;
+  int64_t rows_before = 0;
+  for (int64_t step = 0; step < s.T; ++step) {
+    float* of_step = gates + steps.time(step) * s.B * s.H;
+    int64_t n = steps.rows(step);
+    for (int64_t row = 0; row < s.B; ++row) {
+      float* to = of_step + steps.batch_row(row) * s.H;
+      for (int vector = 0; vector < shown_vectors<Cell>(); ++vector, to += whole)
+        for (int64_t block = 0; block < sizes.hidden_blocks(); ++block) {
+          const float* from = saved + saved_offset(sizes, saved_row, rows_before, n, block, row) + vector * W;
+          store_part(to + block * W, row < n ? load(from) : V{}, sizes.units(block));
+        }
+    }
+    rows_before += n;
+  }
+}
+
+}  // namespace LS_TARGET
+}  // namespace ls
+
+#endif

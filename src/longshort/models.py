@@ -1,0 +1,51 @@
+"""The model that a verb was given, as what runs it best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from longshort import console
+from longshort.errors import UsageError
+
+
+def decoder(model: str | Path) -> Any:
+    """Return the torch-free decoder of `model`, or where only PyTorch can run its cell, a `LanguageModel`."""
+    from longshort.decoder import load_decoder
+
+    try:
+        return load_decoder(model)
+    except UsageError:
+        loaded = language_model(model)
+        if loaded is None:
+            raise
+        return loaded
+
+
+def reader(model: str | Path) -> Any:
+    """Return what reads texts quickest: a decoder on native kernels, else PyTorch, else a decoder on NumPy."""
+    loaded = decoder(model)
+    return loaded if getattr(loaded, "writes", True) else language_model(model) or loaded
+
+
+def rounded(model: str | Path, weights: str) -> Any:
+    """Return a decoder with rounded weights, and say what they cost."""
+    from longshort.decoder import load_decoder
+    from longshort.generation import cost_in_bits
+
+    exact = load_decoder(model)
+    loaded = exact.rounded(weights)
+    cost = cost_in_bits(exact, loaded)
+    console.say(f"longshort: {weights} weights cost {cost:.4f} bits a character (on 16 texts that the model wrote).")
+    return loaded
+
+
+def language_model(model: str | Path) -> Any:
+    """Return the `LanguageModel` at `model`; None where PyTorch is not installed."""
+    from longshort.machine import version_of
+
+    if version_of("torch") is None:
+        return None
+    from longshort.model import load_language_model
+
+    return load_language_model(model)
