@@ -95,13 +95,23 @@ def test_the_short_way_gives_the_same_bits(
 ) -> None:
     layer = pair[0](3, 17, batch_first=batch_first, bias=bias, **options).train(training)
     assert (layer._quick[training] is None) == (training and "zoneout" in options)
-    x = torch.randn(*((B, T) if batch_first else (T, B)), 3)
-    state = torch.randn(1, B, 17)
+    x = torch.randn(*((B, T) if batch_first else (T, B)), 3, requires_grad=True)
+    state = torch.randn(1, B, 17, requires_grad=True)
     hx = ((state, state + 1) if pair[0] is longshort.LSTM else state) if with_state else None
     for mode in (torch.no_grad(), torch.enable_grad()):
         with mode:
             short, general = seeded(0, layer, x, hx), seeded(0, layer._call, x, hx)
         assert all(torch.equal(a, b) for a, b in zip(flat(short), flat(general), strict=True))
+    inputs, outputs = (x, state, *layer.parameters()), (flat(short), flat(general))
+    every = [torch.randn_like(each) for each in outputs[0]]
+    for chosen in (range(len(every)), [0], [len(every) - 1]):  # gradients of all that is put out, and of parts
+        found, wanted = (
+            torch.autograd.grad(
+                [out[i] for i in chosen], inputs, [every[i] for i in chosen], retain_graph=True, materialize_grads=True
+            )
+            for out in outputs
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
@@ -226,7 +236,7 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize(("ours", "theirs", "size"), [(longshort.GRU, nn.GRU, 512), (longshort.RNN, nn.RNN, 5)])
+@pytest.mark.parametrize(("ours", "theirs", "size"), [(longshort.GRU, nn.GRU, 512), (longshort.RNN, nn.RNN, 600)])
 def test_one_step_with_gradients_goes_where_it_is_fastest(ours: Any, theirs: Any, size: int, batch_first: bool) -> None:
     layer, peer = (make(4, size, batch_first=batch_first) for make in (ours, theirs))
     peer.load_state_dict(layer.state_dict())

@@ -291,7 +291,7 @@ def native_target(x: Tensor) -> int | None:
 def quick_target() -> int | None:
     """Return the number of the target that a plain call may run at once; None if it may not.
 
-    What `choose` finds out about the process, and nothing about the call: `ops.Quick` looks at that.
+    What `choose` finds out about the process, and nothing about the call: `quick.Quick` looks at that.
     """
     if (
         torch.compiler.is_compiling()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import struct
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, ClassVar, NamedTuple
@@ -29,8 +29,8 @@ CAN = frozenset({"packed", "lengths", "resets", "recurrent_dropout", "zoneout", 
 
 # The library's structures, written by one call: ctypes fields cost 60 ns each, and there are forty.
 _SHAPE, _OPTIONS = "4q3P4i", "PPfi5P"
-_FORWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq8Pqq3PPPq")
-_BACKWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq5PqqPPqq4Pqq10PiiPPqP")
+FORWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq8Pqq3PPPq")
+BACKWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq5PqqPPqq4Pqq10PiiPPqP")
 _SHAPE_ALONE = struct.Struct(f"@{_SHAPE}")
 
 
@@ -41,7 +41,7 @@ def _load() -> Any:
     return library
 
 
-_library = _load()
+library = _load()
 TARGETS = {name: number for number, name in enumerate(native.built_targets())}
 """The library's number of each target; empty without a library."""
 SUPPORTED = native.targets()
@@ -50,7 +50,7 @@ SUPPORTED = native.targets()
 
 def is_slower(cell: str, steps: int | None, hidden_size: int, grad: bool) -> bool:
     """Return whether PyTorch's kernel was measured to be faster: docs/log.md has the figures."""
-    return grad and steps == 1 and (cell in ("rnn", "rnn_relu") or (cell == "gru" and hidden_size >= 512))
+    return grad and steps == 1 and cell in ("rnn", "rnn_relu", "gru") and hidden_size >= 512
 
 
 class Call(NamedTuple):
@@ -128,7 +128,8 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _check(status: int) -> None:
+def check(status: int) -> None:
+    """Raise what the status that a function of the library returned stands for."""
     if status == native.OUT_OF_MEMORY:
         raise MemoryError("The native kernels could not get memory for a layer. Smaller batches need less.")
     if status:
@@ -144,7 +145,7 @@ def _empty(floats: int) -> Tensor:
     """Return memory that is about to be written as a whole, in large pages where it is large."""
     tensor = torch.empty(floats, dtype=torch.float32)
     if floats >= 1 << 20:
-        _library.ls_prefer_large_pages(tensor.data_ptr(), 4 * floats)
+        library.ls_prefer_large_pages(tensor.data_ptr(), 4 * floats)
     return tensor
 
 
@@ -152,7 +153,7 @@ def _empty(floats: int) -> Tensor:
 def saved_floats_a_row(cell: str, H: int, target: int, layer_norm: bool) -> int:
     """Return the floats that the forward pass saves for one row of one step in one direction."""
     shape = _SHAPE_ALONE.pack(1, 1, 1, H, 0, 0, 0, native.CELLS[cell], 0, 1, target)
-    return int(_library.ls_saved_floats(shape, layer_norm))
+    return int(library.ls_saved_floats(shape, layer_norm))
 
 
 class _Packed(NamedTuple):
@@ -175,109 +176,31 @@ def invalidate() -> None:
     _packed.clear()
 
 
-def _pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
+def pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
     """Return the packed weights of one direction, kept from an earlier call where nothing has changed."""
     weights = weights[: call.num_plain]
     owner = weights[1]
     if any(weight.is_inference() for weight in weights):
         return None  # they do not tell of changes
-    target = _library.ls_active_target() if call.target < 0 else call.target
+    target = library.ls_active_target() if call.target < 0 else call.target
     bias_ih, bias_hh = (weights[2], weights[3]) if call.bias else (None, None)
     pointers = (weights[0].data_ptr(), weights[1].data_ptr(), _address(bias_ih), _address(bias_hh))
     code = native.CELLS[call.cell]
-    sample = _library.ls_sample(code, I, call.H, *pointers)
+    sample = library.ls_sample(code, I, call.H, *pointers)
     key = (target, call.cell, *pointers, sample, *[weight._version for weight in weights])
     found = _packed.get(id(owner))
     if found is not None and found.key == key:
         return found.tensor
-    floats = _library.ls_packed_floats(code, I, call.H, target)
+    floats = library.ls_packed_floats(code, I, call.H, target)
     packed = _empty(floats)
-    _check(_library.ls_pack(code, I, call.H, target, *pointers, packed.data_ptr()))
+    check(library.ls_pack(code, I, call.H, target, *pointers, packed.data_ptr()))
     if found is None:
         weakref.finalize(owner, _packed.pop, id(owner), None)
     _packed[id(owner)] = _Packed(key, packed)
     return packed
 
 
-class Quick:
-    """One layer in one direction, with as little Python as can be.
-
-    A step from Python costs more in checks than in arithmetic: this makes the usual call, and leaves every other to the
-    general path.
-
-    Args:
-        stack: one layer, one direction, without projection.
-        names: of its weights among the module's parameters, and of its gains of layer normalisation.
-        batch_first: as in the layer.
-        zoneout: the share of h that stays in every step.
-    """
-
-    def __init__(self, stack: Stack, names: Sequence[str], batch_first: bool, zoneout: float = 0.0) -> None:
-        self._names, self._batch_first, self._zoneout = tuple(names), batch_first, zoneout
-        self._code, self._I, self._H = native.CELLS[stack.cell], stack.input_size, stack.hidden_size
-        self._lstm = stack.cell == "lstm"
-        self._num_plain, G = len(stack.weight_shapes), stack.gate_size
-        gains = [(size,) for size in (G, G, self._H, self._H)][: len(names) - self._num_plain]
-        self._shapes = (*stack.weight_shapes, *gains)
-        options = (Options(zoneout=zoneout),) if zoneout else ()
-        self._call = Call(stack.cell, self._H, 1, stack.bias, batch_first, None, options, -1, bool(gains))
-
-    def __call__(self, parameters: Mapping[str, Tensor | None], x: Any, hx: Any, target: int) -> Any:
-        """Return what the layer returns, or None where this is not the usual call."""
-        H = self._H
-        if type(x) is not Tensor or x.dtype is not torch.float32 or x.dim() != 3 or not x.is_cpu or x.stride(2) != 1:
-            return None
-        T, B, I = x.shape
-        step, row = x.stride()[:2]
-        if self._batch_first:
-            T, B, step, row = B, T, row, step
-        if not T or not B or self._I != I:
-            return None
-        state: tuple[Any, ...] = ()
-        if hx is not None:
-            state = hx if self._lstm else (hx,)
-            if type(state) is not tuple or len(state) != 1 + self._lstm:
-                return None
-            for tensor in state:
-                if type(tensor) is not Tensor or tensor.dtype is not torch.float32 or tensor.shape != (1, B, H):
-                    return None
-                if not (tensor.is_cpu and tensor.is_contiguous()):
-                    return None
-        weights = []
-        for name, shape in zip(self._names, self._shapes, strict=True):
-            weight = parameters.get(name)
-            if type(weight) is not torch.nn.Parameter or weight.dtype is not torch.float32 or weight.shape != shape:
-                return None
-            if not (weight.is_cpu and weight.is_contiguous()):
-                return None
-            weights.append(weight)
-        call = self._call if target < 0 else self._call._replace(target=target)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, x, *state)):
-            if target < 0 and not (call.options or call.layer_norm) and is_slower(call.cell, T, H, grad=True):
-                h_0 = state[0] if state else x.new_zeros(1, B, H)
-                run = backends.TORCH_OPS[call.cell]
-                return run(x, h_0, weights, call.bias, 1, 0.0, False, False, self._batch_first)
-            y, *after = _Layer.apply(call, x, *(state or (None,) * (1 + self._lstm)), *weights)  # type: ignore[no-untyped-call]
-            return y, tuple(after) if self._lstm else after[0]
-        h_0, c_0 = (*[tensor.data_ptr() for tensor in state], 0, 0)[:2]
-        packed = _pack(call, weights, I)
-        if packed is None:
-            return None
-        y = torch.empty((B, T, H) if self._batch_first else (T, B, H))
-        y_step, y_row = (H, T * H) if self._batch_first else (B * H, H)
-        h_n = torch.empty((1, B, H))
-        c_n = torch.empty((1, B, H)) if self._lstm else None
-        gains = (*[gain.data_ptr() for gain in weights[self._num_plain :]], 0, 0, 0, 0)[:4]
-        fields = _FORWARD.pack(
-            *(T, B, I, H, 0, 0, 0, self._code, 0, torch.get_num_threads(), target, 0, 0, self._zoneout, 0, 0, *gains),
-            *(x.data_ptr(), step, row, 0, 0, 0, 0, packed.data_ptr(), h_0, c_0, y.data_ptr(), y_step, y_row),
-            *(h_n.data_ptr(), 0 if c_n is None else c_n.data_ptr(), 0, 0, 0, 0),
-        )
-        _check(_library.ls_forward(fields))
-        return y, h_n if c_n is None else (h_n, c_n)
-
-
-class _Saved:
+class Saved:
     """What a forward pass keeps for its backward pass: memory that goes to the next forward pass afterwards.
 
     Fresh pages for it would cost as much as a tenth of the arithmetic.
@@ -299,7 +222,7 @@ class _Saved:
 
 def saved_floats(call: Call, x: Tensor) -> int:
     """Return the floats that a forward pass saves in one direction."""
-    return int(_library.ls_saved_floats(_SHAPE_ALONE.pack(*call.shape(x, 0)), call.layer_norm))
+    return int(library.ls_saved_floats(_SHAPE_ALONE.pack(*call.shape(x, 0)), call.layer_norm))
 
 
 def forward(
@@ -335,9 +258,9 @@ def forward(
     for d in range(D):
         own = weights[d * per_direction : (d + 1) * per_direction]
         shape = call.shape(x, d)
-        packed = _pack(call, own, x.shape[-1]) if keep_packed else None
+        packed = pack(call, own, x.shape[-1]) if keep_packed else None
         offset = 4 * d * B * H
-        fields = _FORWARD.pack(
+        fields = FORWARD.pack(
             *shape,
             *call.option_fields(d, own),
             x.data_ptr(),
@@ -358,7 +281,7 @@ def forward(
             saved[d].data_ptr() if saved else 0,
             *call.tokens(x),
         )
-        _check(_library.ls_forward(fields))
+        check(library.ls_forward(fields))
     return y, (h_n,) if c_n is None else (h_n, c_n)
 
 
@@ -414,7 +337,7 @@ def backward(
         own = weights[d * per_direction : (d + 1) * per_direction]
         down = dweights[d * per_direction : (d + 1) * per_direction]
         offset = 4 * d * B * H
-        fields = _BACKWARD.pack(
+        fields = BACKWARD.pack(
             *call.shape(x, d),
             *call.option_fields(d, own),
             x.data_ptr(),
@@ -449,7 +372,7 @@ def backward(
             *call.tokens(x),
             _address(dtable),
         )
-        _check(_library.ls_backward(fields))
+        check(library.ls_backward(fields))
     return [given, *dbefore, *dweights]
 
 
@@ -465,7 +388,7 @@ def show(call: Call, x: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
     shown = [torch.empty(len(native.SHOWN[call.cell]), T, B, call.H) for _ in saved]
     for d, (own, gates) in enumerate(zip(saved, shown, strict=True)):
         shape = _SHAPE_ALONE.pack(*call.shape(x, d))
-        _check(_library.ls_gates(shape, call.layer_norm, own.data_ptr(), gates.data_ptr()))
+        check(library.ls_gates(shape, call.layer_norm, own.data_ptr(), gates.data_ptr()))
     return tuple(shown)
 
 
@@ -482,7 +405,7 @@ def cross_entropy(logits_NV: Tensor, targets_N: Tensor, scale: float, target: in
     nats_N = torch.empty(N, dtype=torch.float64)
     threads = torch.get_num_threads()
     places = targets_N.data_ptr(), scale, threads, logits_NV.data_ptr(), nats_N.data_ptr()
-    _check(_library.ls_cross_entropy(target, N, V, *places))
+    check(library.ls_cross_entropy(target, N, V, *places))
     return float(nats_N.numpy().sum())
 
 
@@ -494,7 +417,7 @@ class _Layer(torch.autograd.Function):
         num_states = 2 if call.cell == "lstm" else 1
         state, weights = rest[:num_states], rest[num_states:]
         given = None if state[0] is None else state
-        saved = [_Saved(saved_floats(call, x)) for _ in range(call.directions)]
+        saved = [Saved(saved_floats(call, x)) for _ in range(call.directions)]
         y, after = forward(call, x, given, weights, [each.tensor for each in saved])  # type: ignore[arg-type]
         ctx.call, ctx.saved, ctx.num_states = call, saved, num_states
         ctx.save_for_backward(x, *rest, y)
@@ -507,14 +430,14 @@ class _Layer(torch.autograd.Function):
         state, weights = rest[: ctx.num_states], rest[ctx.num_states :]
         wanted = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # somebody will differentiate once more
-            return (None, *_by_equations(ctx.call, x, state, weights, (dy, *after), wanted))
+            return (None, *by_equations(ctx.call, x, state, weights, (dy, *after), wanted))
         given = None if state[0] is None else state
         saved = [each.tensor for each in ctx.saved]
         dstate, dgates = after[: ctx.num_states], after[ctx.num_states :]
         return (None, *backward(ctx.call, x, given, weights, y, saved, dy, dstate, wanted, dgates))
 
 
-def _by_equations(
+def by_equations(
     call: Call,
     x: Tensor,
     state: Sequence[Tensor | None],
@@ -522,6 +445,16 @@ def _by_equations(
     gradients: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
+    """Return what `backward` returns, differentiable once more.
+
+    Args:
+        call: the layer.
+        x: as in `forward`.
+        state: h_0, and for the LSTM c_0; None where there is none.
+        weights: as in `forward`.
+        gradients: of y, h_n, for the LSTM c_n, and of what `show` gave; None: zeros.
+        wanted: as in `backward`.
+    """
     given: Any = None if state[0] is None else tuple(state)
     plain, options = part_gains(call, weights)
     readings: list[Readings] | None = [] if call.shows else None
@@ -623,7 +556,7 @@ def run_native(
             x, *rest = _Layer.apply(call, x, *(before or (None,) * num_states), *own)  # type: ignore[no-untyped-call]
             last, shown = tuple(rest[:num_states]), tuple(rest[num_states:])
         else:
-            saved = [_Saved(saved_floats(call, x)) for _ in range(D if shows else 0)]
+            saved = [Saved(saved_floats(call, x)) for _ in range(D if shows else 0)]
             y, last = forward(call, x, before, own, [each.tensor for each in saved], keep_packed=symbols is None)
             shown, x = show(call, x, [each.tensor for each in saved]), y
         after.append(last)

@@ -19,6 +19,7 @@ from longshort.cells import Options, Readings, Sequences, Stack, State
 from longshort.errors import UsageError
 from longshort.kernels import Choice
 from longshort.options import LayerOptions, OptionArguments, read_lengths, read_resets, reverse_resets
+from longshort.quick import Quick
 from longshort.standins import CACHES, NoKernel, StandIn
 
 _PLAIN = LayerOptions()
@@ -87,14 +88,14 @@ class RecurrentLayer(StandIn, nn.RNNBase):
         return frozenset(self.options.given.keys() - {"forget_bias"})
 
     @cached_property
-    def _quick(self) -> tuple[ops.Quick | None, ops.Quick | None]:
+    def _quick(self) -> tuple[Quick | None, Quick | None]:
         """The short way of the usual call to the native kernels, in evaluation and in training, where there is one."""
         options, given = self.options, self.options.given.keys()
         single = self.num_layers == 1 and not (self.bidirectional or self.proj_size)
         if not (single and ops.TARGETS and given <= {"layer_norm", "recurrent_dropout", "zoneout", "forget_bias"}):
             return None, None
         names = [*self._flat_weights_names, *self._option_names[0].values()]
-        quick = ops.Quick(self._stack, names, self.batch_first, options.zoneout)
+        quick = Quick(self._stack, names, self.batch_first, options.zoneout)
         return quick, None if options.recurrent_dropout or options.zoneout else quick
 
     @cached_property

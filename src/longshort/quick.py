@@ -1,0 +1,218 @@
+"""One layer in one direction by the native kernels, with as little Python as can be.
+
+    T  steps   B  rows   I  input width   H  hidden units   G  gates times H
+
+A step from Python costs more in checks than in arithmetic. What is written out here is what `ops` does for the usual
+call: one layer, one direction, float32 on a CPU, all rows of one length, no masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longshort import backends, native, ops
+from longshort.cells import Options, Stack
+from longshort.ops import BACKWARD, FORWARD, Call, Saved, check, library
+
+
+class Quick:
+    """The short way of one layer: makes the usual call, and leaves every other to the general path.
+
+    Args:
+        stack: one layer, one direction, without projection.
+        names: of its weights among the module's parameters, and of its gains of layer normalisation.
+        batch_first: as in the layer.
+        zoneout: the share of h that stays in every step.
+    """
+
+    def __init__(self, stack: Stack, names: Sequence[str], batch_first: bool, zoneout: float = 0.0) -> None:
+        self._names, self._batch_first, self._zoneout = tuple(names), batch_first, zoneout
+        self._cell, self._code = stack.cell, native.CELLS[stack.cell]
+        self._I, self._H, self._bias, self._lstm = stack.input_size, stack.hidden_size, stack.bias, stack.cell == "lstm"
+        self._num_plain, G = len(stack.weight_shapes), stack.gate_size
+        gains = [(size,) for size in (G, G, self._H, self._H)][: len(names) - self._num_plain]
+        self._normal, self._shapes = bool(gains), (*stack.weight_shapes, *gains)
+
+    def __call__(self, parameters: Mapping[str, Tensor | None], x: Any, hx: Any, target: int) -> Any:
+        """Return what the layer returns, or None where this is not the usual call."""
+        H = self._H
+        if type(x) is not Tensor or x.dtype is not torch.float32 or x.dim() != 3 or not x.is_cpu or x.stride(2) != 1:
+            return None
+        T, B, I = x.shape
+        if self._batch_first:
+            T, B = B, T
+        if not T or not B or self._I != I:
+            return None
+        state: tuple[Any, ...] = ()
+        if hx is not None:
+            state = hx if self._lstm else (hx,)
+            if type(state) is not tuple or len(state) != 1 + self._lstm:
+                return None
+            for tensor in state:
+                if type(tensor) is not Tensor or tensor.dtype is not torch.float32 or tensor.shape != (1, B, H):
+                    return None
+                if not (tensor.is_cpu and tensor.is_contiguous()):
+                    return None
+        weights = []
+        for name, shape in zip(self._names, self._shapes, strict=True):
+            weight = parameters.get(name)
+            if type(weight) is not torch.nn.Parameter or weight.dtype is not torch.float32 or weight.shape != shape:
+                return None
+            if not (weight.is_cpu and weight.is_contiguous()):
+                return None
+            weights.append(weight)
+        h_0, c_0 = (*state, None, None)[:2]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, x, *state)):
+            plain = target < 0 and not (self._zoneout or self._normal)
+            if plain and ops.is_slower(self._cell, T, H, grad=True):
+                h_0 = x.new_zeros(1, B, H) if h_0 is None else h_0
+                run = backends.TORCH_OPS[self._cell]
+                return run(x, h_0, weights, self._bias, 1, 0.0, False, False, self._batch_first)
+            y, *after = _Trained.apply(self, target, x, h_0, c_0, *weights)  # type: ignore[no-untyped-call]
+            return y, tuple(after) if self._lstm else after[0]
+        packed = ops.pack(self.call(target), weights, I)
+        if packed is None:
+            return None
+        y, h_n, c_n = self.forward(target, x, h_0, c_0, weights, packed, None)
+        return y, h_n if c_n is None else (h_n, c_n)
+
+    def call(self, target: int) -> Call:
+        """Return what `ops` must know of such a call."""
+        options = (Options(zoneout=self._zoneout),) if self._zoneout else ()
+        return Call(self._cell, self._H, 1, self._bias, self._batch_first, None, options, target, self._normal)
+
+    def _shape(self, target: int, T: int, B: int, weights: Sequence[Tensor]) -> tuple[float, ...]:
+        """Return the fields of `ls_shape` and `ls_options`."""
+        gains = (*[gain.data_ptr() for gain in weights[self._num_plain :]], 0, 0, 0, 0)[:4]
+        sizes = (T, B, self._I, self._H, 0, 0, 0, self._code, 0, torch.get_num_threads(), target)
+        return *sizes, 0, 0, self._zoneout, 0, 0, *gains
+
+    def _places(self, tensor: Tensor) -> tuple[int, int, int]:
+        """Return where a tensor laid as the input lies, and the floats from step to step and from row to row."""
+        first, second, _ = tensor.stride()
+        return (tensor.data_ptr(), second, first) if self._batch_first else (tensor.data_ptr(), first, second)
+
+    def forward(
+        self,
+        target: int,
+        x: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        weights: Sequence[Tensor],
+        packed: Tensor | None,
+        saved: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return y, h_n and of an LSTM c_n; arguments as of `ops.forward`, and checked before."""
+        H, (T, B) = self._H, (x.shape[1], x.shape[0]) if self._batch_first else (x.shape[0], x.shape[1])
+        y, h_n = torch.empty(*x.shape[:2], H), torch.empty(1, B, H)
+        c_n = torch.empty(1, B, H) if self._lstm else None
+        fields = FORWARD.pack(
+            *self._shape(target, T, B, weights),
+            *self._places(x),
+            *(*[weight.data_ptr() for weight in weights[: self._num_plain]], 0, 0)[:4],
+            0 if packed is None else packed.data_ptr(),
+            0 if h_0 is None else h_0.data_ptr(),
+            0 if c_0 is None else c_0.data_ptr(),
+            *self._places(y),
+            h_n.data_ptr(),
+            0 if c_n is None else c_n.data_ptr(),
+            0 if saved is None else saved.data_ptr(),
+            *(0, 0, 0),
+        )
+        check(library.ls_forward(fields))
+        return y, h_n, c_n
+
+    def backward(
+        self,
+        target: int,
+        x: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        weights: Sequence[Tensor],
+        y: Tensor,
+        saved: Tensor,
+        dy: Tensor | None,
+        dh_n: Tensor | None,
+        dc_n: Tensor | None,
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, h_0, c_0 and the weights, those that are `wanted`; the others None."""
+        H, (T, B) = self._H, (x.shape[1], x.shape[0]) if self._batch_first else (x.shape[0], x.shape[1])
+        dx = torch.empty(x.shape) if wanted[0] else None
+        dh_0, dc_0 = (torch.empty(1, B, H) if want else None for want in wanted[1:3])
+        dweights = [torch.empty_like(w) if want else None for w, want in zip(weights, wanted[3:], strict=True)]
+        of_weights = [0 if gradient is None else gradient.data_ptr() for gradient in dweights]
+        plain, gains = of_weights[: self._num_plain], of_weights[self._num_plain :]
+        dy = None if dy is None else ops.rows(dy)
+        dh_n, dc_n = (None if each is None else each.contiguous() for each in (dh_n, dc_n))
+        fields = BACKWARD.pack(
+            *self._shape(target, T, B, weights),
+            *self._places(x),
+            weights[0].data_ptr(),
+            weights[1].data_ptr(),
+            0 if h_0 is None else h_0.data_ptr(),
+            0 if c_0 is None else c_0.data_ptr(),
+            *self._places(y),
+            saved.data_ptr(),
+            *((0, 0, 0) if dy is None else self._places(dy)),
+            0 if dh_n is None else dh_n.data_ptr(),
+            0 if dc_n is None else dc_n.data_ptr(),
+            0,
+            *((0, 0, 0) if dx is None else self._places(dx)),
+            *(*plain, 0, 0)[:4],
+            0 if dh_0 is None else dh_0.data_ptr(),
+            0 if dc_0 is None else dc_0.data_ptr(),
+            *(*gains, 0, 0, 0, 0)[:4],
+            *(0, 0, 0, 0, 0, 0),
+        )
+        check(library.ls_backward(fields))
+        return dx, dh_0, dc_0, *dweights
+
+    def by_equations(
+        self,
+        target: int,
+        x: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """Return what `backward` returns, differentiable once more; `gradients` are those of y, h_n and c_n."""
+        n = 1 + self._lstm
+        asked = [*wanted[: 1 + n], *wanted[3:]]
+        found = ops.by_equations(self.call(target), x, (h_0, c_0)[:n], weights, gradients[: 1 + n], asked)
+        return *found[: 1 + n], *[None] * (2 - n), *found[1 + n :]
+
+    def saved_floats_a_row(self, target: int) -> int:
+        """Return the floats that the forward pass saves for one row of one step."""
+        return ops.saved_floats_a_row(self._cell, self._H, target, self._normal)
+
+
+class _Trained(torch.autograd.Function):
+    """The usual call with gradients. Gradients of gradients go through the equations of `cells`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, quick: Quick, target: int, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        target = library.ls_active_target() if target < 0 else target
+        saved = Saved(x.shape[0] * x.shape[1] * quick.saved_floats_a_row(target))
+        y, h_n, c_n = quick.forward(target, x, h_0, c_0, weights, None, saved.tensor)
+        ctx.quick, ctx.target, ctx.saved = quick, target, saved
+        ctx.save_for_backward(x, h_0, c_0, y, *weights)
+        ctx.set_materialize_grads(False)
+        return (y, h_n) if c_n is None else (y, h_n, c_n)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None = None) -> tuple[Any, ...]:
+        x, h_0, c_0, y, *weights = ctx.saved_tensors
+        quick, target, wanted = ctx.quick, ctx.target, ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():  # somebody will differentiate once more
+            return None, None, *quick.by_equations(target, x, h_0, c_0, weights, (dy, dh_n, dc_n), wanted)
+        state = (h_0, c_0)
+        return None, None, *quick.backward(target, x, *state, weights, y, ctx.saved.tensor, dy, dh_n, dc_n, wanted)
