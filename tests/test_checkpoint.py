@@ -24,10 +24,11 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from failing import nth_call_fails
-from longshort import checkpoint, documents
-from longshort.checkpoint import Run, Saved, create_run, is_run, load_model, open_run, save_model
+from longshort import documents, model_files
+from longshort.checkpoint import Run, create_run, is_run, load_model, open_run, save_model
 from longshort.durable import set_aside
 from longshort.errors import CheckpointError, LongshortError, OutputError, UsageError
+from longshort.model_files import Saved
 
 MODEL = {"vocab_size": 3, "cell": "lstm", "hidden_size": 2}
 TOKENIZER = '{"symbols": "a\\u00fc"}\n'
@@ -381,7 +382,7 @@ def test_a_checkpoint_deleted_while_it_is_read(run: Run, monkeypatch: pytest.Mon
             save(run, 3)  # the first is no longer kept then
         return real(path, limit)
 
-    monkeypatch.setattr(checkpoint, "read", read_while_training_goes_on)
+    monkeypatch.setattr(model_files, "read", read_while_training_goes_on)
     assert load_model(run.path).step == 3  # and no warning: nothing is damaged
 
 
@@ -712,4 +713,4 @@ def test_nothing_is_warned_about_a_whole_run(run: Run) -> None:
         load_model(run.path)
         load_model(run.path / "checkpoints" / "step-000002")
     assert not caught
-    assert checkpoint.FORMAT_VERSION == 1
+    assert documents.FORMAT_VERSION == 1

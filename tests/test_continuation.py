@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longshort import native, training
-from longshort.checkpoint import encode_arrays
 from longshort.config import TrainConfig
 from longshort.continuation import Continuation
 from longshort.decoder import Decoder
 from longshort.errors import CheckpointError, UsageError
 from longshort.generation import Request, Sampling, generate_many
 from longshort.model import LanguageModel
+from longshort.model_files import encode_arrays
 from longshort.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 from longshort.text.words import WordTokenizer
 

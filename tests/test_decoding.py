@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longshort import native, native_model, training
+from longshort import native, native_layers, native_model, training
 from longshort.config import TrainConfig
 from longshort.decoder import Decoder
 from longshort.errors import ConfigError, UsageError
@@ -112,7 +112,7 @@ def test_a_symbol_is_chosen_as_python_chooses_it(
     position: int,
 ) -> None:
     V = len(logits)
-    weights = native.Weights(np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32))
+    weights = native_layers.Weights(np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32))
     output = np.zeros((V, 1), np.float32), np.zeros(V, np.float32)
     model = NativeModel("rnn", [weights], np.zeros((V + 1, 1), np.float32), output)
     logits_V = np.array(logits, np.float32)
@@ -131,7 +131,7 @@ def test_a_symbol_is_chosen_as_python_chooses_it(
 def test_frequencies_follow_the_probabilities() -> None:
     """A model whose output bias alone decides: a chi-squared test with 4 degrees of freedom."""
     p = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
-    weights = native.Weights(np.zeros((4, 1), np.float32), np.zeros((4, 1), np.float32))
+    weights = native_layers.Weights(np.zeros((4, 1), np.float32), np.zeros((4, 1), np.float32))
     output = np.zeros((5, 1), np.float32), np.log(p).astype(np.float32)
     model = NativeModel("lstm", [weights], np.zeros((6, 1), np.float32), output)
     state = [np.zeros((1, 4, 1), np.float32) for _ in range(2)]
@@ -378,7 +378,7 @@ def test_what_does_not_fit_is_refused_before_the_library_is_called() -> None:
     ):
         with pytest.raises(ValueError, match=r"shape|float32|contiguous|states|steps|refused"):
             decoder.write(*wrong)
-    weights = native.Weights(np.zeros((4, 2), np.float32), np.zeros((4, 1), np.float32))
+    weights = native_layers.Weights(np.zeros((4, 2), np.float32), np.zeros((4, 1), np.float32))
     with pytest.raises(ValueError, match="output weight"):
         NativeModel(
             "lstm", [weights], np.zeros((5, 2), np.float32), (np.zeros((3, 1), np.float32), np.zeros(4, np.float32))

@@ -27,7 +27,7 @@ import torch
 import campaign
 import longshort
 from failing import FAILING, nth_call_fails
-from longshort import checkpoint, snapshot, training
+from longshort import checkpoint, model_files, snapshot, training
 from longshort.config import TrainConfig
 from longshort.errors import LongshortError, OutputError
 from longshort.text import grammar
@@ -349,7 +349,7 @@ def use(model: Path) -> None:
     ids = decoder.tokenizer.encode("the café")
     decoder.tokenizer.decode(ids.tolist())
     decoder.logits(ids.astype("int64"), None)
-    _, kept = checkpoint.load_training(model)
+    _, kept = model_files.load_training(model)
     snapshot.position_of(kept)
     torch_model = longshort.load(model, train=True)
     config = TrainConfig(**TINY, cell=torch_model.config.cell)

@@ -22,9 +22,20 @@ import pytest
 from numpy.typing import NDArray
 
 from conftest import ROOT
-from longshort import native
+from longshort import native, native_layers
 from longshort.errors import NativeWarning, UsageError
-from longshort.native import Gains, Options, Output, Sequences, Weights
+from longshort.native_layers import (
+    BackwardArgs,
+    ForwardArgs,
+    Gains,
+    Gradients,
+    LayerOptions,
+    Options,
+    Output,
+    Sequences,
+    Shape,
+    Weights,
+)
 
 Array = NDArray[Any]
 TARGETS = ("avx512", "avx2", "baseline")
@@ -318,7 +329,7 @@ class Case:
 
     def forward(self, reverse: bool = False, **more: Any) -> Output:
         more = {"sequences": self.sequences(reverse), "options": self.options, "state": self.state, **more}
-        return native.forward(self.cell, self.x, self.weights, **more)
+        return native_layers.forward(self.cell, self.x, self.weights, **more)
 
     def check(self, target: str, reverse: bool = False, threads: int = 1, **more: Any) -> None:
         """Compare outputs and gradients of this target with the reference."""
@@ -346,20 +357,20 @@ class Case:
                 close(getattr(found, name), value, tolerance, name)
         settings: dict[str, Any] = {"target": target, "sequences": sequences, "options": self.options}
         assert output.saved is not None
-        shown = native.gates(self.cell, self.x, self.weights, output.saved, **settings)
+        shown = native_layers.gates(self.cell, self.x, self.weights, output.saved, **settings)
         assert list(shown) == list(dgates)
         for name, gate in shown.items():
             close(gate, expected.shown[name], max(forward), name)
         arguments = (self.cell, self.x, self.weights, output, dy, self.state, dstate, dgates)
         settings["threads"] = threads
-        *of_arrays, of_gains = native.backward(*arguments, **settings)
-        names = [*native.Gradients._fields[: 5 + len(self.state)], *Gains._fields]
+        *of_arrays, of_gains = native_layers.backward(*arguments, **settings)
+        names = [*Gradients._fields[: 5 + len(self.state)], *Gains._fields]
         present = [*of_arrays[: 5 + len(self.state)], *(gain for gain in of_gains or () if gain is not None)]
         assert len(present) == len(wanted)
         for name, gradient, value, tolerance in zip(names, present, wanted, backward, strict=False):
             close(gradient, value, tolerance, f"gradient of {name}")
         begun = rng.normal(size=self.x.shape).astype(np.float32)
-        added = native.backward(*arguments, **settings, dx=begun.copy())
+        added = native_layers.backward(*arguments, **settings, dx=begun.copy())
         close(added.x, wanted[0] + begun, backward[0], "accumulated gradient of x")
 
 
@@ -414,7 +425,7 @@ def test_functions_are_within_4_ulp(target: str, function: str) -> None:
     largest = float(np.finfo(np.float32).max)
     for x in sweep():
         x = x[np.isfinite(x)]
-        y, wanted = native.apply(function, x, target).astype(np.float64), exact(function, x)
+        y, wanted = native_layers.apply(function, x, target).astype(np.float64), exact(function, x)
         size = np.abs(wanted)
         normal = (size >= SMALLEST_NORMAL) & (size <= largest)
         ulp = np.exp2(np.floor(np.log2(np.where(normal, size, 1.0))) - 23)
@@ -433,18 +444,18 @@ def test_functions_are_within_4_ulp(target: str, function: str) -> None:
 )
 def test_functions_at_the_ends(target: str, function: str, wanted: list[float]) -> None:
     x = np.array([np.inf, -np.inf, 0.0, -0.0], np.float32)
-    assert native.apply(function, x, target).tolist() == wanted
+    assert native_layers.apply(function, x, target).tolist() == wanted
     nan = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FFFFFFF], np.uint32).view(np.float32)
-    assert np.isnan(native.apply(function, nan, target)).all()
+    assert np.isnan(native_layers.apply(function, nan, target)).all()
 
 
 def test_a_function_does_not_depend_on_its_neighbours(target: str) -> None:
     x = np.random.default_rng(0).normal(size=3 * LANES[target]).astype(np.float32)
     for function in native.FUNCTIONS:
-        whole = native.apply(function, x, target)
+        whole = native_layers.apply(function, x, target)
         for n in range(len(x)):
-            assert np.array_equal(native.apply(function, x[n:], target), whole[n:])
-            assert np.array_equal(native.apply(function, x[:n], target), whole[:n])
+            assert np.array_equal(native_layers.apply(function, x[n:], target), whole[n:])
+            assert np.array_equal(native_layers.apply(function, x[:n], target), whole[:n])
 
 
 # ------------------------------------------------------------------------------------------------- layers
@@ -513,14 +524,14 @@ def test_packed_sequences_are_padded_ones(target: str, cell: str, reverse: bool)
     sequences = Sequences(counts=np.array(counts), starts=starts, reverse=reverse)
     x = np.ascontiguousarray(case.x[there])
     settings: dict[str, Any] = {"sequences": sequences, "target": target}
-    packed = native.forward(cell, x, case.weights, case.state, **settings, save=True)
+    packed = native_layers.forward(cell, x, case.weights, case.state, **settings, save=True)
     assert np.array_equal(packed.y, padded.y[there])
     assert np.array_equal(packed.h_n, padded.h_n)
     dy = rng.normal(size=packed.y.shape).astype(np.float32)
     dy_TBH = np.zeros_like(padded.y)
     dy_TBH[there] = dy
-    gradients = native.backward(cell, x, case.weights, packed, dy, case.state, **settings)
-    wanted = native.backward(
+    gradients = native_layers.backward(cell, x, case.weights, packed, dy, case.state, **settings)
+    wanted = native_layers.backward(
         cell, case.x, case.weights, padded, dy_TBH, case.state, sequences=case.sequences(reverse), target=target
     )
     assert np.array_equal(gradients.x, wanted.x[there])
@@ -551,7 +562,7 @@ def test_inference_gives_the_same_bits_for_any_threads_and_batch(target: str, ce
             Case(rng, cell, T=T, B=B, I=I, H=H, lengths=lengths, layer_norm=True),
         ):
             whole = case.forward(reverse, target=target)
-            packed = native.pack(cell, case.weights, target)
+            packed = native_layers.pack(cell, case.weights, target)
             again = [
                 case.forward(reverse, target=target, threads=n, packed=p) for n in (1, 2, 4) for p in (None, packed)
             ]
@@ -561,7 +572,7 @@ def test_inference_gives_the_same_bits_for_any_threads_and_batch(target: str, ce
                 L = case.lengths[b]
                 state = tuple(s[b : b + 1] for s in case.state)
                 for threads in (1, 2):
-                    alone = native.forward(
+                    alone = native_layers.forward(
                         cell,
                         case.x[:L, b : b + 1],
                         case.weights,
@@ -580,7 +591,7 @@ def test_parts_of_a_sequence_are_the_whole(target: str) -> None:
     whole = case.forward(target=target)
     state: tuple[Array, ...] = case.state
     for t in range(6):
-        step = native.forward("lstm", case.x[t : t + 1], case.weights, state, target=target)
+        step = native_layers.forward("lstm", case.x[t : t + 1], case.weights, state, target=target)
         assert step.c_n is not None
         state = (step.h_n, step.c_n)
         assert np.array_equal(step.y[0], whole.y[t])
@@ -594,8 +605,8 @@ def test_no_state_and_no_gradient_are_zeros(target: str, cell: str) -> None:
     given, missing = case.forward(target=target, save=True), case.forward(target=target, save=True, state=())
     assert np.array_equal(given.y, missing.y)
     zeros, none = np.zeros_like(given.y), [np.zeros_like(s) for s in case.state]
-    a = native.backward(cell, case.x, case.weights, given, zeros, case.state, none, target=target)
-    b = native.backward(cell, case.x, case.weights, missing, None, target=target)
+    a = native_layers.backward(cell, case.x, case.weights, given, zeros, case.state, none, target=target)
+    b = native_layers.backward(cell, case.x, case.weights, missing, None, target=target)
     assert a.gains is b.gains is None
     for left, right in zip(a[:-1], b[:-1], strict=True):
         assert same(left, right)
@@ -650,14 +661,14 @@ def test_callers_at_the_same_time_get_their_own_answers(target: str) -> None:
 def test_a_forked_child_can_go_on() -> None:
     program = """
 import os, sys, signal, numpy as np
-from longshort import native
+from longshort import native_layers
 rng = np.random.default_rng(0)
 draw = lambda *shape: rng.normal(size=shape).astype("f4")
-x, weights = draw(5, 8, 64), native.Weights(draw(384, 64), draw(384, 96))
-before = native.forward("lstm", x, weights, threads=2).y
+x, weights = draw(5, 8, 64), native_layers.Weights(draw(384, 64), draw(384, 96))
+before = native_layers.forward("lstm", x, weights, threads=2).y
 child = os.fork()
 signal.alarm(20)
-after = native.forward("lstm", x, weights, threads=2).y
+after = native_layers.forward("lstm", x, weights, threads=2).y
 if not child:
     os._exit(not np.array_equal(before, after))
 status = os.waitpid(child, 0)[1]
@@ -669,20 +680,20 @@ sys.exit(status != 0 or not np.array_equal(before, after))
 # ------------------------------------------------------------------------------------------------- refused arguments
 
 
-def arguments_of(case: Case, output: Output) -> tuple[native.ForwardArgs, native.BackwardArgs, dict[str, Array]]:
+def arguments_of(case: Case, output: Output) -> tuple[ForwardArgs, BackwardArgs, dict[str, Array]]:
     """Return a forward and a backward call that are right, and the arrays that they point to."""
     T, B, I, H = case.T, case.B, case.I, case.H
     G = native.GATES[case.cell] * H
     assert output.saved is not None
     arrays = {"y": output.y, "saved": output.saved, "x": case.x}
     arrays |= {"dy": np.ones_like(output.y), "dx": np.zeros_like(case.x)}
-    arrays |= dict(zip(native.Weights._fields, case.filled_weights(), strict=True))
+    arrays |= dict(zip(native_layers.Weights._fields, case.filled_weights(), strict=True))
     arrays |= {name: np.zeros((B, H), np.float32) for name in ("h0", "c0", "h_n", "c_n", "dh0", "dc0", "dh_n", "dc_n")}
     arrays |= {"dweight_ih": np.zeros((G, I), np.float32), "dweight_hh": np.zeros((G, H), np.float32)}
     arrays |= {name: np.zeros(G, np.float32) for name in ("dbias_ih", "dbias_hh")}
-    forward, backward = native.ForwardArgs(), native.BackwardArgs()
+    forward, backward = ForwardArgs(), BackwardArgs()
     for args in (forward, backward):
-        args.shape = native.Shape(T, B, I, H, None, None, None, native.CELLS[case.cell], 0, 1, -1)
+        args.shape = Shape(T, B, I, H, None, None, None, native.CELLS[case.cell], 0, 1, -1)
         for name, kind, *_ in args._fields_:
             if name in arrays and kind is ctypes.c_void_p:
                 setattr(args, name, arrays[name].ctypes.data)
@@ -740,11 +751,11 @@ def test_arguments_that_cannot_be_are_refused(cell: str) -> None:
 def test_sizes_and_names_that_cannot_be_are_refused() -> None:
     library = native.library()
     assert library is not None
-    good = native.Shape(3, 2, 4, 5, None, None, None, 3, 0, 1, -1)
+    good = Shape(3, 2, 4, 5, None, None, None, 3, 0, 1, -1)
     assert library.ls_saved_floats(ctypes.byref(good), 0) > 0
     assert library.ls_saved_floats(ctypes.byref(good), 1) > library.ls_saved_floats(ctypes.byref(good), 0)
     for name, value in (("T", -1), ("H", 0), ("cell", 9), ("target", 99)):
-        shape = native.Shape(3, 2, 4, 5, None, None, None, 3, 0, 1, -1)
+        shape = Shape(3, 2, 4, 5, None, None, None, 3, 0, 1, -1)
         setattr(shape, name, value)
         assert library.ls_saved_floats(ctypes.byref(shape), 0) == -1
     assert library.ls_saved_floats(None, 0) == -1
@@ -766,7 +777,7 @@ def test_sizes_and_names_that_cannot_be_are_refused() -> None:
 @needs_library
 def test_arrays_that_do_not_fit_are_refused() -> None:
     case = Case(np.random.default_rng(0), "lstm", T=3, B=2, I=4, H=5)
-    run = native.forward
+    run = native_layers.forward
     x, weights, state = case.x, case.weights, case.state
     out = np.zeros((3, 2, 5), np.float32)
     read_only = out.copy()
@@ -804,8 +815,8 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         ("gamma_c and beta_c are the lstm's", lambda: run("gru", x, of_gru, options=long)),
         ("gamma_hh must have the shape", lambda: run("gru", x, of_gru, options=Options(gains=Gains(gain, gain[1:])))),
         ("h_mask must have the shape", lambda: run("lstm", x, weights, options=Options(h_mask=out[0, :1]))),
-        ("function must be one of", lambda: native.apply("cosh", x)),
-        ("save=True", lambda: native.backward("lstm", x, weights, run("lstm", x, weights), None)),
+        ("function must be one of", lambda: native_layers.apply("cosh", x)),
+        ("save=True", lambda: native_layers.backward("lstm", x, weights, run("lstm", x, weights), None)),
     ]
     starts = Sequences(counts=np.array([2, 2]), starts=np.array([0, 2]))
     bad.append(("must lie inside of the 3 rows", lambda: run("lstm", x[:, 0], weights, sequences=starts)))
@@ -827,10 +838,10 @@ def test_structures_are_those_of_the_header(tmp_path: Path) -> None:
     if compiler is None:
         pytest.skip("there is no C compiler")
     structures = {
-        "ls_shape": native.Shape,
-        "ls_options": native.LayerOptions,
-        "ls_forward_args": native.ForwardArgs,
-        "ls_backward_args": native.BackwardArgs,
+        "ls_shape": Shape,
+        "ls_options": LayerOptions,
+        "ls_forward_args": ForwardArgs,
+        "ls_backward_args": BackwardArgs,
     }
     lines, wanted = [], []
     for name, structure in structures.items():
@@ -883,7 +894,7 @@ def test_other_targets_are_other_code() -> None:
     if not {"baseline", "avx2"} <= set(native.targets()):
         pytest.skip("there are not two targets here")
     x = np.random.default_rng(0).normal(size=10_000).astype(np.float32)
-    assert not np.array_equal(native.apply("sigmoid", x, "baseline"), native.apply("sigmoid", x, "avx2"))
+    assert not np.array_equal(native_layers.apply("sigmoid", x, "baseline"), native_layers.apply("sigmoid", x, "avx2"))
 
 
 class OldProcessor:
@@ -952,4 +963,4 @@ def test_without_a_library_everything_says_why(monkeypatch: pytest.MonkeyPatch, 
             assert not native.ready()
         assert not native.ready()  # says it once
         with pytest.raises(UsageError, match="There are no native kernels"):
-            native.apply("exp", np.zeros(1, np.float32))
+            native_layers.apply("exp", np.zeros(1, np.float32))

@@ -26,10 +26,10 @@ import torch
 
 import campaign
 from longshort import processes, training
-from longshort.checkpoint import load_training
 from longshort.cli import main
 from longshort.config import TrainConfig
 from longshort.errors import LongshortError, UsageError
+from longshort.model_files import load_training
 from longshort.text import encoding, grammar
 from test_faults import fingerprint, flags, reached, verdict, wait_for, write_text
 from test_resume import state_of

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from longshort import checkpoint, durable, head, kernels, snapshot, training, updates
-from longshort.checkpoint import load_model, load_training
+from longshort import checkpoint, durable, head, kernels, model_files, snapshot, training, updates
+from longshort.checkpoint import load_model
 from longshort.cli import main
 from longshort.config import TrainConfig
 from longshort.errors import CheckpointError, LongshortError, OutputError, TextError, TrainingError, UsageError
 from longshort.model import load_language_model
+from longshort.model_files import load_training
 from longshort.text import grammar
 
 SMALL: dict[str, Any] = {"hidden": 12, "embedding": 8, "seq_len": 12, "batch_size": 8, "steps": 40, "threads": 1}
@@ -327,7 +328,7 @@ def test_arrays_of_another_model_are_refused(text_file: Path, tmp_path: Path) ->
     def put_back(arrays: dict[str, Any]) -> None:
         stepper = training.TextStepper(training.make_model(config, prepared.tokenizer), config, 1)
         like = stepper.model.zero_state(8)
-        taken = checkpoint.Training(arrays, kept.values)
+        taken = model_files.Training(arrays, kept.values)
         snapshot.put_back(taken, stepper.named_parameters, stepper.optimizer, like, stepper.device)
 
     put_back(kept.arrays)

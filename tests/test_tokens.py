@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from longshort import head, kernels, native, ops, training
 from longshort.cells import Stack
 from longshort.config import TrainConfig
-from longshort.native import ForwardArgs, Shape, Tokens
+from longshort.native_layers import ForwardArgs, Shape, Tokens
 from longshort.options import read_lengths
 from longshort.text.tokenizers import CharTokenizer
 from recurrent import same

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longshort import documents, durable
-from longshort.checkpoint import decode_arrays, encode_arrays
 from longshort.errors import UsageError
+from longshort.model_files import decode_arrays, encode_arrays
 
 _LIMIT = 1 << 30
 TAIL = 8

@@ -17,9 +17,11 @@ from typing import NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from longshort import checkpoint, machine, native
+from longshort import checkpoint, machine, native, native_layers
 from longshort.config import SHRINKAGE, ModelConfig, adaptive_cutoffs
 from longshort.errors import CheckpointError, UsageError
+from longshort.model_files import Saved
+from longshort.native_layers import Weights
 from longshort.native_model import Draw, NativeModel, normalise
 from longshort.text import tokenizers
 from longshort.text.tokenizers import Tokenizer
@@ -42,11 +44,13 @@ def _sigmoid(x: Array) -> Array:
 
 
 def _rnn_step(x_BG: Array, h_BG: Array, state: State) -> tuple[State, Gates]:
-    return (np.tanh(x_BG + h_BG),), ()
+    h = np.tanh(x_BG + h_BG)
+    return (h,), (h,)
 
 
 def _rnn_relu_step(x_BG: Array, h_BG: Array, state: State) -> tuple[State, Gates]:
-    return (np.maximum(x_BG + h_BG, np.float32(0)),), ()
+    h = np.maximum(x_BG + h_BG, np.float32(0))
+    return (h,), (h,)
 
 
 def _gru_step(x_BG: Array, h_BG: Array, state: State) -> tuple[State, Gates]:
@@ -78,17 +82,15 @@ class ArrayCell(NamedTuple):
     """A cell of `cells.py` once more, on arrays."""
 
     step: Step
-    num_gates: int
-    states: tuple[str, ...]
-    shown: tuple[str, ...] = ()
-    """Names of the gates that the step gives."""
+    gates: tuple[str, ...]
+    states: tuple[str, ...] = ("h",)
 
 
 CELLS = {
-    "rnn": ArrayCell(_rnn_step, 1, ("h",)),
-    "rnn_relu": ArrayCell(_rnn_relu_step, 1, ("h",)),
-    "gru": ArrayCell(_gru_step, 3, ("h",), ("r", "z", "n")),
-    "lstm": ArrayCell(_lstm_step, 4, ("h", "c"), ("i", "f", "g", "o")),
+    "rnn": ArrayCell(_rnn_step, ("h",)),
+    "rnn_relu": ArrayCell(_rnn_relu_step, ("h",)),
+    "gru": ArrayCell(_gru_step, ("r", "z", "n")),
+    "lstm": ArrayCell(_lstm_step, ("i", "f", "g", "o"), ("h", "c")),
 }
 
 
@@ -124,7 +126,7 @@ class Decoder:
         self.config = config
         self.tokenizer = tokenizer
         self._cell = CELLS[config.cell]
-        shapes = check_weights(config, self._cell.num_gates, weights)
+        shapes = check_weights(config, len(self._cell.gates), weights)
         self._weights = {name: np.asarray(weights[name], dtype=np.float32) for name in shapes}
         w = self._weights
         self.threads = machine.cores()
@@ -147,9 +149,9 @@ class Decoder:
             raise UsageError(f"Weights of eight bits need native kernels. {native.reason()}")
         self._output = weight_VH.T
 
-    def _layer_weights(self, layer: int) -> native.Weights:
+    def _layer_weights(self, layer: int) -> Weights:
         """Return a layer's weights as the native kernels take them."""
-        return native.Weights(*(self._weights[f"recurrent.{name}_l{layer}"] for name in native.Weights._fields))
+        return Weights(*(self._weights[f"recurrent.{name}_l{layer}"] for name in Weights._fields))
 
     def _gains(self, layer: int) -> list[Array]:
         """Return a layer's gains of layer normalisation, as `NativeModel` takes them."""
@@ -216,7 +218,7 @@ class Decoder:
                     seen.append((*gates, *now))
             after.append(now)
             if readings is not None:
-                names = (*self._cell.shown, *self._cell.states)
+                names = (*self._cell.gates, *self._cell.states)
                 values = (np.concatenate(of_name) for of_name in zip(*seen, strict=True))
                 readings.append(dict(zip(names, values, strict=True)))
             x_TBH = x_TBH + h_TBH if layer and self.config.residual else h_TBH
@@ -259,11 +261,12 @@ class Decoder:
         x_TBI = _with_unknown(self._weights["embedding.weight"])[ids_T[:, None]]
         for layer in range(config.layers):
             weights = self._layer_weights(layer)
-            options = native.Options(gains=native.Gains(*self._gains(layer)) if config.layer_norm else None)
-            done = native.forward(config.cell, x_TBI, weights, options=options, save=True, threads=self.threads)
+            gains = native_layers.Gains(*self._gains(layer)) if config.layer_norm else None
+            options = native_layers.Options(gains=gains)
+            done = native_layers.forward(config.cell, x_TBI, weights, options=options, save=True, threads=self.threads)
             assert done.saved is not None
-            shown = native.gates(config.cell, x_TBI, weights, done.saved, options=options) | {"h": done.y}
-            found.append({name: shown[name][:, 0] for name in (*self._cell.shown, *self._cell.states)})
+            shown = native_layers.gates(config.cell, x_TBI, weights, done.saved, options=options) | {"h": done.y}
+            found.append({name: shown[name][:, 0] for name in (*self._cell.gates, *self._cell.states)})
             x_TBI = x_TBI + done.y if layer and config.residual else done.y
         return found
 
@@ -373,7 +376,7 @@ def load_decoder(path: str | Path, precision: str = "float32") -> Decoder:
     return from_saved(checkpoint.load_model(path), precision)
 
 
-def from_saved(saved: checkpoint.Saved, precision: str = "float32") -> Decoder:
+def from_saved(saved: Saved, precision: str = "float32") -> Decoder:
     """Return the decoder of a model that was read; arguments and errors as of `load_decoder`."""
     config = ModelConfig.from_dict(saved.model, f"{saved.path}/config.json")
     return Decoder(config, saved.weights, tokenizers.from_json(saved.tokenizer_json), precision)

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from longshort import kernels
-from longshort.checkpoint import Saved
 from longshort.config import LabelModelConfig
 from longshort.errors import CheckpointError, ConfigError, UsageError
 from longshort.examples import Batch, Encoded, Examples
 from longshort.layers import GRU, LSTM, RNN
+from longshort.model_files import Saved
 from longshort.text import tokenizers
 from longshort.text.batches import IGNORED
 from longshort.text.tokenizers import Tokenizer

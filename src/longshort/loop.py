@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from longshort import checkpoint, durable, snapshot
+from longshort import checkpoint, durable, model_files, snapshot
 from longshort.config import Schedule, TrainConfig
 from longshort.errors import CheckpointError, TrainingError, UsageError
 from longshort.model import LanguageModel
@@ -364,7 +364,7 @@ def keeping(run: checkpoint.Run, size: int) -> Iterator[None]:
             shutil.rmtree(run.path, ignore_errors=True)
 
 
-def recover(run: checkpoint.Run, steps: int | None) -> tuple[checkpoint.Saved, checkpoint.Training, Position]:
+def recover(run: checkpoint.Run, steps: int | None) -> tuple[model_files.Saved, model_files.Training, Position]:
     """Return the newest whole checkpoint of a run, and how far it had come.
 
     Args:

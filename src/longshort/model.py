@@ -22,6 +22,7 @@ from longshort.config import ModelConfig
 from longshort.decoder import Decoder, check_weights, runs_natively
 from longshort.head import AdaptiveSoftmax, Softmax
 from longshort.layers import CellStack
+from longshort.model_files import Saved
 from longshort.text import tokenizers
 from longshort.text.tokenizers import Tokenizer
 
@@ -220,7 +221,7 @@ def load_language_model(path: str | Path) -> LanguageModel:
     return from_saved(checkpoint.load_model(path))
 
 
-def from_saved(saved: checkpoint.Saved) -> LanguageModel:
+def from_saved(saved: Saved) -> LanguageModel:
     """Return the `LanguageModel` of what was read; errors as of `load_language_model`."""
     config = ModelConfig.from_dict(saved.model, f"{saved.path}/config.json")
     model = LanguageModel(config, tokenizers.from_json(saved.tokenizer_json))

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from longshort import native
-from longshort.native import GATES, Weights, address
+from longshort import native, native_layers
+from longshort.native import GATES, address
+from longshort.native_layers import Weights
 
 Array = NDArray[np.float32]
 
@@ -118,7 +119,7 @@ class NativeModel:
             first = first._replace(weight_ih=np.empty((len(first.weight_hh), 0), np.float32))
         else:
             self._embedding = native.float_array("rows", rows, (size, E))
-        self._packed = [native.pack(cell, weights, target) for weights in (first, *layers[1:])]
+        self._packed = [native_layers.pack(cell, weights, target) for weights in (first, *layers[1:])]
         weight = native.float_array("output weight", output[0], (self.V, H))
         bias = native.float_array("output bias", output[1], (self.V,))
         self._head = native.aligned(self._library.ls_head_floats(self.V, H, number))

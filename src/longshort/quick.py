@@ -36,6 +36,8 @@ class Quick:
         self._num_plain, G = len(stack.weight_shapes), stack.gate_size
         gains = [(size,) for size in (G, G, self._H, self._H)][: len(names) - self._num_plain]
         self._normal, self._shapes = bool(gains), (*stack.weight_shapes, *gains)
+        options = (Options(zoneout=zoneout),) if zoneout else ()
+        self._call = Call(stack.cell, self._H, 1, stack.bias, batch_first, None, options, -1, self._normal)
 
     def __call__(self, parameters: Mapping[str, Tensor | None], x: Any, hx: Any, target: int) -> Any:
         """Return what the layer returns, or None where this is not the usual call."""
@@ -82,8 +84,7 @@ class Quick:
 
     def call(self, target: int) -> Call:
         """Return what `ops` must know of such a call."""
-        options = (Options(zoneout=self._zoneout),) if self._zoneout else ()
-        return Call(self._cell, self._H, 1, self._bias, self._batch_first, None, options, target, self._normal)
+        return self._call if target < 0 else self._call._replace(target=target)
 
     def _shape(self, target: int, T: int, B: int, weights: Sequence[Tensor]) -> tuple[float, ...]:
         """Return the fields of `ls_shape` and `ls_options`."""

@@ -27,8 +27,8 @@ from torch import Tensor
 import longshort
 from longshort import kernels, machine, native, own_cells
 from longshort.cells import State
-from longshort.checkpoint import Training
 from longshort.errors import CheckpointError
+from longshort.model_files import Training
 
 _HINT = "Resume from another checkpoint, or start from its weights: longshort train TEXT --from MODEL"
 

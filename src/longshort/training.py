@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import longshort
-from longshort import checkpoint, durable, embeddings
+from longshort import checkpoint, durable, embeddings, model_files
 from longshort.cells import State
 from longshort.config import MODEL_OPTIONS, ModelConfig, TrainConfig
 from longshort.errors import CheckpointError, TextError, UsageError
@@ -351,7 +351,7 @@ def _lead(
     config: TrainConfig,
     prepared: Prepared,
     model: LanguageModel,
-    training: checkpoint.Training | None = None,
+    training: model_files.Training | None = None,
 ) -> None:
     """Let the others of a team make ready to train the same model."""
     if team.size == 1:
@@ -388,7 +388,7 @@ def follow(team: Team, stop: Stop = lambda: False) -> int:
     # Other rows must not lose the same units by dropout.
     torch.manual_seed(int(np.random.SeedSequence([config.seed, team.rank]).generate_state(1, np.uint64)[0]))
     if brief["training"] is not None:
-        stepper.put_back(checkpoint.Training(arrays, brief["training"]))
+        stepper.put_back(model_files.Training(arrays, brief["training"]))
     while True:
         what, number, second = team.next_order()
         if what == STEP:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from longshort import checkpoint, snapshot
+from longshort import model_files, snapshot
 from longshort.cells import State
 from longshort.config import Options, Schedule
 from longshort.errors import TrainingError, UsageError
@@ -102,7 +102,7 @@ class Stepper(ABC, Generic[M, B]):
         """Return what a step starts from that carries nothing on."""
         return ()
 
-    def put_back(self, training: checkpoint.Training) -> None:
+    def put_back(self, training: model_files.Training) -> None:
         """Go on from what a checkpoint holds beside the weights; CheckpointError where it is another model's."""
         rank, rows = self.team.rank, self.config.batch_size // self.team.size
         like = self.zero_state(self.config.batch_size)
