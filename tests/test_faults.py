@@ -163,7 +163,8 @@ def test_a_run_survives_the_failure_of_any_call(tmp_path: Path) -> None:
 def test_runs_that_are_cut_end_as_those_that_are_not(tmp_path: Path, threads: int, lines: bool) -> None:
     """SIGTERM or SIGKILL at a random moment, in the campaign twice, each time resumed in a new process."""
     text, pick = write_text(tmp_path / "text.txt", 20_000), random.Random(threads)
-    steps = 200 if lines else 500 if campaign.SHARE else 250  # a step of lines reads more
+    long, short = (200, 80) if lines else (500, 150)  # a step of lines reads more
+    steps = long if campaign.SHARE else short
     options = flags(threads=threads, hidden=48, steps=steps, save_every=9, batch_size=8, seq_len=24)
     options += ["--lines"] if lines else []
     subprocess.run(command("train", text, "--out", tmp_path / "whole", *options), check=True, capture_output=True)

@@ -44,7 +44,7 @@ def shortened(arguments: list[str]) -> list[str]:
     if "--minutes" in arguments:
         where = arguments.index("--minutes")
         arguments = [*arguments[:where], "--steps", "2", "--hidden", "8", *arguments[where + 2 :]]
-    if arguments[0] == "train" and "--recipe" in arguments:
+    if arguments[0] == "train" and "--steps" not in arguments:
         arguments = [*arguments, "--steps", "2", "--hidden", "8"]
     if "--steps" in arguments:
         arguments[arguments.index("--steps") + 1] = "2"
