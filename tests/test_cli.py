@@ -465,6 +465,9 @@ def test_a_model_needs_no_torch_to_write_and_says_so_to_train(workplace: Path) -
         assert done.returncode == 1, done.stderr
         assert "pip install 'longshort[train]'" in done.stderr
         assert len(done.stderr.strip().split("\n")) <= 3
+    done = python("-c", program, "inspect", run, text)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == python("-m", "longshort", "inspect", run, text).stdout
     assert "PyTorch is missing" in python("-c", program, "doctor").stdout
 
 

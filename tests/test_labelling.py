@@ -28,7 +28,9 @@ from longshort.cli import main
 from longshort.config import LabelModelConfig, LabelTrainConfig, ModelConfig, TrainConfig
 from longshort.errors import CheckpointError, ConfigError, LongshortError, OutputError, TrainingError, UsageError
 from longshort.examples import Encoded, Examples
-from longshort.labelling import Labeller, SequenceClassifier, SequenceTagger, evaluate_labels, make_labeller
+from longshort.label_decoder import LabelDecoder
+from longshort.labellers import Labeller, SequenceClassifier, SequenceTagger, make_labeller
+from longshort.labelling import evaluate_labels
 from longshort.loop import Finished, Looked, Stopped
 from longshort.text.hidden_markov import HiddenMarkov
 
@@ -297,7 +299,7 @@ def test_a_run_is_kept_loaded_and_resumed_bit_for_bit(kind: str, tmp_path: Path)
     events = run(tmp_path / "whole", examples, heldout, **deep)
     assert sum(isinstance(event, Looked) for event in events) == 4
     assert isinstance(events[-1], Finished)
-    model = longshort.load(tmp_path / "whole")
+    model = longshort.load(tmp_path / "whole", train=True)
     assert type(model) is (SequenceTagger if examples.per_step else SequenceClassifier)
     assert not model.training
     assert model.config.reads == kind
@@ -305,6 +307,9 @@ def test_a_run_is_kept_loaded_and_resumed_bit_for_bit(kind: str, tmp_path: Path)
     found = evaluate_labels(model, heldout)
     assert found == events[-1].heldout
     assert json.loads((tmp_path / "whole" / "result.json").read_text())["heldout"] == found.to_dict()
+    without = evaluate_labels(longshort.load(tmp_path / "whole"), heldout)  # PyTorch
+    assert without.nats_per_label == pytest.approx(found.nats_per_label, abs=1e-5)
+    assert without.confusion == found.confusion
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert {"heldout_nats_per_label", "heldout_accuracy", "heldout_macro_f1"} <= {key for line in lines for key in line}
 
@@ -461,15 +466,15 @@ def test_a_run_with_labels_is_no_language_model(tmp_path: Path, capsys: pytest.C
         assert "labels sequences" in said
         assert "longshort." in said  # where to go instead
         assert len(said.strip().splitlines()) <= 3
-    for train in (True, False):
-        assert isinstance(longshort.load(out, train=train), SequenceClassifier)
+    assert isinstance(longshort.load(out, train=True), SequenceClassifier)
+    assert isinstance(longshort.load(out), LabelDecoder)
     with pytest.raises(UsageError, match="float32 weights, not int8"):
         longshort.load(out, weights="int8")
     list(training.train(TrainConfig(texts=(str(text),), steps=1, out=str(tmp_path / "lm"), hidden=4, embedding=4)))
     with pytest.raises(UsageError, match="trains a language model"):
         list(longshort.resume_labels(tmp_path / "lm", examples))
     with pytest.raises(UsageError, match="holds a language model"):
-        longshort.labelling.from_saved(checkpoint.load_model(tmp_path / "lm"))
+        longshort.labelling.read_saved(checkpoint.load_model(tmp_path / "lm"))
 
 
 def test_resuming_needs_the_same_examples(tmp_path: Path) -> None:

@@ -49,9 +49,10 @@ if TYPE_CHECKING:
     from longshort.generation import generate as generate
     from longshort.inspection import Inspection as Inspection
     from longshort.inspection import inspect as inspect
+    from longshort.label_decoder import LabelDecoder as LabelDecoder
+    from longshort.labellers import SequenceClassifier as SequenceClassifier
+    from longshort.labellers import SequenceTagger as SequenceTagger
     from longshort.labelling import Labelling as Labelling
-    from longshort.labelling import SequenceClassifier as SequenceClassifier
-    from longshort.labelling import SequenceTagger as SequenceTagger
     from longshort.labelling import evaluate_labels as evaluate_labels
     from longshort.layers import GRU as GRU
     from longshort.layers import LSTM as LSTM
@@ -82,8 +83,9 @@ _HOME = {
     "train_labels": "supervision",
     "evaluate_labels": "labelling",
     "Labelling": "labelling",
-    "SequenceTagger": "labelling",
-    "SequenceClassifier": "labelling",
+    "LabelDecoder": "label_decoder",
+    "SequenceTagger": "labellers",
+    "SequenceClassifier": "labellers",
     "LabelTrainConfig": "config",
     "LabelModelConfig": "config",
     "Examples": "examples",
@@ -113,13 +115,13 @@ def load(path: str | Path, *, train: bool = False, weights: str = "float32") -> 
 
     Args:
         path: a run (its best checkpoint, else its latest) or a model directory.
-        train: of a language model, whether to return a `LanguageModel`, which PyTorch can train on, instead of a
-            torch-free `Decoder`. A classifier or tagger always is PyTorch's.
+        train: whether to return what PyTorch can train on, a `LanguageModel`, `SequenceClassifier` or `SequenceTagger`,
+            instead of a torch-free `Decoder` or `LabelDecoder`.
         weights: of a language model: float32, or int8: a quarter of the memory, which one text alone waits for
             (`generation.cost_in_bits` says what that costs).
 
     Returns:
-        A `Decoder`, a `LanguageModel`, a `SequenceClassifier` or a `SequenceTagger`, in evaluation mode.
+        One of these models, in evaluation mode.
 
     Raises:
         UsageError: there is nothing at `path`, the model's cell needs PyTorch, or such weights cannot be had.
@@ -133,7 +135,7 @@ def load(path: str | Path, *, train: bool = False, weights: str = "float32") -> 
     if "labels" in saved.model:
         if weights != "float32":
             raise UsageError(f"A classifier or tagger has float32 weights, not {weights}.")
-        return _module("labelling").from_saved(saved)
+        return _module("labellers" if train else "label_decoder").from_saved(saved)
     if train:
         if weights != "float32":
             raise UsageError(f"A model in training has float32 weights, not {weights}.")

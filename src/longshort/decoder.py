@@ -139,7 +139,7 @@ class Decoder:
             self._native = NativeModel(
                 config.cell,
                 layers,
-                _with_unknown(rows),
+                with_unknown(rows),
                 (weight_VH, w["output.bias"]),
                 int8=precision == "int8",
                 residual=config.residual,
@@ -164,19 +164,7 @@ class Decoder:
         table_VG = self._weights["recurrent.weight_ih_l0"].T
         if self.config.embedding:
             table_VG = self._weights["embedding.weight"] @ table_VG
-        return self._normal(0, "ih", _with_unknown(table_VG)) + self._weights["recurrent.bias_ih_l0"]
-
-    def _normal(self, layer: int, name: str, share_BG: Array) -> Array:
-        """Return the input's or the state's share of a layer's gates, normalised where the model has it so."""
-        gamma_G = self._weights.get(f"recurrent.gamma_{name}_l{layer}")
-        return share_BG if gamma_G is None else normalise(share_BG, gamma_G)
-
-    def _step(self, layer: int) -> Step:
-        """Return the step of a layer's cell."""
-        gamma_H = self._weights.get(f"recurrent.gamma_c_l{layer}")
-        if gamma_H is None:
-            return self._cell.step
-        return partial(_lstm_normal_step, normal_c=(gamma_H, self._weights[f"recurrent.beta_c_l{layer}"]))
+        return normalised(self._weights, "ih_l0", with_unknown(table_VG)) + self._weights["recurrent.bias_ih_l0"]
 
     def _start(self, batch_size: int, state: State | None) -> State:
         """Return a state that may be overwritten."""
@@ -203,16 +191,16 @@ class Decoder:
             if layer == 0:
                 x_TBG = self._table[ids_TB]
             else:
-                x_TBG = self._normal(layer, "ih", x_TBH @ w[f"recurrent.weight_ih_l{layer}"].T)
+                x_TBG = normalised(w, f"ih_l{layer}", x_TBH @ w[f"recurrent.weight_ih_l{layer}"].T)
                 x_TBG += w[f"recurrent.bias_ih_l{layer}"]
             weight_hh, bias_hh = w[f"recurrent.weight_hh_l{layer}"], w[f"recurrent.bias_hh_l{layer}"]
             now = tuple(tensor[layer] for tensor in before)
-            h_TBH, step = np.empty((T, B, self.config.hidden), dtype=np.float32), self._step(layer)
+            h_TBH, step = np.empty((T, B, self.config.hidden), dtype=np.float32), step_of(self._cell, w, f"l{layer}")
             seen: list[Gates] = []
             for t in range(T):
                 # (G, H) times a column is BLAS's fast product for one row; the transposed one is, for several.
                 h_BG = (weight_hh @ now[0][0])[None] if B == 1 else now[0] @ weight_hh.T
-                now, gates = step(x_TBG[t], self._normal(layer, "hh", h_BG) + bias_hh, now)
+                now, gates = step(x_TBG[t], normalised(w, f"hh_l{layer}", h_BG) + bias_hh, now)
                 h_TBH[t] = now[0]
                 if readings is not None:
                     seen.append((*gates, *now))
@@ -258,7 +246,7 @@ class Decoder:
         if self._native is None or not config.embedding:  # one-hot input is a look-up for NumPy, and a product there
             self._run(ids_T[:, None], None, found)
             return found
-        x_TBI = _with_unknown(self._weights["embedding.weight"])[ids_T[:, None]]
+        x_TBI = with_unknown(self._weights["embedding.weight"])[ids_T[:, None]]
         for layer in range(config.layers):
             weights = self._layer_weights(layer)
             gains = native_layers.Gains(*self._gains(layer)) if config.layer_norm else None
@@ -302,12 +290,26 @@ class Decoder:
         return self._native.write(logits_BV, state, draws, steps, newline=newline, threads=self.threads)
 
 
+def normalised(weights: Mapping[str, Array], of: str, share_BG: Array) -> Array:
+    """Return the input's or the state's share of the gates (`of` is such as `ih_l0`), normalised if there is a gain."""
+    gamma_G = weights.get(f"recurrent.gamma_{of}")
+    return share_BG if gamma_G is None else normalise(share_BG, gamma_G)
+
+
+def step_of(cell: ArrayCell, weights: Mapping[str, Array], of: str) -> Step:
+    """Return the step of a cell in one layer and direction, such as `l0_reverse`."""
+    gamma_H = weights.get(f"recurrent.gamma_c_{of}")
+    if gamma_H is None:
+        return cell.step
+    return partial(_lstm_normal_step, normal_c=(gamma_H, weights[f"recurrent.beta_c_{of}"]))
+
+
 def runs_natively(config: ModelConfig) -> bool:
     """Return whether the native kernels can read and write with such a model, where there are any."""
     return config.cell in native.CELLS and not config.adaptive_softmax
 
 
-def _with_unknown(rows: Array) -> Array:
+def with_unknown(rows: Array) -> Array:
     """Return `rows` with one of zeros below: the unknown symbol's."""
     return np.concatenate([rows, np.zeros((1, rows.shape[1]), dtype=np.float32)])
 

@@ -24,7 +24,8 @@ from longshort import checkpoint, durable
 from longshort.config import LabelTrainConfig
 from longshort.errors import CheckpointError, UsageError
 from longshort.examples import NO_TOKENIZER, Batch, Encoded, Examples
-from longshort.labelling import Labeller, Labelling, encode, evaluate_labels, from_saved, make_labeller
+from longshort.labellers import Labeller, from_saved, make_labeller
+from longshort.labelling import Labelling, encode, evaluate_labels
 from longshort.loop import (
     Event,
     Legs,

@@ -1,0 +1,144 @@
+"""Runs a trained classifier or tagger without PyTorch: on the native kernels or on NumPy.
+
+T  steps   B  rows   I  input width   H  hidden units   G  gates times H   D  directions   C  labels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longshort import machine, native, native_layers
+from longshort.config import LabelModelConfig
+from longshort.decoder import CELLS, Array, State, normalised, step_of, with_unknown
+from longshort.errors import CheckpointError
+from longshort.examples import Batch
+from longshort.labelling import LabelModel, read_saved
+from longshort.model_files import Saved
+from longshort.native_layers import Gains, Options, Sequences, Weights
+from longshort.text.tokenizers import Tokenizer
+
+
+class LabelDecoder(LabelModel):
+    """A trained classifier or tagger that labels.
+
+    Args:
+        config: what the model is.
+        weights: its weights by name, as `SequenceClassifier.weights` gives them.
+        tokenizer: where it reads texts or words.
+
+    Raises:
+        CheckpointError: a weight is missing or has another shape than `config` says.
+    """
+
+    def __init__(
+        self, config: LabelModelConfig, weights: Mapping[str, Array], tokenizer: Tokenizer | None = None
+    ) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self._cell = CELLS[config.cell]
+        shapes = _weight_shapes(config)
+        for name in {**shapes, **weights}:
+            wanted, given = shapes.get(name, "nothing"), weights[name].shape if name in weights else "nothing"
+            if wanted != given:
+                raise CheckpointError(
+                    f"The weight {name!r:.80} should have the shape {wanted}; the file has {given}.",
+                    "Restore the files that were saved together.",
+                )
+        self._weights = {name: np.asarray(weights[name], dtype=np.float32) for name in shapes}
+        self.threads = machine.cores()
+        """At most so many are used."""
+        self._native = native.ready()
+
+    def logits(self, batch: Batch) -> NDArray[np.float64]:
+        """Return the logits of each sequence (B, C), or step (T, B, C); beyond a row's end they mean nothing."""
+        config, lengths_B = self.config, batch.lengths_B
+        run = self._run_native if self._native else self._run
+        x_TBI, ends = self._inputs(batch), list[Array]()
+        for layer in range(config.layers):
+            found = [run(f"l{layer}{suffix}", x_TBI, lengths_B) for suffix in _suffixes(config)]
+            y_TBH = np.concatenate([y for y, _ in found], axis=-1)
+            x_TBI = x_TBI + y_TBH if layer and config.residual else y_TBH
+            ends = [end for _, end in found]
+        read = x_TBI  # zeros beyond a row's end, so they may be in the sum
+        if not config.per_step and config.pooling == "ends":
+            read = np.concatenate(ends, axis=-1)
+        elif not config.per_step:
+            read = x_TBI.sum(0) / np.maximum(lengths_B, 1)[:, None].astype(np.float32)
+        logits: NDArray[np.float64] = (read @ self._weights["output.weight"].T).astype(np.float64)
+        return logits + self._weights["output.bias"]
+
+    def _inputs(self, batch: Batch) -> Array:
+        """Return what the first layer reads, (T, B, I)."""
+        config, inputs = self.config, batch.inputs
+        if not config.inputs:
+            one_hot = np.eye(config.vocab_size, dtype=np.float32)
+            inputs = with_unknown(self._weights["embedding.weight"] if config.embedding else one_hot)[inputs]
+        return inputs
+
+    def _run_native(self, of: str, x_TBI: Array, lengths_B: NDArray[np.int64]) -> tuple[Array, Array]:
+        """Return what one layer puts out in one direction, (T, B, H), and what it has after its last step, (B, H)."""
+        w, steps = self._weights, np.arange(len(x_TBI))[:, None]
+        weights = Weights(*(w[f"recurrent.{name}_{of}"] for name in Weights._fields))
+        gains = Gains(*(w[name] for name in _gains(self.config, of))) if self.config.layer_norm else None
+        sequences = Sequences(
+            counts=(lengths_B > steps).sum(1),
+            order=np.argsort(-lengths_B, kind="stable"),
+            reverse=of.endswith("_reverse"),
+        )
+        done = native_layers.forward(
+            self.config.cell, x_TBI, weights, sequences=sequences, options=Options(gains=gains), threads=self.threads
+        )
+        return done.y, done.h_n
+
+    def _run(self, of: str, x_TBI: Array, lengths_B: NDArray[np.int64]) -> tuple[Array, Array]:
+        """The same by NumPy, step by step."""
+        w, (T, B), H = self._weights, x_TBI.shape[:2], self.config.hidden
+        x_TBG = normalised(w, f"ih_{of}", x_TBI @ w[f"recurrent.weight_ih_{of}"].T) + w[f"recurrent.bias_ih_{of}"]
+        step, y_TBH = step_of(self._cell, w, of), np.zeros((T, B, H), np.float32)
+        state: State = tuple(np.zeros((B, H), np.float32) for _ in self._cell.states)
+        for t in reversed(range(T)) if of.endswith("_reverse") else range(T):
+            h_BG = normalised(w, f"hh_{of}", state[0] @ w[f"recurrent.weight_hh_{of}"].T)
+            after, _ = step(x_TBG[t], h_BG + w[f"recurrent.bias_hh_{of}"], state)
+            has_B1 = (lengths_B > t)[:, None]
+            state = tuple(np.where(has_B1, new, old) for new, old in zip(after, state, strict=True))
+            y_TBH[t] = np.where(has_B1, after[0], 0)
+        return y_TBH, state[0]
+
+
+def _suffixes(config: LabelModelConfig) -> tuple[str, ...]:
+    return ("", "_reverse")[: 1 + config.bidirectional]
+
+
+def _gains(config: LabelModelConfig, of: str) -> list[str]:
+    """Return the names of a layer's gains of layer normalisation, as `native_layers.Gains` takes them."""
+    names = ("gamma_ih", "gamma_hh", *(("gamma_c", "beta_c") if config.cell == "lstm" else ()))
+    return [f"recurrent.{name}_{of}" for name in names]
+
+
+def _weight_shapes(config: LabelModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every weight."""
+    V, H, D, C = config.vocab_size, config.hidden, 1 + config.bidirectional, len(config.labels)
+    G = len(CELLS[config.cell].gates) * H
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (V, config.embedding)} if V and config.embedding else {}
+    for layer in range(config.layers):
+        width = D * H if layer else config.inputs or config.embedding or V
+        for suffix in _suffixes(config):
+            of = f"l{layer}{suffix}"
+            plain = {"weight_ih": (G, width), "weight_hh": (G, H), "bias_ih": (G,), "bias_hh": (G,)}
+            shapes |= {f"recurrent.{name}_{of}": shape for name, shape in plain.items()}
+            if config.layer_norm:
+                shapes |= dict(zip(_gains(config, of), ((G,), (G,), (H,), (H,)), strict=False))
+    return {**shapes, "output.weight": (C, D * H), "output.bias": (C,)}
+
+
+def from_saved(saved: Saved) -> LabelDecoder:
+    """Return the classifier or tagger that a run or model directory holds.
+
+    Raises:
+        UsageError: it holds a language model.
+        CheckpointError: the files do not belong together.
+    """
+    config, tokenizer = read_saved(saved)
+    return LabelDecoder(config, saved.weights, tokenizer)
