@@ -215,12 +215,12 @@ def _lines(symbols: list[str], values: NDArray[np.float32]) -> Iterator[list[tup
 
 def _colour(value: float) -> str:
     """Return the colour of a value from -1, blue, to 1, red; white is 0."""
-    pale = round(255 * (1 - min(abs(value), 1.0) ** 0.7))
-    return f"rgb(255,{pale},{pale})" if value > 0 else f"rgb({pale},{pale},255)"
+    share, end = min(abs(value), 1.0), (178, 24, 43) if value > 0 else (33, 102, 172)
+    return f"rgb({','.join(str(round(255 + share * (part - 255))) for part in end)})"
 
 
 def _ink(value: float) -> str:
-    return "black" if abs(value) < 0.75 else "white"
+    return "black" if abs(value) < 0.6 else "white"
 
 
 def _bar(value: float, lowest: float) -> str:
