@@ -496,3 +496,16 @@ def test_an_interrupt_ends_with_130_and_what_was_saved_loads(workplace: Path) ->
     assert "Traceback" not in said
     assert re.search(r"longshort: stopped; step \d+ of 100,000 is saved. Go on with: \S* ?resume run$", said.strip())
     assert checkpoint.load_model("run").weights
+
+
+def test_a_model_that_diverged_gives_null_and_no_traceback(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = checkpoint.load_model(workplace / "run")
+    saved.weights["output.bias"][:] = math.nan
+    checkpoint.save_model(tmp_path / "model", saved.weights, saved.model, saved.tokenizer_json, {})
+    model, text = str(tmp_path / "model"), str(workplace / "english.txt")
+    for verb, figure in (("eval", "nats_per_token"), ("inspect", "nats_per_token"), ("score", "bits_per_character")):
+        shown = out_of(capsys, verb, model, text, "--json")
+        found = json.loads(shown.splitlines()[0] if verb == "score" else shown, parse_constant=pytest.fail)
+        assert found[figure] is None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json as jsonlib
 import os
 import re
 import shlex
@@ -282,7 +281,7 @@ def score(
     scored = scoring.score(models.decoder(model), corpus.lines(file), ahead=ahead)
     for found in scored if top is None else scoring.oddest(scored, top):
         if json:
-            print(jsonlib.dumps(found.to_dict()))
+            print(console.as_json(found.to_dict()))
         elif top is None:
             print(f"{found.bits_per_character:.4f}")
         else:

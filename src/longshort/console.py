@@ -6,6 +6,7 @@ Results go to standard output, everything else (progress, notes, errors) to stan
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -100,7 +101,20 @@ def check_plot(path: str) -> None:
 
 def print_json(content: Mapping[str, Any]) -> None:
     """Print one JSON object on standard output, with the version of its form."""
-    print(json.dumps({"format_version": 1, **content}, indent=2, allow_nan=False))
+    print(as_json({"format_version": 1, **content}, indent=2))
+
+
+def as_json(content: Any, indent: int | None = None) -> str:
+    """Return JSON, in which a number that is not finite, as a model that diverged gives, is null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: finite(each) for name, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(content), indent=indent, allow_nan=False)
 
 
 def say(words: str) -> None:

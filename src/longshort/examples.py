@@ -186,30 +186,50 @@ def checked(sequences: Sequence[Any], reads: str) -> list[Any]:
     return [_checked(number, sequence, reads, width) for number, sequence in enumerate(sequences)]
 
 
+def _as_text(sequence: Any, width: int) -> Any:
+    return sequence if isinstance(sequence, str) else None
+
+
+def _as_words(sequence: Any, width: int) -> Any:
+    words = not isinstance(sequence, str) and all(isinstance(word, str) for word in sequence)
+    return list(sequence) if words else None
+
+
+def _as_ids(sequence: Any, width: int) -> Any:
+    array = np.asarray(sequence)
+    if not len(array):
+        return array.astype(np.int32) if array.ndim == 1 else None
+    whole = array.ndim == 1 and array.dtype.kind in "iu"
+    return array.astype(np.int32) if whole and array.min() >= 0 and array.max() < 2**31 else None
+
+
+def _as_vectors(sequence: Any, width: int) -> Any:
+    array = np.asarray(sequence)
+    if len(array) and (array.ndim != 2 or array.shape[1] != width):
+        return None
+    vectors = array.astype(np.float32).reshape(len(array), width)
+    return vectors if np.isfinite(vectors).all() else None
+
+
+_KINDS: dict[str, tuple[Callable[[Any, int], Any], str]] = {
+    "text": (_as_text, "a text"),
+    "words": (_as_words, "a list of words"),
+    "ids": (_as_ids, "an array (T,) of whole numbers from 0 on"),
+    "vectors": (_as_vectors, "an array (T, {width}) of finite numbers"),
+}
+"""Of each kind of sequence what gives it as it is kept, None where it is none, and what is wanted in words."""
+
+
 def _checked(number: int, sequence: Any, reads: str, width: int) -> Any:
+    convert, wanted = _KINDS[reads]
     try:
-        if reads == "text" and isinstance(sequence, str):
-            return sequence
-        if reads == "words" and not isinstance(sequence, str) and all(isinstance(word, str) for word in sequence):
-            return list(sequence)
-        if reads in ("ids", "vectors"):
-            array = np.asarray(sequence)
-            if reads == "ids" and array.ndim == 1 and (array.dtype.kind in "iu" or not len(array)):
-                if not len(array) or (array.min() >= 0 and array.max() < 2**31):
-                    return array.astype(np.int32)
-            elif reads == "vectors" and (not len(array) or (array.ndim == 2 and array.shape[1] == width)):
-                vectors = array.astype(np.float32).reshape(len(array), width)
-                if np.isfinite(vectors).all():
-                    return vectors
+        found = convert(sequence, width)
     except (TypeError, ValueError):
-        pass
-    wanted = {
-        "text": "a text",
-        "words": "a list of words",
-        "ids": "an array (T,) of whole numbers from 0 on",
-        "vectors": f"an array (T, {width}) of finite numbers",
-    }
-    raise ConfigError(f"Sequence {number} must be {wanted[reads]}, as the others are, not {sequence!r:.80}.")
+        found = None
+    if found is None:
+        what = wanted.format(width=width)
+        raise ConfigError(f"Sequence {number} must be {what}, as the others are, not {sequence!r:.80}.")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
