@@ -104,6 +104,9 @@ def test_every_verb_has_it(text: Path, tmp_path: Path, capsys: pytest.CaptureFix
     said(capsys, "eval", run, str(short), "--dynamic")
     assert said(capsys, "generate", run, "--prompt", "w1 w2", "--length", "5").startswith("w1 w2 ")
     assert len(said(capsys, "score", run, str(short)).splitlines()) == 8
+    inside = json.loads(said(capsys, "inspect", run, str(short), "--json"))
+    assert [gate["name"] for gate in inside["gates"]] == [*"ifgohc"]
+    assert inside["symbols"][:3] == ["w1", " w2", " w1"]
     said(capsys, "train", str(text), "--from", run, "--steps", "1", "--out", str(tmp_path / "next"))
     with pytest.raises(UsageError, match="An adaptive softmax runs with PyTorch only"):
         longshort.load(run)

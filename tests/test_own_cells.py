@@ -129,6 +129,11 @@ def test_every_verb_runs_it(path: Path, tmp_path: Path, english: str, capsys: py
     assert json.loads(capsys.readouterr().out)["nats_per_token"] > 0
     assert main(["generate", run, "--length", "20", *own]) == 0
     assert main(["score", run, str(text), "--top", "1", *own]) == 0
+    capsys.readouterr()
+    assert main(["inspect", run, str(text), *own, "--plot", str(tmp_path / "gates.png"), "--json"]) == 0
+    gates = [gate["name"] for gate in json.loads(capsys.readouterr().out)["gates"] if gate["layer"] == 1]
+    cell = own_cells.load_cell(place(path))
+    assert gates == list(dict.fromkeys([*cells.get_cell(cell).gates, *cells.get_cell(cell).states]))
     assert json.loads((tmp_path / "cut" / "config.json").read_text())["train"]["cell"] == f"{path.name}:cell"
 
 
