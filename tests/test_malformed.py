@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import longshort
 from longshort import kernels
@@ -49,24 +49,33 @@ def call(pick: random.Random) -> bool:
         beyond["lengths"] = [pick.choice([-1, 0, 1, 2, 3, 9]) for _ in range(pick.choice([*x.shape[:2], 2]))]
     if pick.random() < 0.2:
         beyond["resets"] = torch.rand(pick.choice(SIZES), pick.choice(SIZES)) < 0.5
+    if pick.random() < 0.2:
+        beyond["return_gates"] = True
     seed = pick.randrange(1 << 30)
     try:
         torch.manual_seed(seed)
-        output = layer(x, hx, **beyond)[0]
-        output.sum().backward()
+        found = outputs(layer(x, hx, **beyond))
+        total: Any = torch.stack([output.sum() for output in found])
+        total.sum().backward()
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, longshort.LongshortError):
         return False
     if options or beyond:
         torch.manual_seed(seed)
         with kernels.use("reference"):
-            expected = layer(x, hx, **beyond)[0]
+            expected = outputs(layer(x, hx, **beyond))
     else:
         peer = getattr(nn, name)(I, H, **given)
         peer.load_state_dict(layer.state_dict())
-        expected = peer(x, hx)[0]
+        expected = outputs(peer(x, hx))
     # One number in a normalised row of few loses digits, whoever computes it.
-    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-3 if "layer_norm" in options else 1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3 if "layer_norm" in options else 1e-5)
     return True
+
+
+def outputs(result: Any) -> list[Tensor]:
+    """Return a layer's output, and every gate and state at every step if the call asked for them."""
+    readings = result[2] if len(result) > 2 else []
+    return [result[0], *(value for reading in readings for value in reading.values())]
 
 
 def main(calls: int, seed: int) -> None:
