@@ -3,7 +3,7 @@
     T  steps   B  rows   I  input width   H  hidden units   G  gates times H
 
 A step from Python costs more in checks than in arithmetic. What is written out here is what `ops` does for the usual
-call: one layer, one direction, float32 on a CPU, all rows of one length, no masks.
+call: one layer, one direction, float32 on a CPU, all rows of one length.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from longshort import backends, native, ops
 from longshort.cells import Options, Stack
 from longshort.ops import BACKWARD, FORWARD, Call, Saved, check, library
+from longshort.options import LayerOptions
 
 
 class Quick:
@@ -26,18 +27,23 @@ class Quick:
         stack: one layer, one direction, without projection.
         names: of its weights among the module's parameters, and of its gains of layer normalisation.
         batch_first: as in the layer.
-        zoneout: the share of h that stays in every step.
+        options: of the layer: none beyond layer normalisation, recurrent dropout and zoneout.
+        training: whether they act as in training.
     """
 
-    def __init__(self, stack: Stack, names: Sequence[str], batch_first: bool, zoneout: float = 0.0) -> None:
-        self._names, self._batch_first, self._zoneout = tuple(names), batch_first, zoneout
+    def __init__(
+        self, stack: Stack, names: Sequence[str], batch_first: bool, options: LayerOptions, training: bool
+    ) -> None:
+        self._stack, self._names, self._batch_first, self._options = stack, tuple(names), batch_first, options
+        self._draws = training and bool(options.recurrent_dropout or options.zoneout)
+        self._fixed = Options(zoneout=0.0 if training else options.zoneout)
         self._cell, self._code = stack.cell, native.CELLS[stack.cell]
         self._I, self._H, self._bias, self._lstm = stack.input_size, stack.hidden_size, stack.bias, stack.cell == "lstm"
         self._num_plain, G = len(stack.weight_shapes), stack.gate_size
         gains = [(size,) for size in (G, G, self._H, self._H)][: len(names) - self._num_plain]
         self._normal, self._shapes = bool(gains), (*stack.weight_shapes, *gains)
-        options = (Options(zoneout=zoneout),) if zoneout else ()
-        self._call = Call(stack.cell, self._H, 1, stack.bias, batch_first, None, options, -1, self._normal)
+        self._plain = not (self._draws or self._fixed.zoneout or self._normal)
+        self._call = Call(stack.cell, self._H, 1, stack.bias, batch_first, None, (self._fixed,), -1, self._normal)
 
     def __call__(self, parameters: Mapping[str, Tensor | None], x: Any, hx: Any, target: int) -> Any:
         """Return what the layer returns, or None where this is not the usual call."""
@@ -68,29 +74,29 @@ class Quick:
                 return None
             weights.append(weight)
         h_0, c_0 = (*state, None, None)[:2]
+        having = self._fixed
+        if self._draws:
+            having = self._options.for_direction(self._stack, {}, x, T, B, training=True, resets_TB=None)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, x, *state)):
-            plain = target < 0 and not (self._zoneout or self._normal)
-            if plain and ops.is_slower(self._cell, T, H, grad=True):
+            if target < 0 and self._plain and ops.is_slower(self._cell, T, H, grad=True):
                 h_0 = x.new_zeros(1, B, H) if h_0 is None else h_0
                 run = backends.TORCH_OPS[self._cell]
                 return run(x, h_0, weights, self._bias, 1, 0.0, False, False, self._batch_first)
-            y, *after = _Trained.apply(self, target, x, h_0, c_0, *weights)  # type: ignore[no-untyped-call]
+            y, *after = _Trained.apply(self, target, having, x, h_0, c_0, *weights)  # type: ignore[no-untyped-call]
             return y, tuple(after) if self._lstm else after[0]
-        packed = ops.pack(self.call(target), weights, I)
+        packed = ops.pack(self._call if target < 0 else self._call._replace(target=target), weights, I)
         if packed is None:
             return None
-        y, h_n, c_n = self.forward(target, x, h_0, c_0, weights, packed, None)
+        y, h_n, c_n = self.forward(target, having, x, h_0, c_0, weights, packed, None)
         return y, h_n if c_n is None else (h_n, c_n)
 
-    def call(self, target: int) -> Call:
-        """Return what `ops` must know of such a call."""
-        return self._call if target < 0 else self._call._replace(target=target)
-
-    def _shape(self, target: int, T: int, B: int, weights: Sequence[Tensor]) -> tuple[float, ...]:
+    def _shape(self, target: int, having: Options, T: int, B: int, weights: Sequence[Tensor]) -> tuple[float, ...]:
         """Return the fields of `ls_shape` and `ls_options`."""
+        h_mask, zoneout_mask = having.h_mask_BH, having.zoneout_mask_TBH
+        masks = 0 if h_mask is None else h_mask.data_ptr(), 0 if zoneout_mask is None else zoneout_mask.data_ptr()
         gains = (*[gain.data_ptr() for gain in weights[self._num_plain :]], 0, 0, 0, 0)[:4]
         sizes = (T, B, self._I, self._H, 0, 0, 0, self._code, 0, torch.get_num_threads(), target)
-        return *sizes, 0, 0, self._zoneout, 0, 0, *gains
+        return *sizes, *masks, having.zoneout, 0, 0, *gains
 
     def _places(self, tensor: Tensor) -> tuple[int, int, int]:
         """Return where a tensor laid as the input lies, and the floats from step to step and from row to row."""
@@ -100,6 +106,7 @@ class Quick:
     def forward(
         self,
         target: int,
+        having: Options,
         x: Tensor,
         h_0: Tensor | None,
         c_0: Tensor | None,
@@ -112,7 +119,7 @@ class Quick:
         y, h_n = torch.empty(*x.shape[:2], H), torch.empty(1, B, H)
         c_n = torch.empty(1, B, H) if self._lstm else None
         fields = FORWARD.pack(
-            *self._shape(target, T, B, weights),
+            *self._shape(target, having, T, B, weights),
             *self._places(x),
             *(*[weight.data_ptr() for weight in weights[: self._num_plain]], 0, 0)[:4],
             0 if packed is None else packed.data_ptr(),
@@ -130,6 +137,7 @@ class Quick:
     def backward(
         self,
         target: int,
+        having: Options,
         x: Tensor,
         h_0: Tensor | None,
         c_0: Tensor | None,
@@ -151,7 +159,7 @@ class Quick:
         dy = None if dy is None else ops.rows(dy)
         dh_n, dc_n = (None if each is None else each.contiguous() for each in (dh_n, dc_n))
         fields = BACKWARD.pack(
-            *self._shape(target, T, B, weights),
+            *self._shape(target, having, T, B, weights),
             *self._places(x),
             weights[0].data_ptr(),
             weights[1].data_ptr(),
@@ -176,6 +184,7 @@ class Quick:
     def by_equations(
         self,
         target: int,
+        having: Options,
         x: Tensor,
         h_0: Tensor | None,
         c_0: Tensor | None,
@@ -186,7 +195,8 @@ class Quick:
         """Return what `backward` returns, differentiable once more; `gradients` are those of y, h_n and c_n."""
         n = 1 + self._lstm
         asked = [*wanted[: 1 + n], *wanted[3:]]
-        found = ops.by_equations(self.call(target), x, (h_0, c_0)[:n], weights, gradients[: 1 + n], asked)
+        call = self._call._replace(target=target, options=(having,))
+        found = ops.by_equations(call, x, (h_0, c_0)[:n], weights, gradients[: 1 + n], asked)
         return *found[: 1 + n], *[None] * (2 - n), *found[1 + n :]
 
     def saved_floats_a_row(self, target: int) -> int:
@@ -199,12 +209,19 @@ class _Trained(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, quick: Quick, target: int, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, *weights: Tensor
+        ctx: Any,
+        quick: Quick,
+        target: int,
+        having: Options,
+        x: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         target = library.ls_active_target() if target < 0 else target
         saved = Saved(x.shape[0] * x.shape[1] * quick.saved_floats_a_row(target))
-        y, h_n, c_n = quick.forward(target, x, h_0, c_0, weights, None, saved.tensor)
-        ctx.quick, ctx.target, ctx.saved = quick, target, saved
+        y, h_n, c_n = quick.forward(target, having, x, h_0, c_0, weights, None, saved.tensor)
+        ctx.quick, ctx.target, ctx.having, ctx.saved = quick, target, having, saved
         ctx.save_for_backward(x, h_0, c_0, y, *weights)
         ctx.set_materialize_grads(False)
         return (y, h_n) if c_n is None else (y, h_n, c_n)
@@ -212,8 +229,10 @@ class _Trained(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None = None) -> tuple[Any, ...]:
         x, h_0, c_0, y, *weights = ctx.saved_tensors
-        quick, target, wanted = ctx.quick, ctx.target, ctx.needs_input_grad[2:]
+        quick, target, having, wanted = ctx.quick, ctx.target, ctx.having, ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():  # somebody will differentiate once more
-            return None, None, *quick.by_equations(target, x, h_0, c_0, weights, (dy, dh_n, dc_n), wanted)
-        state = (h_0, c_0)
-        return None, None, *quick.backward(target, x, *state, weights, y, ctx.saved.tensor, dy, dh_n, dc_n, wanted)
+            found = quick.by_equations(target, having, x, h_0, c_0, weights, (dy, dh_n, dc_n), wanted)
+        else:
+            saved = ctx.saved.tensor
+            found = quick.backward(target, having, x, h_0, c_0, weights, y, saved, dy, dh_n, dc_n, wanted)
+        return None, None, None, *found

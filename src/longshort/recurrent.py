@@ -95,8 +95,9 @@ class RecurrentLayer(StandIn, nn.RNNBase):
         if not (single and ops.TARGETS and given <= {"layer_norm", "recurrent_dropout", "zoneout", "forget_bias"}):
             return None, None
         names = [*self._flat_weights_names, *self._option_names[0].values()]
-        quick = Quick(self._stack, names, self.batch_first, options.zoneout)
-        return quick, None if options.recurrent_dropout or options.zoneout else quick
+        quick = Quick(self._stack, names, self.batch_first, options, training=False)
+        draws = options.recurrent_dropout or options.zoneout
+        return quick, Quick(self._stack, names, self.batch_first, options, training=True) if draws else quick
 
     @cached_property
     def _needs(self) -> tuple[frozenset[str], frozenset[str]]:
