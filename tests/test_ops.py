@@ -101,7 +101,9 @@ def test_the_short_way_gives_the_same_bits(
     for mode in (torch.no_grad(), torch.enable_grad()):
         with mode:
             short, general = seeded(0, layer, x, hx), seeded(0, layer._call, x, hx)
-        assert all(torch.equal(a, b) for a, b in zip(flat(short), flat(general), strict=True))
+            whole = [seeded(0, layer, x, hx, lengths=lengths) for lengths in ([T] * B, torch.tensor([T] * B))]
+        for found in (short, *whole):
+            assert all(torch.equal(a, b) for a, b in zip(flat(found), flat(general), strict=True))
     inputs, outputs = (x, state, *layer.parameters()), (flat(short), flat(general))
     every = [torch.randn_like(each) for each in outputs[0]]
     for chosen in (range(len(every)), [0], [len(every) - 1]):  # gradients of all that is put out, and of parts

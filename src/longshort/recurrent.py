@@ -162,11 +162,23 @@ class RecurrentLayer(StandIn, nn.RNNBase):
             UsageError: arguments that do not go together.
         """
         quick = self._quick[self.training]
-        if quick is not None and not arguments and (target := kernels.quick_target()) is not None:
+        target = None if quick is None else kernels.quick_target()
+        if quick is not None and target is not None and (not arguments or self._are_whole(input, arguments)):
             found = quick(self._parameters, input, hx, target)
             if found is not None:
                 return found
         return self._call(input, hx, **arguments)
+
+    def _are_whole(self, input: Any, arguments: CallArguments) -> bool:
+        """Whether a call has `lengths` alone, by which all rows have all steps: seen quickly, or not at all."""
+        lengths: Any = arguments.get("lengths")
+        if len(arguments) > 1 or not isinstance(input, Tensor) or input.dim() != 3:
+            return False
+        if type(lengths) is Tensor and lengths.dtype is torch.int64 and lengths.dim() == 1 and lengths.is_cpu:
+            lengths = lengths.tolist()
+        rows, steps = input.shape[:2] if self.batch_first else input.shape[1::-1]
+        whole = type(lengths) is list and len(lengths) == rows and lengths.count(steps) == rows
+        return whole and all(type(length) is int for length in lengths)
 
     def _call(
         self,
@@ -199,8 +211,6 @@ class RecurrentLayer(StandIn, nn.RNNBase):
             state = None if state is None else tuple(tensor.unsqueeze(1) for tensor in state)
 
         sequences = None if lengths is None else read_lengths(lengths, steps, rows)
-        if lengths is not None and sequences is None and resets is None and not return_gates:
-            return self.forward(input, hx)  # all rows have all steps: there may be a short way
         if resets is not None:
             shape = (steps,) if rows is None else (rows, steps) if batch_first else (steps, rows)
             resets = read_resets(resets, shape).view(input.shape[:2])
