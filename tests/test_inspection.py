@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +291,14 @@ def test_a_unit_has_a_bar_below_each_symbol(run: Path, capsys: pytest.CaptureFix
     assert lines[::2] == ["one two⏎", "␛ end"]
     assert [len(line) for line in lines[1::2]] == [8, 5]
     assert set("".join(lines[1::2])) <= set("▁▂▃▄▅▆▇█")
+
+
+def test_standard_input_is_read_and_not_kept(run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "longshort", "inspect", str(run / "run"), "-", "--unit", "0:1"]
+    kept = {"LONGSHORT_CACHE": str(tmp_path)}
+    done = subprocess.run(command, input="one\ntwo", capture_output=True, text=True, env=os.environ | kept, check=True)
+    assert done.stdout.splitlines()[::2] == ["one⏎", "two"]
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -105,14 +105,17 @@ def _text(
         raise UsageError("One text is wanted: FILE, --prompt or --corpus.")
     if prompt is not None:
         return "the prompt", prompt[:length]
-    files = () if file is None else corpora.keep_standard_input((file,))
-    source = corpora.find(files, corpus, console.path(data_dir))
+    if file is not None:
+        name, pieces = Path(file).name, corpora.pieces(file)
+    else:
+        source = corpora.find((), corpus, console.path(data_dir))
+        name, pieces = source.name, source.pieces()
     text = ""
-    for piece in source.pieces():
+    for piece in pieces:
         text += piece
         if len(text) >= length:
             break
-    return source.name, text[:length]
+    return name, text[:length]
 
 
 def _chosen(found: Inspection, unit: str, value: str | None) -> _Unit:

@@ -211,16 +211,21 @@ def lines(path: str) -> Iterator[str]:
     Raises:
         UsageError, TextError: as `read_files`.
     """
+    yield from _lines(pieces(path))
+
+
+def pieces(path: str) -> Iterator[str]:
+    """Yield the text of a file, or of standard input for `-`, in pieces as they come; errors as of `lines`."""
     if path in STDIN:
         # A pipe gives what it has: a live log is answered when its lines come.
         blocks, name = iter(lambda: os.read(sys.stdin.fileno(), PIECE), b""), Path("standard input")
-        yield from _lines(_decode(blocks, name))
+        yield from _decode(blocks, name)
         return
     file = Path(path)
     if _kind(file) == stat.S_IFDIR:
         raise TextError(f"{_quoted(file)} is a folder.", "Give one file, or pipe several: cat FOLDER/*.txt | ... -")
     with open_file(file) as stream:
-        yield from _lines(_decode(_blocks(stream, file), file))
+        yield from _decode(_blocks(stream, file), file)
 
 
 def _lines(pieces: Iterable[str]) -> Iterator[str]:
