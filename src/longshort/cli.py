@@ -62,6 +62,7 @@ def demo(
     for command, meaning in (
         (f"{me} generate {place} --prompt 'The ' --temperature 0.5", "more, at a lower temperature"),
         (f"{me} eval {place} --split valid", "the held-out figure once more"),
+        (f"{me} inspect {place} --corpus builtin", "its gates, and which unit follows what"),
         (f"{me} train MY-TEXT.txt --minutes 5", "a model of your own text"),
         (f"{me} compare --recipe lecture", "RNN, GRU and LSTM, from scratch and from the library"),
     ):
