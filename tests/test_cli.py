@@ -475,11 +475,15 @@ def test_a_model_needs_no_torch_to_write_and_says_so_to_train(workplace: Path) -
 
 
 def test_a_closed_pipe_is_no_error(workplace: Path) -> None:
-    command = f"{sys.executable} -m longshort generate {workplace / 'run'} --length 3000 | head -c 5"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, check=False)
-    assert done.stderr == b""
-    assert len(done.stdout) == 5
-    assert done.returncode == 0
+    run, text = workplace / "run", workplace / "english.txt"
+    for words in (f"generate {run} --length 3000", f"inspect {run} {text}", f"eval {run} {text}"):
+        # The last one's reader is gone before the first word.
+        reader = "true" if words.startswith("eval") else "head -c 5"
+        command = f"{sys.executable} -m longshort {words} | {reader}"
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, check=False)
+        assert done.stderr == b"", words
+        assert len(done.stdout) == (0 if reader == "true" else 5)
+        assert done.returncode == 0
 
 
 def test_an_interrupt_ends_with_130_and_what_was_saved_loads(workplace: Path) -> None:

@@ -452,6 +452,7 @@ def main(arguments: list[str] | None = None) -> int:
         if verb in (["train"], ["resume"], ["demo"]) and console.RANK and os.environ.get("WORLD_SIZE", "1") != "1":
             return _follow()
         app(given, exit_on_error=False, print_error=False)
+        sys.stdout.flush()  # here, where a reader that has gone is no error
     except cyclopts.CycloptsError as error:
         console.complain(f"{error}\nSee: longshort --help")
         return 2

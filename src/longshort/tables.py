@@ -252,10 +252,16 @@ def print_doctor(report: Mapping[str, Any]) -> None:
         console.print(line, markup=False)
 
 
+class _Output(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave to `cli.main` what happens where the reader has gone: it is no error."""
+        raise BrokenPipeError
+
+
 def output() -> Console:
     """Return what prints on standard output."""
     # A pipe gets tables as wide as they are, whatever the width of the terminal behind it.
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    return _Output(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 def _or_dash(value: float | None, form: str) -> str:
