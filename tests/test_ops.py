@@ -116,6 +116,14 @@ def test_the_short_way_gives_the_same_bits(
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+def test_masks_are_drawn_once_where_the_short_way_is_left() -> None:
+    with torch.inference_mode():  # whose weights are not kept packed
+        layer, x = longshort.LSTM(3, 4, recurrent_dropout=0.5, zoneout=0.3), torch.randn(5, 2, 3)
+        found = seeded(0, layer, x)
+        with kernels.use("reference"):
+            same(found, seeded(0, layer, x))
+
+
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
 def test_many_passes_at_once_keep_their_own_memory(ours: Any, theirs: Any) -> None:
     """Forward passes whose backward passes come later, in another order, and twice."""

@@ -246,7 +246,7 @@ class Decoder:
         if self._native is None or not config.embedding:  # one-hot input is a look-up for NumPy, and a product there
             self._run(ids_T[:, None], None, found)
             return found
-        x_TBI = with_unknown(self._weights["embedding.weight"])[ids_T[:, None]]
+        x_TBI = look_up(self._weights["embedding.weight"], ids_T[:, None])
         for layer in range(config.layers):
             weights = self._layer_weights(layer)
             gains = native_layers.Gains(*self._gains(layer)) if config.layer_norm else None
@@ -312,6 +312,13 @@ def runs_natively(config: ModelConfig) -> bool:
 def with_unknown(rows: Array) -> Array:
     """Return `rows` with one of zeros below: the unknown symbol's."""
     return np.concatenate([rows, np.zeros((1, rows.shape[1]), dtype=np.float32)])
+
+
+def look_up(rows: Array, ids: NDArray[np.int64]) -> Array:
+    """Return the row of each symbol; zeros of the unknown one. The rows themselves are not copied."""
+    found: Array = rows[np.minimum(ids, len(rows) - 1)]
+    found[ids == len(rows)] = 0
+    return found
 
 
 def weight_shapes(config: ModelConfig, num_gates: int, vectors: Sequence[str] = ()) -> dict[str, tuple[int, ...]]:

@@ -13,6 +13,7 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -153,6 +154,10 @@ class Inspection:
         A text that is short, or says little of an aspect, has no answer for it: it must be there ten times and be
         missing ten times in either half.
         """
+        return list(self._following)
+
+    @cached_property
+    def _following(self) -> list[Following]:
         middle, found = len(self.symbols) // 2, list[Following]()
         if middle < 2 * _FEWEST:
             return found

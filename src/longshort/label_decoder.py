@@ -6,13 +6,14 @@ T  steps   B  rows   I  input width   H  hidden units   G  gates times H   D  di
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longshort import machine, native, native_layers
 from longshort.config import LabelModelConfig
-from longshort.decoder import CELLS, Array, State, normalised, step_of, with_unknown
+from longshort.decoder import CELLS, Array, State, look_up, normalised, step_of
 from longshort.errors import CheckpointError
 from longshort.examples import Batch
 from longshort.labelling import LabelModel, read_saved
@@ -73,9 +74,12 @@ class LabelDecoder(LabelModel):
         """Return what the first layer reads, (T, B, I)."""
         config, inputs = self.config, batch.inputs
         if not config.inputs:
-            one_hot = np.eye(config.vocab_size, dtype=np.float32)
-            inputs = with_unknown(self._weights["embedding.weight"] if config.embedding else one_hot)[inputs]
+            inputs = look_up(self._weights["embedding.weight"] if config.embedding else self._one_hot, inputs)
         return inputs
+
+    @cached_property
+    def _one_hot(self) -> Array:
+        return np.eye(self.config.vocab_size, dtype=np.float32)
 
     def _run_native(self, of: str, x_TBI: Array, lengths_B: NDArray[np.int64]) -> tuple[Array, Array]:
         """Return what one layer puts out in one direction, (T, B, H), and what it has after its last step, (B, H)."""

@@ -124,7 +124,8 @@ class Call(NamedTuple):
         return h_mask, zoneout_mask, options.zoneout, 0, resets, *gains
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """Return where a tensor's memory is, as the library takes it: 0 of None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -184,7 +185,7 @@ def pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
         return None  # they do not tell of changes
     target = library.ls_active_target() if call.target < 0 else call.target
     bias_ih, bias_hh = (weights[2], weights[3]) if call.bias else (None, None)
-    pointers = (weights[0].data_ptr(), weights[1].data_ptr(), _address(bias_ih), _address(bias_hh))
+    pointers = (weights[0].data_ptr(), weights[1].data_ptr(), address(bias_ih), address(bias_hh))
     code = native.CELLS[call.cell]
     sample = library.ls_sample(code, I, call.H, *pointers)
     key = (target, call.cell, *pointers, sample, *[weight._version for weight in weights])
@@ -356,21 +357,21 @@ def backward(
             dy_row,
             part(dstate[0], offset),
             part(dstate[1], offset) if lstm else 0,
-            _address(dgates[d]),
-            _address(dx),
+            address(dgates[d]),
+            address(dx),
             dx_step,
             dx_row,
-            _address(down[0]),
-            _address(down[1]),
-            _address(down[2]) if call.bias else 0,
-            _address(down[3]) if call.bias else 0,
+            address(down[0]),
+            address(down[1]),
+            address(down[2]) if call.bias else 0,
+            address(down[3]) if call.bias else 0,
             part(dbefore[0], offset),
             part(dbefore[1], offset) if lstm else 0,
-            *(*map(_address, down[call.num_plain :]), 0, 0, 0, 0)[:4],
+            *(*map(address, down[call.num_plain :]), 0, 0, 0, 0)[:4],
             int(d > 0),
             0,
             *call.tokens(x),
-            _address(dtable),
+            address(dtable),
         )
         check(library.ls_backward(fields))
     return [given, *dbefore, *dweights]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longshort import backends, native, ops
 from longshort.cells import Options, Stack
-from longshort.ops import BACKWARD, FORWARD, Call, Saved, check, library
+from longshort.ops import BACKWARD, FORWARD, Call, Saved, address, check, library
 from longshort.options import LayerOptions
 
 
@@ -74,26 +74,28 @@ class Quick:
                 return None
             weights.append(weight)
         h_0, c_0 = (*state, None, None)[:2]
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, x, *state))
+        packed = (
+            None if grad else ops.pack(self._call if target < 0 else self._call._replace(target=target), weights, I)
+        )
+        if not grad and packed is None:
+            return None
         having = self._fixed
-        if self._draws:
+        if self._draws:  # last of all: a call that goes another way draws its own
             having = self._options.for_direction(self._stack, {}, x, T, B, training=True, resets_TB=None)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, x, *state)):
+        if grad:
             if target < 0 and self._plain and ops.is_slower(self._cell, T, H, grad=True):
                 h_0 = x.new_zeros(1, B, H) if h_0 is None else h_0
                 run = backends.TORCH_OPS[self._cell]
                 return run(x, h_0, weights, self._bias, 1, 0.0, False, False, self._batch_first)
             y, *after = _Trained.apply(self, target, having, x, h_0, c_0, *weights)  # type: ignore[no-untyped-call]
             return y, tuple(after) if self._lstm else after[0]
-        packed = ops.pack(self._call if target < 0 else self._call._replace(target=target), weights, I)
-        if packed is None:
-            return None
         y, h_n, c_n = self.forward(target, having, x, h_0, c_0, weights, packed, None)
         return y, h_n if c_n is None else (h_n, c_n)
 
     def _shape(self, target: int, having: Options, T: int, B: int, weights: Sequence[Tensor]) -> tuple[float, ...]:
         """Return the fields of `ls_shape` and `ls_options`."""
-        h_mask, zoneout_mask = having.h_mask_BH, having.zoneout_mask_TBH
-        masks = 0 if h_mask is None else h_mask.data_ptr(), 0 if zoneout_mask is None else zoneout_mask.data_ptr()
+        masks = address(having.h_mask_BH), address(having.zoneout_mask_TBH)
         gains = (*[gain.data_ptr() for gain in weights[self._num_plain :]], 0, 0, 0, 0)[:4]
         sizes = (T, B, self._I, self._H, 0, 0, 0, self._code, 0, torch.get_num_threads(), target)
         return *sizes, *masks, having.zoneout, 0, 0, *gains
@@ -122,13 +124,13 @@ class Quick:
             *self._shape(target, having, T, B, weights),
             *self._places(x),
             *(*[weight.data_ptr() for weight in weights[: self._num_plain]], 0, 0)[:4],
-            0 if packed is None else packed.data_ptr(),
-            0 if h_0 is None else h_0.data_ptr(),
-            0 if c_0 is None else c_0.data_ptr(),
+            address(packed),
+            address(h_0),
+            address(c_0),
             *self._places(y),
             h_n.data_ptr(),
-            0 if c_n is None else c_n.data_ptr(),
-            0 if saved is None else saved.data_ptr(),
+            address(c_n),
+            address(saved),
             *(0, 0, 0),
         )
         check(library.ls_forward(fields))
@@ -154,7 +156,7 @@ class Quick:
         dx = torch.empty(x.shape) if wanted[0] else None
         dh_0, dc_0 = (torch.empty(1, B, H) if want else None for want in wanted[1:3])
         dweights = [torch.empty_like(w) if want else None for w, want in zip(weights, wanted[3:], strict=True)]
-        of_weights = [0 if gradient is None else gradient.data_ptr() for gradient in dweights]
+        of_weights = list(map(address, dweights))
         plain, gains = of_weights[: self._num_plain], of_weights[self._num_plain :]
         dy = None if dy is None else ops.rows(dy)
         dh_n, dc_n = (None if each is None else each.contiguous() for each in (dh_n, dc_n))
@@ -163,18 +165,18 @@ class Quick:
             *self._places(x),
             weights[0].data_ptr(),
             weights[1].data_ptr(),
-            0 if h_0 is None else h_0.data_ptr(),
-            0 if c_0 is None else c_0.data_ptr(),
+            address(h_0),
+            address(c_0),
             *self._places(y),
             saved.data_ptr(),
             *((0, 0, 0) if dy is None else self._places(dy)),
-            0 if dh_n is None else dh_n.data_ptr(),
-            0 if dc_n is None else dc_n.data_ptr(),
+            address(dh_n),
+            address(dc_n),
             0,
             *((0, 0, 0) if dx is None else self._places(dx)),
             *(*plain, 0, 0)[:4],
-            0 if dh_0 is None else dh_0.data_ptr(),
-            0 if dc_0 is None else dc_0.data_ptr(),
+            address(dh_0),
+            address(dc_0),
             *(*gains, 0, 0, 0, 0)[:4],
             *(0, 0, 0, 0, 0, 0),
         )
