@@ -49,6 +49,10 @@ struct Backward {
   float* packed_inputs;
   float* dg;              /* what reached W_hh h: blocked, [(unit block, gate)][row of the chunk][W] */
   float* dg_input;        /* what reached W_ih x; the same but for the GRU and layer normalisation */
+  float* left;            /* dg as a left factor, [(unit block, gate)][row of the chunk][S]: itself where factors are floats */
+  float* left_input;
+  float* right;           /* dg as the weights' gradients multiply it, [(unit block, gate)][row of the chunk / kPair][W] */
+  float* right_input;
   float* recurrent;       /* dgates W_hh, blocked [unit block][row][W] */
   float* direct;          /* what reaches h past W_hh: GRU's z, zoneout */
   float* dc;
@@ -80,18 +84,28 @@ struct Backward {
 
   int64_t carve(float* memory) {
     Arena arena(memory);
-    int64_t K = U * G * W;
+    int64_t K = U * G * S;
     packed_hidden = direct_weights ? nullptr : arena.array(hidden_panels * K * kColumns * W);
     packed_inputs = a.dx && !direct_weights ? arena.array(input_panels * K * kColumns * W) : nullptr;
     dg = arena.array(U * G * odd(chunk_rows) * W);
-    dg_input = kGru || normal ? arena.array(U * G * odd(chunk_rows) * W) : dg;
+    const bool two = kGru || normal; /* sets of dgates */
+    dg_input = two ? arena.array(U * G * odd(chunk_rows) * W) : dg;
+    left = right = dg;
+    left_input = right_input = dg_input;
+    if constexpr (kPair > 1) {
+      const int64_t factors = U * G * odd(chunk_rows) * S;
+      if (!direct_weights) left = arena.array(factors);
+      if (!direct_weights) left_input = two ? arena.array(factors) : left;
+      right = arena.array(factors + U * G * W);
+      right_input = two ? arena.array(factors + U * G * W) : right;
+    }
     int64_t state = hidden_panels * kColumns * Bp * W;
     recurrent = arena.array(direct_weights ? B * r_row : state);
     direct = has_direct ? arena.array(state) : nullptr;
     dc = kLstm ? arena.array(state) : nullptr;
     dx = a.dx && !direct_weights ? arena.array(input_panels * chunk_rows * kPanel) : nullptr;
-    x_columns = a.dweight_ih ? arena.array(ceil_div(I, kOuter) * chunk_rows * kOuter) : nullptr;
-    h_columns = a.dweight_hh ? arena.array(ceil_div(H, kOuter) * chunk_rows * kOuter) : nullptr;
+    x_columns = a.dweight_ih ? arena.array(ceil_div(I, kOuter) * slots(chunk_rows) * kOuter) : nullptr;
+    h_columns = a.dweight_hh ? arena.array(ceil_div(H, kOuter) * slots(chunk_rows) * kOuter) : nullptr;
     symbols = a.dtable ? reinterpret_cast<int64_t*>(arena.array(2 * chunk_rows)) : nullptr;
     parts = normal ? arena.array(threads * kParts * U * W) : nullptr;
     row_offset = reinterpret_cast<int64_t*>(arena.array(2 * T));
@@ -189,18 +203,18 @@ struct Backward {
 
   /* panel[(unit block, gate, u)][kColumns W] = weight[gate H + unit][columns]: the order of k in which dgates lie. */
   void pack_columns(const float* weight, int64_t columns, int64_t panel, float* packed) {
-    constexpr int width = kPanel;
-    float* out = packed + panel * U * G * W * width;
-    int64_t column = panel * width;
+    float* out = packed + panel * U * G * S * kPanel;
+    int64_t column = panel * kPanel;
     int64_t left = columns - column;
     for (int64_t block = 0; block < U; ++block) {
       int units = sizes.units(block);
-      for (int gate = 0; gate < G; ++gate)
-        for (int u = 0; u < W; ++u, out += width) {
+      for (int gate = 0; gate < G; ++gate, out += S * kPanel)
+        for (int u = 0; u < W; ++u) {
           const float* from = weight + (gate * H + block * W + u) * columns + column;
           for (int i = 0; i < kColumns; ++i) {
             int64_t valid = u < units ? left - i * W : 0;
-            store(out + i * W, valid > 0 ? load_part(from + i * W, int(smaller(valid, W))) : V{});
+            V v = valid > 0 ? load_part(from + i * W, int(smaller(valid, W))) : V{};
+            store_right(out + u / kPair * kPanel + i * W, u, v);
           }
         }
     }
@@ -259,14 +273,18 @@ struct Backward {
         } else {
           differentiate<kOptions>(u, row, dh, gates, input);
         }
-        float* out = dg + block * G * next + (at + row) * W;
-        for (int gate = 0; gate < G; ++gate) store(out + gate * next, gates[gate]);
-        if constexpr (kGru) {
-          float* out_input = dg_input + block * G * next + (at + row) * W;
-          for (int gate = 0; gate < G; ++gate) store(out_input + gate * next, input[gate]);
-        }
+        int64_t to = block * G * next + (at + row) * W;
+        for (int gate = 0; gate < G; ++gate) put(dg, left, to + gate * next, gates[gate]);
+        for (int gate = 0; kGru && gate < G; ++gate) put(dg_input, left_input, to + gate * next, input[gate]);
       }
     }
+  }
+
+  /* One gate's gradient, and the factor that is made of it. */
+  void put(float* gradients, float* factors, int64_t to, V v) const {
+    store(gradients + to, v);
+    if constexpr (kPair > 1)
+      if (!direct_weights) store_left(factors + to / kPair, v);
   }
 
   /* A block of units in one step, and what the forward pass saved of it in this step and the one before. */
@@ -441,11 +459,10 @@ struct Backward {
     of_h.close(G * H, m[1]);
     for (int64_t block = 0; block < U; ++block) {
       const float* saved = units_at(step, block).saved + row * saved_row + Cell::kSaved * W;
-      float* out = dg + block * G * next + at * W;
-      float* out_input = dg_input + block * G * next + at * W;
       for (int gate = 0; gate < G; ++gate) {
-        store(out_input + gate * next, of_x(load(out_input + gate * next), load(saved + gate * W)));
-        store(out + gate * next, of_h(load(out + gate * next), load(saved + (G + gate) * W)));
+        int64_t to = (block * G + gate) * next + at * W;
+        put(dg_input, left_input, to, of_x(load(dg_input + to), load(saved + gate * W)));
+        put(dg, left, to, of_h(load(dg + to), load(saved + (G + gate) * W)));
       }
     }
   }
@@ -485,7 +502,7 @@ struct Backward {
     if (direct_weights)
       multiply_step_direct(team, n, rows, at);
     else
-      multiply_blocks(team.begin(hidden_panels), team.end(hidden_panels), packed_hidden, dg + at * W, rows, n, step,
+      multiply_blocks(team.begin(hidden_panels), team.end(hidden_panels), packed_hidden, left + at * S, rows, n, step,
                     Place{recurrent, W, Bp * W}, kColumns * Bp * W);
     bool masked = a.options.h_mask || a.options.resets;
     if (!masked && !(a.dh0 && n > n_before)) return;
@@ -511,13 +528,13 @@ struct Backward {
     for (int64_t d = 0; d < depths; ++d) {
       int64_t depth = turn & 1 ? depths - 1 - d : d;
       int64_t k = depth * kDepth, blocks = smaller(kDepth, all - k);
-      Panels panels(packed + (first * all + k) * W * kPanel, blocks * W * kPanel, all * W * kPanel, last - first,
-                    turn + d, (last - first) * all * W * kPanel > (1 << 18));
+      Panels panels(packed + (first * all + k) * S * kPanel, blocks * S * kPanel, all * S * kPanel, last - first,
+                    turn + d, (last - first) * all * S * kPanel > (1 << 18));
       for (int64_t i = 0; i < panels.count(); ++i)
         for (int64_t tile = 0; tile < tiles.count; ++tile) {
           int64_t row = tiles.begin(tile);
           Place sums = {out.p + (first + panels.index(i)) * out_panel + row * out.row, out.row, out.vector};
-          multiply_rows<kColumns>(tiles.size(tile), blocks, from + (k * odd(rows) + row) * W, odd(rows) * W, panels.at(i),
+          multiply_rows<kColumns>(tiles.size(tile), blocks, from + (k * odd(rows) + row) * S, odd(rows) * S, panels.at(i),
                                   Place{d ? sums.p : nullptr, sums.row, sums.vector}, sums,
                                   panels.ahead(i, tile, tiles.count, blocks));
         }
@@ -573,7 +590,7 @@ struct Backward {
 
   void input_gradients(const Team& team, int64_t first_step, int64_t last_step, int64_t rows) {
     int64_t first = team.begin(input_panels), last = team.end(input_panels);
-    multiply_blocks(first, last, packed_inputs, dg_input, rows, rows, 0, Place{dx, kPanel, W}, rows * kPanel);
+    multiply_blocks(first, last, packed_inputs, left_input, rows, rows, 0, Place{dx, kPanel, W}, rows * kPanel);
     int64_t at = 0;
     for (int64_t step = first_step; step < last_step; ++step) {
       int64_t t = steps.time(step);
@@ -619,11 +636,11 @@ struct Backward {
     for (int64_t panel = team.begin(panels); panel < team.end(panels); ++panel) {
       int64_t column = panel * kOuter;
       int vectors = vectors_at(column, columns);
-      float* to = out + panel * rows * kOuter + at * vectors * W;
+      float* to = out + panel * slots(rows) * kOuter + at / kPair * vectors * W;
       for (int i = 0; i < vectors; ++i, column += W) {
         int valid = int(smaller(columns - column, W));
         V v = from ? load_part(from + column, valid) : V{};
-        store(to + i * W, mask ? v * load_part(mask + column, valid) : v);
+        store_right(to + i * W, at, mask ? v * load_part(mask + column, valid) : v);
       }
     }
   }
@@ -638,8 +655,10 @@ struct Backward {
     for (int64_t block = first_block(team); block < last_block(team); block += group) {
       int64_t end = smaller(block + group, last_block(team));
       if (a.dtable) add_to_table(block, end, rows, add);
-      if (a.dweight_ih) outer_columns(block, end, dg_input, rows, x_columns, I, a.dweight_ih, add);
-      if (a.dweight_hh) outer_columns(block, end, dg, rows, h_columns, H, a.dweight_hh, add);
+      if (a.dweight_ih) turn_rows(block, end, dg_input, rows, right_input);
+      if (a.dweight_ih) outer_columns(block, end, right_input, rows, x_columns, I, a.dweight_ih, add);
+      if (a.dweight_hh && !(a.dweight_ih && right == right_input)) turn_rows(block, end, dg, rows, right);
+      if (a.dweight_hh) outer_columns(block, end, right, rows, h_columns, H, a.dweight_hh, add);
     }
     if (normal) return; /* sum_parts has the biases' */
     if (a.dbias_ih) sum_rows(team, dg_input, rows, a.dbias_ih, add);
@@ -663,17 +682,26 @@ struct Backward {
     }
   }
 
+  /* Floats between two gates of the factor that is made of dg for the weights' gradients. */
+  static int64_t right_gate(int64_t rows) { return (kPair > 1 ? slots(rows) : odd(rows)) * W; }
+
+  /* dg of blocks of units as that factor. */
+  void turn_rows(int64_t first, int64_t last, const float* gradients, int64_t rows, float* factors) const {
+    for (int64_t gate = first * G; kPair > 1 && gate < last * G; ++gate)
+      store_rows(gradients + gate * odd(rows) * W, rows, factors + gate * right_gate(rows));
+  }
+
   void outer_columns(int64_t first, int64_t last, const float* gradients, int64_t rows, const float* operands,
                      int64_t columns, float* weight, bool add) {
     for (int64_t column = 0; column < columns; column += kOuter) {
-      const float* panel = operands + column * rows;
+      const float* panel = operands + column * slots(rows);
       int vectors = vectors_at(column, columns);
       int valid = int(smaller(columns - column, vectors * W));
       for (int64_t block = first; block < last; ++block) {
         int units = sizes.units(block);
         for (int gate = 0; gate < G; ++gate)
           for (int u = 0; u < units; u += kOuterRows) {
-            const float* from = gradients + (block * G + gate) * odd(rows) * W + u;
+            const float* from = gradients + (block * G + gate) * right_gate(rows) + u;
             float* to = weight + (gate * H + block * W + u) * columns + column;
             int count = units - u < kOuterRows ? units - u : kOuterRows;
             if (vectors == 3)

@@ -23,7 +23,7 @@ struct Head {
   int64_t symbols, H;
   int64_t panels() const { return ceil_div(symbols, kHeadVectors * W); }
   int64_t blocks() const { return ceil_div(H, W); }
-  int64_t panel_floats() const { return (1 + blocks() * W) * kHeadVectors * W; }
+  int64_t panel_floats() const { return (1 + blocks() * S) * kHeadVectors * W; }
   int64_t width() const { return panels() * kHeadVectors * W; }
   int64_t byte_panel_floats() const { return kHeadVectors * W + bytes_floats(blocks() * W, kHeadVectors * W); }
 
@@ -253,7 +253,7 @@ struct Language {
   void product(int rows, int64_t blocks, const float* a_rows, int64_t a_block, const float* weights, Place start,
                Place out) const {
     if (!model.int8)
-      multiply_rows<Vectors>(rows, blocks, a_rows, a_block, weights, start, out, {});
+      multiply_floats<Vectors>(rows, blocks, a_rows, a_block, weights, start, out);
     else
       multiply_bytes_rows<Vectors>(rows, blocks, a_rows, a_block, reinterpret_cast<const int8_t*>(weights + Vectors * W),
                                    weights, start, out);
@@ -262,7 +262,7 @@ struct Language {
   void copy_embedding(const Rows& rows) {
     for (int64_t row = 0; row < rows.count; ++row)
       for (int64_t block = 0; block < first.input_blocks; ++block)
-        copy_row_block(model.embedding + rows.ids[row] * model.E, model.E, block, rows.x + (block * rows.room + row) * W);
+        store(rows.x + (block * rows.room + row) * W, row_block(model.embedding + rows.ids[row] * model.E, model.E, block));
   }
 
   bool from_table(int64_t layer) const { return layer == 0 && model.table; }

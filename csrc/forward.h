@@ -44,10 +44,10 @@ struct Forward {
 
   /* Shared scratch. */
   float* own_packed;
-  float* h[2];   /* what W_hh reads, blocked [U][Bp][W] or [B][h_row]: of this step and of the next */
-  float* raw[2]; /* h before mask and reset; h itself where there are none */
+  float* h[2];   /* what W_hh reads, as a left factor [U][Bp][S], or [B][h_row]: of this step and of the next */
+  float* raw[2]; /* h before mask, reset and rounding, [U][Bp][W]; what W_hh reads where there are none */
   float* c;      /* blocked [U][Bp][W] */
-  float* x;      /* a team's chunk, blocked [input block][row][W] */
+  float* x;      /* a team's chunk, as a left factor [input block][row][S] */
   float* xg;     /* a team's chunk [panel][row][N W] */
   float* hg;     /* with layer normalisation, W_hh h of a step [panel][row][N W] */
   Team::Shared* shared;
@@ -62,6 +62,7 @@ struct Forward {
     saved_row = saved_vectors<Cell>(normal) * W;
     /* Sums have another order then, so only where no call without gradients must give the same bits. */
     direct = a.saved && !a.packed && reads_direct(a.shape, steps.total_rows(), false);
+    raw_differs = raw_differs || (kPair > 1 && !direct);
     h_row = direct ? sizes.U * W + W : W;
     h_block = direct ? W : Bp * W;
     double flops = 2.0 * double(steps.total_rows()) * Cell::kGates * double(H) * double(sizes.I + H);
@@ -87,10 +88,10 @@ struct Forward {
     own_packed = a.packed ? nullptr : arena.array(sizes.panels * (direct ? sizes.bias_floats() : sizes.panel_floats()));
     packed = a.packed ? a.packed : own_packed;
     int64_t state = sizes.U * Bp * W;
-    for (int i = 0; i < 2; ++i) h[i] = arena.array(direct ? B * h_row : state);
+    for (int i = 0; i < 2; ++i) h[i] = arena.array(direct ? B * h_row : state / kPair);
     for (int i = 0; i < 2; ++i) raw[i] = raw_differs ? arena.array(direct ? B * h_row : state) : h[i];
     c = kLstm ? arena.array(state) : nullptr;
-    x = direct ? nullptr : arena.array(teams * sizes.input_blocks * odd(chunk_rows) * W);
+    x = direct ? nullptr : arena.array(teams * sizes.input_blocks * odd(chunk_rows) * S);
     xg = arena.array(teams * sizes.panels * chunk_rows * NW);
     hg = normal ? arena.array(sizes.panels * Bp * NW) : nullptr;
     row_offset = reinterpret_cast<int64_t*>(arena.array(2 * T));
@@ -154,7 +155,7 @@ struct Forward {
   }
 
   void run_rows(Team team, int64_t row0, int64_t row1, int64_t index) {
-    float* x_chunk = x + index * sizes.input_blocks * odd(chunk_rows) * W;
+    float* x_chunk = x + index * sizes.input_blocks * odd(chunk_rows) * S;
     float* xg_chunk = xg + index * sizes.panels * chunk_rows * NW;
     start_state(team, row0, row1);
     for (int64_t first = 0, last; first < T; first = last) {
@@ -206,7 +207,7 @@ struct Forward {
         V start = a.h0 && units ? load_part(a.h0 + from, units) : V{};
         V read = options ? seen(start, steps.first_step(row), row, block, units) : start;
         for (int i = 0; i < 2; ++i) {
-          store(h[i] + h_at(block, row), read);
+          store_h(i, block, row, read);
           if (raw_differs) store(raw[i] + h_at(block, row), start);
         }
         if (kLstm) store(c + to, a.c0 && units ? load_part(a.c0 + from, units) : V{});
@@ -215,6 +216,14 @@ struct Forward {
   }
 
   int64_t h_at(int64_t block, int64_t row) const { return block * h_block + row * h_row; }
+
+  /* What W_hh reads of a row. */
+  void store_h(int64_t step, int64_t block, int64_t row, V value) {
+    if (direct)
+      store(h[step & 1] + h_at(block, row), value);
+    else
+      store_left(h[step & 1] + h_at(block, row) / kPair, value);
+  }
 
   bool is_reset(int64_t step, int64_t row) const {
     return a.options.resets && step < T && a.options.resets[steps.time(step) * B + steps.batch_row(row)];
@@ -235,7 +244,7 @@ struct Forward {
       for (int64_t row = row0; row < row0 + n; ++row, ++at) {
         const float* from = a.x + steps.offset(t, row, a.x_step, a.x_row);
         for (int64_t block = team.begin(sizes.input_blocks); block < team.end(sizes.input_blocks); ++block)
-          copy_row_block(from, sizes.I, block, chunk + (block * odd(rows) + at) * W);
+          store_left(chunk + (block * odd(rows) + at) * S, row_block(from, sizes.I, block));
       }
     }
   }
@@ -268,7 +277,7 @@ struct Forward {
       float* biases = normal ? nullptr : const_cast<float*>(biases_of(panel));
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         int64_t row = tiles.begin(tile);
-        multiply_rows<N>(tiles.size(tile), blocks, x_chunk + row * W, odd(rows) * W, panels.at(i), Place{biases, 0, W},
+        multiply_rows<N>(tiles.size(tile), blocks, x_chunk + row * S, odd(rows) * S, panels.at(i), Place{biases, 0, W},
                          Place{xg_chunk + (panel * rows + row) * NW, NW, W}, panels.ahead(i, tile, tiles.count, blocks));
       }
     }
@@ -334,7 +343,7 @@ struct Forward {
   void run_step(const Team& team, int64_t step, int64_t row0, int64_t n, int64_t chunk, const float* xg_rows) {
     int64_t first = team.begin(sizes.panels), blocks = sizes.hidden_blocks();
     int64_t before_hidden = sizes.bias_floats() + sizes.input_floats();
-    Panels panels(packed + first * sizes.panel_floats() + before_hidden, blocks * W * NW, sizes.panel_floats(),
+    Panels panels(packed + first * sizes.panel_floats() + before_hidden, sizes.hidden_floats(), sizes.panel_floats(),
                   team.end(sizes.panels) - first, step);
     Tiles tiles(n, max_rows<N>());
     alignas(64) float sums[kAccumulators * W];
@@ -345,7 +354,7 @@ struct Forward {
         int64_t row = tiles.begin(tile);
         int rows = tiles.size(tile);
         if (normal) {
-          multiply_rows<N>(rows, blocks, h[step & 1] + (row0 + row) * W, Bp * W, panels.at(i), Place{nullptr, 0, 0},
+          multiply_rows<N>(rows, blocks, h[step & 1] + (row0 + row) * S, Bp * S, panels.at(i), Place{nullptr, 0, 0},
                            Place{hg_at(panel, row0 + row), NW, W}, panels.ahead(i, tile, tiles.count, blocks));
           continue;
         }
@@ -359,7 +368,7 @@ struct Forward {
           }
           start.p = sums;
         }
-        multiply_rows<N>(rows, blocks, h[step & 1] + (row0 + row) * W, Bp * W, panels.at(i), start, Place{sums, NW, W},
+        multiply_rows<N>(rows, blocks, h[step & 1] + (row0 + row) * S, Bp * S, panels.at(i), start, Place{sums, NW, W},
                          panels.ahead(i, tile, tiles.count, blocks));
         finish_tile(step, panel, row0 + row, rows, sums, xg_tile);
       }
@@ -469,9 +478,10 @@ struct Forward {
         zoneout = load_part(o.zoneout_mask + (t * B + steps.batch_row(row)) * H + block * W, units);
       after = after + zoneout * (before - after);
       if (raw_differs) store(raw[(step + 1) & 1] + h_at(block, row), after);
-      store(h[(step + 1) & 1] + h_at(block, row), seen(after, step + 1, row, block, units));
+      store_h(step + 1, block, row, seen(after, step + 1, row, block, units));
     } else {
-      store(h[(step + 1) & 1] + h_at(block, row), after);
+      if constexpr (kPair > 1) store(raw[(step + 1) & 1] + h_at(block, row), after);
+      store_h(step + 1, block, row, after);
     }
     store_part(a.y + steps.offset(t, row, a.y_step, a.y_row) + block * W, after, units);
   }

@@ -49,8 +49,9 @@ struct Sizes {
   /* A packed panel: biases, W_ih, W_hh. The recurrent product skips unit blocks that are all padding. */
   int64_t bias_floats() const { return Cell::kBiases * Cell::kUnits * W; }
   int64_t hidden_blocks() const { return ceil_div(H, W); }
-  int64_t input_floats() const { return input_blocks * W * N * W; }
-  int64_t panel_floats() const { return bias_floats() + input_floats() + hidden_blocks() * W * N * W; }
+  int64_t input_floats() const { return input_blocks * S * N * W; }
+  int64_t hidden_floats() const { return hidden_blocks() * S * N * W; }
+  int64_t panel_floats() const { return bias_floats() + input_floats() + hidden_floats(); }
   int units(int64_t unit_block) const { /* of it that are not padding */
     int64_t left = H - unit_block * W;
     return left > W ? W : left > 0 ? int(left) : 0;
@@ -171,16 +172,13 @@ static inline void mirror(V* v) {
 
 /* panel[k][n W + u] = weight[row(n, u)][k]: W rows of the weights side by side. `rows` of the W are not padding. */
 static void transpose_block(const float* weight, int64_t stride, int rows, int64_t K, float* panel, int64_t panel_width) {
-  int64_t k = 0;
-  for (; k + W <= K; k += W) {
+  for (int64_t k = 0; k < K; k += W) {
+    int left = int(smaller(K - k, W));
     V square[W];
-    for (int u = 0; u < W; ++u) square[u] = u < rows ? load(weight + u * stride + k) : V{};
+    for (int u = 0; u < W; ++u) square[u] = u < rows ? load_part(weight + u * stride + k, left) : V{};
     mirror(square);
-    for (int i = 0; i < W; ++i) store(panel + (k + i) * panel_width, square[i]);
+    store_square(panel + k / kPair * panel_width, panel_width, square);
   }
-  for (; k < K; ++k)
-    for (int u = 0; u < W; ++u) panel[k * panel_width + u] = u < rows ? weight[u * stride + k] : 0.0f;
-  for (; k % W; ++k) store(panel + k * panel_width, V{});
 }
 
 template <class Cell>
@@ -222,10 +220,9 @@ static void pack_panel(const Sizes<Cell>& sizes, int64_t panel, const float* wei
   }
 }
 
-/* Rows of a strided array into blocked layout: block `b` of W columns of row `r` to out[b][r][W]. */
-static inline void copy_row_block(const float* row, int64_t columns, int64_t block, float* out) {
-  int64_t left = columns - block * W;
-  store(out, left >= W ? load(row + block * W) : load_part(row + block * W, int(left)));
+/* Block `block` of W columns of a row. */
+static inline V row_block(const float* row, int64_t columns, int64_t block) {
+  return load_part(row + block * W, int(smaller(columns - block * W, W)));
 }
 
 }  // namespace LS_TARGET

@@ -9,6 +9,9 @@ namespace ls {
 #if defined(LS_HAVE_AVX512)
 extern const Target target_avx512;
 #endif
+#if defined(LS_HAVE_AVX512_BF16)
+extern const Target target_avx512_bf16;
+#endif
 #if defined(LS_HAVE_AVX2)
 extern const Target target_avx2;
 #endif
@@ -24,6 +27,10 @@ const Target* const kTargets[] = {
     &target_avx2,
 #endif
     &target_baseline,
+/* Last, so that nobody gets them who has not asked: */
+#if defined(LS_HAVE_AVX512_BF16)
+    &target_avx512_bf16,
+#endif
 };
 constexpr int32_t kNumTargets = sizeof kTargets / sizeof kTargets[0];
 
@@ -36,6 +43,7 @@ bool supported(int32_t target) {
     __builtin_cpu_init();
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (name[3] == '2') return avx2;
+    if (__builtin_strlen(name) > 6 && !__builtin_cpu_supports("avx512bf16")) return false;
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
   }

@@ -2,7 +2,10 @@
 
    Blocked layout of a matrix with rows and K columns: [k / W][row][W], K padded with zeros to a multiple of W. The rows
    of a tile are then W floats apart, whatever K is: one pointer, one stream, no distance that is a multiple of 4096.
-   A panel holds N vectors of columns of the other factor: [k][N][W]. */
+   A panel holds N vectors of columns of the other factor: [k][N][W].
+
+   Where products are of bfloat16, two factors that follow each other in k lie in the place of a float: blocks of the left
+   factor are [row][S], panels [k / 2][N][W]. A factor with an odd number of k ends in a zero. */
 
 #ifndef LONGSHORT_TILES_H
 #define LONGSHORT_TILES_H
@@ -11,6 +14,87 @@
 
 namespace ls {
 namespace LS_TARGET {
+
+constexpr int S = W / kPair; /* floats that a row of a block takes, as the left factor */
+
+/* How many rows of floats K rows of a panel take. */
+static inline int64_t slots(int64_t K) { return ceil_div(K, kPair); }
+
+#if defined(__AVX512BF16__)
+
+static inline VI to_bfloat16(V v) {
+  return (VI)_mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+
+/* Lane by lane a and b, which follow each other in k. */
+static inline V pair(V a, V b) { return (V)(to_bfloat16(a) | to_bfloat16(b) << 16); }
+
+/* W of the left factor's columns. */
+static inline void store_left(float* p, V v) {
+  __m256i part = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+  __builtin_memcpy(p, &part, sizeof part);
+}
+
+/* A place of the left factor in all lanes: bits, since half of a pair may not be a number. */
+static inline V splat_left(const float* p) {
+  int32_t bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return (V)_mm512_set1_epi32(bits);
+}
+
+static inline V multiply_add(V s, V w, V sum) {
+  return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)s, (__m512bh)w);
+}
+
+/* What a place of a panel holds for k, of the kPair that share it. */
+static inline float of_pair(const float* p, int64_t k) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  bits = k % 2 ? bits & 0xFFFF0000u : bits << 16;
+  float one;
+  __builtin_memcpy(&one, &bits, sizeof one);
+  return one;
+}
+
+#else
+
+static inline void store_left(float* p, V v) { store(p, v); }
+static inline V splat_left(const float* p) { return splat(*p); }
+static inline V multiply_add(V s, V w, V sum) { return sum + s * w; }
+static inline float of_pair(const float* p, int64_t) { return *p; }
+
+#endif
+
+/* Rows k, ... of a panel, `p` the place of the first, `width` floats from one place to the next: a W x W square at `v`. */
+static inline void store_square(float* p, int64_t width, const V* v) {
+  for (int k = 0; k < W; k += kPair) {
+#if defined(__AVX512BF16__)
+    store(p + k / kPair * width, pair(v[k], v[k + 1]));
+#else
+    store(p + k * width, v[k]);
+#endif
+  }
+}
+
+/* A vector of row k of a panel, `p` its place. Rows come in ascending order. */
+static inline void store_right(float* p, int64_t k, V v) {
+#if defined(__AVX512BF16__)
+  store(p, (V)(k % 2 ? (VI)load(p) | to_bfloat16(v) << 16 : to_bfloat16(v)));
+#else
+  (void)k;
+  store(p, v);
+#endif
+}
+
+/* `rows` rows of a vector each as a panel that is W wide. */
+static inline void store_rows(const float* from, int64_t rows, float* panel) {
+  for (int64_t row = 0; row < rows; row += kPair, panel += W)
+#if defined(__AVX512BF16__)
+    store(panel, pair(load(from + row * W), row + 1 < rows ? load(from + (row + 1) * W) : V{}));
+#else
+    store(panel, load(from + row * W));
+#endif
+}
 
 /* Where a tile's sums start from and go to: row r, vector n is at p + r * row + n * vector. */
 struct Place {
@@ -38,19 +122,19 @@ static void multiply(int64_t k_blocks, const float* a, int64_t a_block, const fl
     for (int64_t line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.p + line * 16, 0, 2);
     ahead.p += ahead.lines * 16;
 #pragma GCC unroll 4
-    for (int k = 0; k < W; ++k) {
+    for (int k = 0; k < S; ++k) {
       V w[N];
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) w[n] = load(panel + (k * N + n) * W);
 #pragma GCC unroll 32
       for (int r = 0; r < R; ++r) {
-        V s = splat(a[r * W + k]);
+        V s = splat_left(a + r * S + k);
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) sum[r][n] += s * w[n];
+        for (int n = 0; n < N; ++n) sum[r][n] = multiply_add(s, w[n], sum[r][n]);
       }
     }
     a += a_block;
-    panel += W * N * W;
+    panel += S * N * W;
   }
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n) store(out.p + r * out.row + n * out.vector, sum[r][n]);
@@ -72,6 +156,27 @@ static inline void multiply_rows(int rows, int64_t k_blocks, const float* a, int
       multiply<R, N>(k_blocks, a, a_block, panel, start, out, ahead);
     else
       multiply_rows<N, R - 1>(rows, k_blocks, a, a_block, panel, start, out, ahead);
+  }
+}
+
+/* The same of rows that are floats, blocked [k / W][row][W], whatever the factors of products are. */
+template <int N>
+static inline void multiply_floats(int rows, int64_t k_blocks, const float* a, int64_t a_block, const float* panel,
+                                   Place start, Place out) {
+  if constexpr (kPair == 1) {
+    multiply_rows<N>(rows, k_blocks, a, a_block, panel, start, out, {});
+  } else {
+    constexpr int kAtOnce = 16; /* blocks that are made factors at a time */
+    float left[kAtOnce * max_rows<N>() * S];
+    int64_t first = 0;
+    do {
+      int64_t blocks = smaller(k_blocks - first, kAtOnce);
+      for (int64_t block = 0; block < blocks; ++block)
+        for (int r = 0; r < rows; ++r)
+          store_left(left + (block * rows + r) * S, load(a + (first + block) * a_block + r * W));
+      multiply_rows<N>(rows, blocks, left, rows * S, panel + first * S * N * W, first ? out : start, out, {});
+      first += blocks;
+    } while (first < k_blocks);
   }
 }
 
@@ -111,7 +216,8 @@ class Panels {
 constexpr int kOuterVectors = 3;
 constexpr int kOuterRows = kAccumulators / kOuterVectors < W ? kAccumulators / kOuterVectors : W;
 
-/* c[r][column] (+)= sum over k of a[k][r] panel[k][column]: a is W floats from one k to the next, c has `stride`. */
+/* c[r][column] (+)= sum over k of a[k][r] panel[k][column]: a and panel are laid out as panels, a is W floats wide; c has
+   `stride`. */
 template <int N>
 static void multiply_outer(int64_t K, const float* a, const float* panel, float* c, int64_t stride, int rows, int columns,
                            bool add) {
@@ -120,16 +226,17 @@ static void multiply_outer(int64_t K, const float* a, const float* panel, float*
   V sum[kOuterRows][N];
   for (int r = 0; r < kOuterRows; ++r)
     for (int n = 0; n < N; ++n) sum[r][n] = V{};
+  const int64_t places = slots(K);
 #pragma GCC unroll 2
-  for (int64_t k = 0; k < K; ++k) {
+  for (int64_t k = 0; k < places; ++k) {
     V w[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) w[n] = load(panel + (k * N + n) * W);
 #pragma GCC unroll 32
     for (int r = 0; r < kOuterRows; ++r) {
-      V s = splat(a[k * W + r]);
+      V s = splat_left(a + k * W + r);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sum[r][n] += s * w[n];
+      for (int n = 0; n < N; ++n) sum[r][n] = multiply_add(s, w[n], sum[r][n]);
     }
   }
   if (columns == N * W && rows == kOuterRows) {

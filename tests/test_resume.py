@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from longshort import checkpoint, durable, head, kernels, model_files, snapshot, training, updates
+from longshort import checkpoint, durable, head, kernels, model_files, native, snapshot, training, updates
 from longshort.checkpoint import load_model
 from longshort.cli import main
 from longshort.config import TrainConfig
@@ -86,6 +86,9 @@ def state_of(out: Path) -> dict[str, Any]:
         {"drop_incomplete": True, "embedding": 0, "single_bias": True, "init": "normal"},
         {"heldout": 0.0, "weight_decay": 0.1, "clip": None},
         {"validate_every": 7, "patience": 2, "lr": 1.0},
+        pytest.param(
+            {"precision": "bfloat16"}, marks=pytest.mark.skipif(not native.has_bfloat16(), reason="no bfloat16")
+        ),
     ],
 )
 def test_a_stopped_run_ends_as_one_that_never_stopped(text_file: Path, tmp_path: Path, given: dict[str, Any]) -> None:

@@ -49,12 +49,13 @@ def runtime(name: str) -> str:
 
 
 def test_memory_and_undefined_behaviour() -> None:
-    place = build("address,undefined", f"-DLONGSHORT_TARGETS={'avx2;avx512' if EVERYTHING else 'avx512'}")
+    targets = "avx2;avx512;avx512_bf16" if EVERYTHING else "avx512"
+    place = build("address,undefined", f"-DLONGSHORT_TARGETS={targets}")
     few = "((sizes or lengths or normalisation or threads or refused) and not rnn and not share) or refuses or pieces"
     few += " or one_hot_rows or gradient_are_exact or does_not_fit"
     few = f"({few}) and not (baseline and (normalisation or threads))"
     tests = ["-k", "not environment" if EVERYTHING else few, "tests/test_native.py", "tests/test_decoding.py"]
-    tests.append("tests/test_tokens.py")
+    tests += ["tests/test_tokens.py", *(["tests/test_bfloat16.py"] if EVERYTHING else [])]
     run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
         LD_PRELOAD=runtime("libasan.so"),

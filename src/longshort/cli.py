@@ -218,7 +218,8 @@ def generate(
     ] = None,
     samples: Annotated[Int, Parameter(help="Write so many texts, side by side.")] = 1,
     weights: Annotated[
-        Literal["float32", "int8"], Parameter(help="int8 takes a quarter of the memory, and says what it costs.")
+        Literal["float32", "bfloat16", "int8"],
+        Parameter(help="Less memory to read for each symbol: a half, a quarter. Says what it costs."),
     ] = "float32",
     cell: OwnCell = None,
     json: Json = False,
@@ -267,6 +268,9 @@ def score(
         Int | None, Parameter(help="Show only the N oddest lines, the oddest first, the odd part marked.")
     ] = None,
     ahead: Annotated[Int, Parameter(help="Most lines read before the first is answered; 1 for a live log.")] = 2048,
+    weights: Annotated[
+        Literal["float32", "bfloat16"], Parameter(help="bfloat16 is faster where the processor has it; says its cost.")
+    ] = "float32",
     cell: OwnCell = None,
     json: Annotated[
         bool, Parameter(help="Print a JSON object a line and nothing else.", negative="", show_default=False)
@@ -279,7 +283,7 @@ def score(
     console.load_cell(cell)
     if top is not None and top < 1:
         raise UsageError(f"--top must be at least 1, not {top}.")
-    scored = scoring.score(models.decoder(model), corpus.lines(file), ahead=ahead)
+    scored = scoring.score(models.decoder(model, weights), corpus.lines(file), ahead=ahead)
     for found in scored if top is None else scoring.oddest(scored, top):
         if json:
             print(console.as_json(found.to_dict()))
@@ -394,7 +398,7 @@ def _pieces(
     from longshort.generation import Request, Sampling, generate_many
 
     rest: dict[str, Any] = {"prompt": prompt, "length": length, "sampling": Sampling(**settings), "stop": stop}
-    loaded = models.decoder(model) if weights == "float32" else models.rounded(model, weights)
+    loaded = models.decoder(model, weights)
     if state is not None:
         durable.require_writable_directory(Path(state).parent)
         rest["after"] = Continuation.load(state, loaded) if os.path.lexists(state) else None

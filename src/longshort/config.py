@@ -132,11 +132,24 @@ class Schedule(Options):
         None, "Processor threads; measured or PyTorch's own choice if not given.", least=1, most=1024
     )
     device: str = option("cpu", "cpu, or cuda.", choices=("cpu", "cuda"))
+    precision: str = option(
+        "float32",
+        "bfloat16: the recurrent layers multiply numbers of 3 digits, faster; weights, states and sums stay float32.",
+        choices=("float32", "bfloat16"),
+    )
     validate_every: int | None = option(None, "Steps between looks at held-out text; a tenth of all if unset.", least=1)
     save_every: int | None = option(
         None, "Steps between checkpoints, beside those at looks; every five minutes if unset.", least=1
     )
     patience: int | None = option(None, "Stop after this many looks without improvement.", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.precision != "float32" and self.device != "cpu":
+            raise ConfigError(
+                f"precision {self.precision} is for the kernels of a CPU, not for {self.device}.",
+                "Leave out --precision, or --device.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +276,11 @@ class TrainConfig(Schedule, Architecture):
                 f"adaptive_softmax needs symbols in the order of their frequency, as the tokenizer word has them; "
                 f"not {self.tokenizer}.",
                 "Set --tokenizer word, or leave out --adaptive-softmax.",
+            )
+        if self.precision != "float32" and is_own_cell(self.cell):
+            raise ConfigError(
+                f"precision {self.precision} is for cells that have native kernels, not for {self.cell}.",
+                "Leave out --precision.",
             )
         if self.vectors is not None and not self.embedding:
             raise ConfigError("Symbols that are fed one-hot have no vectors.", "Leave out vectors, or --embedding 0.")

@@ -94,7 +94,7 @@ CELLS = {
 }
 
 
-PRECISIONS = ("float32", "int8")
+PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 class Decoder:
@@ -104,7 +104,7 @@ class Decoder:
         config: what the model is.
         weights: its weights by name, as `LanguageModel.weights` gives them.
         tokenizer: of the text it was trained on.
-        precision: of the weights in use: float32, or int8, which the native kernels have.
+        precision: of the weights in use: float32, int8, or where the processor multiplies that bfloat16.
             `generation.cost_in_bits` says what that costs.
 
     Raises:
@@ -122,7 +122,7 @@ class Decoder:
                 f"{what} runs with PyTorch only{others}.", "Install PyTorch: pip install 'longshort[train]'"
             )
         if precision not in PRECISIONS:
-            raise UsageError(f"Weights can be {' or '.join(PRECISIONS)}, not {precision!r}.")
+            raise UsageError(f"Weights can be float32, bfloat16 or int8, not {precision!r}.")
         self.config = config
         self.tokenizer = tokenizer
         self._cell = CELLS[config.cell]
@@ -136,6 +136,8 @@ class Decoder:
         if runs_natively(config) and native.ready():
             layers = [self._layer_weights(layer) for layer in range(config.layers)]
             rows = w["embedding.weight"] if config.embedding else np.eye(config.vocab_size, dtype=np.float32)
+            if precision == "bfloat16":
+                native.need_bfloat16()
             self._native = NativeModel(
                 config.cell,
                 layers,
@@ -144,9 +146,10 @@ class Decoder:
                 int8=precision == "int8",
                 residual=config.residual,
                 gains=[self._gains(layer) for layer in range(config.layers)] if config.layer_norm else (),
+                target=native.BFLOAT16 if precision == "bfloat16" else None,
             )
-        elif precision == "int8":
-            raise UsageError(f"Weights of eight bits need native kernels. {native.reason()}")
+        elif precision != "float32":
+            raise UsageError(f"Weights of {precision} need native kernels. {native.reason()}")
         self._output = weight_VH.T
 
     def _layer_weights(self, layer: int) -> Weights:

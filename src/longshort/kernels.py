@@ -2,11 +2,13 @@
 
     avx512      the native kernels of `csrc/`, built for AVX-512; avx2 and baseline are the same for other processors:
                 rnn, rnn_relu, gru, lstm in float32 on a CPU
+    bfloat16    the native kernels with factors of bfloat16 in their products, where the processor multiplies those:
+                faster, 3 digits; sums, states, gates and weights stay float32
     torch       PyTorch's own kernels (oneDNN, MKL or ATen on a CPU, cuDNN on a GPU): rnn, rnn_relu, gru, lstm
     reference   the equations of `cells.py`, step by step: every cell, any precision, differentiable twice
 
-`auto`, the default, takes the fastest that can run the call. `use` forces one, `explain` names the choice, `invalidate`
-forgets packed weights.
+`auto`, the default, takes the fastest of float32 that can run the call. `use` forces one, `explain` names the choice,
+`invalidate` forgets packed weights.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from longshort.ops import invalidate as invalidate
 _TORCH_CAN = frozenset({"packed", "lengths", "proj_size"})
 NATIVE = "native"
 """What `use` takes for the best of the native targets."""
+BFLOAT16 = "bfloat16"
+"""What `use` takes for the native target whose products are of bfloat16."""
 _forced: str | None = None
 
 
@@ -47,13 +51,16 @@ class Choice(NamedTuple):
 
 
 def available() -> tuple[str, ...]:
-    """Return the names that `use` takes, fastest first."""
+    """Return the names of the implementations that give the same results, fastest first: what `use` takes.
+
+    Beside them it takes `bfloat16` where `native.has_bfloat16`.
+    """
     return (*native.targets(), "torch", "reference")
 
 
 def cells_of(name: str) -> tuple[str, ...]:
     """Return the names of the cells that the implementation `name` can run."""
-    if name == NATIVE or name in native.targets():
+    if name in (NATIVE, BFLOAT16) or name in native.built_targets():
         return tuple(native.CELLS)
     return tuple(backends.TORCH_OPS) if name == "torch" else tuple(cells.CELLS)
 
@@ -68,16 +75,19 @@ def use(name: str) -> Iterator[None]:
     """Force one implementation for every layer of this process while the context lasts.
 
     Args:
-        name: one of `available()`, `native` for the best of its targets, or `auto`.
+        name: one of `available()`, `native` for the best of its targets, `bfloat16`, or `auto`.
 
     Raises:
-        UsageError: there is no implementation of that name.
+        UsageError: there is no implementation of that name, or this processor cannot run it.
     """
     global _forced
-    names = (*available(), NATIVE, "auto")
-    if name in native.built_targets() and name not in names:
+    if name in (BFLOAT16, native.BFLOAT16):
+        native.need_bfloat16()
+        name = native.BFLOAT16
+    names = (*available(), NATIVE, BFLOAT16, "auto")
+    if name != native.BFLOAT16 and name in native.built_targets() and name not in names:
         raise UsageError(f"This processor cannot run the kernels {name!r}; it can run {', '.join(available())}.")
-    if name not in names:
+    if name not in (*names, native.BFLOAT16):
         close = difflib.get_close_matches(name, names, n=1)
         raise UsageError(
             f"There is no kernel called {name!r}; there are {', '.join(names)}.",

@@ -85,6 +85,7 @@ def description() -> dict[str, object]:
         "cores": cores(),
         "vector_extensions": vector_extensions(),
         "native_kernels": list(native.targets()),
+        "bfloat16": native.has_bfloat16(),
         "native_target": native.active_target(),
         "native_threads": native.threading(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -9,10 +9,15 @@ from longshort import console
 from longshort.errors import UsageError
 
 
-def decoder(model: str | Path) -> Any:
-    """Return the torch-free decoder of `model`, or where only PyTorch can run its cell, a `LanguageModel`."""
+def decoder(model: str | Path, weights: str = "float32") -> Any:
+    """Return the torch-free decoder of `model`, or where only PyTorch can run its cell, a `LanguageModel`.
+
+    With weights of another precision it is a decoder, and what they cost is said.
+    """
     from longshort.decoder import load_decoder
 
+    if weights != "float32":
+        return _rounded(load_decoder(model), weights)
     try:
         return load_decoder(model)
     except UsageError:
@@ -28,12 +33,9 @@ def reader(model: str | Path) -> Any:
     return loaded if getattr(loaded, "writes", True) else language_model(model) or loaded
 
 
-def rounded(model: str | Path, weights: str) -> Any:
-    """Return a decoder with rounded weights, and say what they cost."""
-    from longshort.decoder import load_decoder
+def _rounded(exact: Any, weights: str) -> Any:
     from longshort.generation import cost_in_bits
 
-    exact = load_decoder(model)
     loaded = exact.rounded(weights)
     cost = cost_in_bits(exact, loaded)
     console.say(f"longshort: {weights} weights cost {cost:.4f} bits a character (on 16 texts that the model wrote).")

@@ -3,7 +3,8 @@
 The library is loaded when it is first asked for. What its functions mean is written in `csrc/longshort.h`;
 `native_layers.py` and `native_model.py` call them on NumPy arrays, `ops.py` on tensors. Environment:
 
-    LONGSHORT_TARGET=avx2       the build of the kernels that runs, instead of the best this processor has
+    LONGSHORT_TARGET=avx2       the build of the kernels that runs, instead of the best this processor has; avx512_bf16
+                                multiplies numbers of bfloat16, and runs only where it is asked for
     LONGSHORT_LIBRARY=PATH      another library than the package's own, such as one with sanitizers
 """
 
@@ -33,6 +34,8 @@ CELLS = {"rnn": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
 GATES = {"rnn": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
 SHOWN = {"rnn": (), "rnn_relu": (), "gru": ("r", "z", "n"), "lstm": ("i", "f", "g", "o", "c")}
 """What a forward pass can show beside h, in the library's order."""
+BFLOAT16 = "avx512_bf16"
+"""The target whose products have factors of bfloat16: about 3 digits, sums and everything else in float32."""
 FUNCTIONS = {"exp": 0, "tanh": 1, "sigmoid": 2}
 PATH = Path(__file__).parent / "_lib" / "liblongshort.so"
 """Where the build puts the library."""
@@ -176,13 +179,31 @@ def need() -> ctypes.CDLL:
 
 
 def built_targets() -> tuple[str, ...]:
-    """Return the targets that the library was built for, best first; none without a library."""
+    """Return the targets that the library was built for, best first, then `BFLOAT16`; none without a library."""
     found = library()
     return _names(found) if found else ()
 
 
 def targets() -> tuple[str, ...]:
-    """Return the targets that this processor can run, best first; none without a library."""
+    """Return the targets of float32 that this processor can run, best first; none without a library."""
+    return tuple(name for name in _supported() if name != BFLOAT16)
+
+
+def has_bfloat16() -> bool:
+    """Return whether this processor can run the target `BFLOAT16`."""
+    return BFLOAT16 in _supported()
+
+
+def need_bfloat16() -> None:
+    """Raise UsageError where this processor cannot run the target `BFLOAT16`, with what could."""
+    if not has_bfloat16():
+        raise UsageError(
+            f"This machine's kernels have no products of bfloat16. {reason()}".rstrip(),
+            "They need a processor with AVX512-BF16 (AMD Zen 4, Intel Cooper Lake and Sapphire Rapids, or later).",
+        )
+
+
+def _supported() -> tuple[str, ...]:
     found = library()
     return tuple(name for i, name in enumerate(_names(found)) if found.ls_target_supported(i)) if found else ()
 

@@ -81,7 +81,7 @@ class Draw(NamedTuple):
 
 
 class NativeModel:
-    """A language model, packed for the active target.
+    """A language model, packed for a target.
 
     Args:
         cell: one of `native.CELLS`.
@@ -91,6 +91,7 @@ class NativeModel:
         int8: whether the weights are rounded to eight bits and a scale a unit; the table stays float32.
         residual: whether each layer but the first adds what it reads to what it puts out.
         gains: of layer normalisation, if there is any: of each layer gamma_ih, gamma_hh, of an LSTM gamma_c, beta_c.
+        target: the active one if not given.
 
     Raises:
         ValueError: shapes or types that do not fit.
@@ -106,9 +107,10 @@ class NativeModel:
         int8: bool = False,
         residual: bool = False,
         gains: Sequence[Sequence[Array]] = (),
+        target: str | None = None,
     ) -> None:
         self._library = native.need()
-        target = native.active_target()
+        target = target or native.active_target()
         number = native.index_of(self._library, target)
         (size, E), H = rows.shape, layers[0].weight_hh.shape[1]
         self.V, self.H, self.num_layers, self.cell = size - 1, H, len(layers), cell

@@ -10,6 +10,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from longshort import model_files, snapshot
+from longshort import kernels, model_files, native, snapshot
 from longshort.cells import State
 from longshort.config import Options, Schedule
 from longshort.errors import TrainingError, UsageError
@@ -67,6 +68,9 @@ class Stepper(ABC, Generic[M, B]):
         steps: planned in all, which the learning rate goes by.
         team: the processes that train it; each makes every step with rows of its own.
         stop: whether this process was asked to stop.
+
+    Raises:
+        UsageError: this processor has no products of the precision that `config` names.
     """
 
     def __init__(
@@ -77,6 +81,8 @@ class Stepper(ABC, Generic[M, B]):
         team: Team | None = None,
         stop: Stop = lambda: False,
     ) -> None:
+        if config.precision == "bfloat16":
+            native.need_bfloat16()
         self.model, self.config, self.steps = model, config, steps
         self.team, self.stop = team or Team(), stop
         self.stopping = False
@@ -97,6 +103,9 @@ class Stepper(ABC, Generic[M, B]):
     @abstractmethod
     def read(self, batch: B) -> float:
         """Add the gradients of what these rows are of the mean loss of the batch, and return it, in nats a token."""
+
+    def _kernels(self) -> AbstractContextManager[None]:
+        return kernels.use(kernels.BFLOAT16) if self.config.precision == "bfloat16" else nullcontext()
 
     def zero_state(self, rows: int) -> State:
         """Return what a step starts from that carries nothing on."""
@@ -119,7 +128,8 @@ class Stepper(ABC, Generic[M, B]):
         self.model.train()
         with self.team.order(STEP, number, self.steps):
             self.optimizer.zero_grad(set_to_none=True)
-            nats = self.read(batch)
+            with self._kernels():
+                nats = self.read(batch)
             gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
             nats, stopping = self.team.add(gradients, [nats, float(self.stop())])
         self.stopping = stopping > 0
