@@ -23,10 +23,6 @@ template <class Cell>
 struct Backward {
   static constexpr int G = Cell::kGates;
   static constexpr bool kLstm = Cell::kCell == LS_LSTM, kGru = Cell::kCell == LS_GRU;
-  static constexpr int kColumns = 2; /* vectors in a panel of the products with W_ih and W_hh */
-  static constexpr int kOuter = kOuterVectors * W;
-  static constexpr int kPanel = kColumns * W;
-  static constexpr int64_t kDepth = 1024 / W; /* blocks of k at a time: 128 KB of a panel, beside as many rows of dgates */
   static constexpr int64_t kGroup = (128 << 10); /* floats of dgates that meet all columns of the weights at a time */
 
   const ls_backward_args& a;
@@ -502,8 +498,8 @@ struct Backward {
     if (direct_weights)
       multiply_step_direct(team, n, rows, at);
     else
-      multiply_blocks(team.begin(hidden_panels), team.end(hidden_panels), packed_hidden, left + at * S, rows, n, step,
-                    Place{recurrent, W, Bp * W}, kColumns * Bp * W);
+      multiply_deep(packed_hidden, U * G, team.begin(hidden_panels), team.end(hidden_panels), left + at * S, odd(rows), n,
+                    step, Place{recurrent, W, Bp * W}, kColumns * Bp * W);
     bool masked = a.options.h_mask || a.options.resets;
     if (!masked && !(a.dh0 && n > n_before)) return;
     for (int64_t block = first_block(team); block < last_block(team); ++block) {
@@ -516,28 +512,6 @@ struct Backward {
         if (a.dh0 && row >= n_before)
           store_part(a.dh0 + to, has_direct ? load(p) + load(direct + (block * Bp + row) * W) : load(p), units);
       }
-    }
-  }
-
-  /* Products of `n` rows of dgates, the first at `from`, with the panels [first, last): panel p's sums go to
-     out + p * out_panel. k is cut into blocks, so that rows and panel meet in the core's own cache; `turn` alternates. */
-  void multiply_blocks(int64_t first, int64_t last, const float* packed, const float* from, int64_t rows, int64_t n,
-                       int64_t turn, Place out, int64_t out_panel) {
-    Tiles tiles(n, max_rows<kColumns>());
-    int64_t all = U * G, depths = ceil_div(all, kDepth);
-    for (int64_t d = 0; d < depths; ++d) {
-      int64_t depth = turn & 1 ? depths - 1 - d : d;
-      int64_t k = depth * kDepth, blocks = smaller(kDepth, all - k);
-      Panels panels(packed + (first * all + k) * S * kPanel, blocks * S * kPanel, all * S * kPanel, last - first,
-                    turn + d, (last - first) * all * S * kPanel > (1 << 18));
-      for (int64_t i = 0; i < panels.count(); ++i)
-        for (int64_t tile = 0; tile < tiles.count; ++tile) {
-          int64_t row = tiles.begin(tile);
-          Place sums = {out.p + (first + panels.index(i)) * out_panel + row * out.row, out.row, out.vector};
-          multiply_rows<kColumns>(tiles.size(tile), blocks, from + (k * odd(rows) + row) * S, odd(rows) * S, panels.at(i),
-                                  Place{d ? sums.p : nullptr, sums.row, sums.vector}, sums,
-                                  panels.ahead(i, tile, tiles.count, blocks));
-        }
     }
   }
 
@@ -590,7 +564,7 @@ struct Backward {
 
   void input_gradients(const Team& team, int64_t first_step, int64_t last_step, int64_t rows) {
     int64_t first = team.begin(input_panels), last = team.end(input_panels);
-    multiply_blocks(first, last, packed_inputs, left_input, rows, rows, 0, Place{dx, kPanel, W}, rows * kPanel);
+    multiply_deep(packed_inputs, U * G, first, last, left_input, odd(rows), rows, 0, Place{dx, kPanel, W}, rows * kPanel);
     int64_t at = 0;
     for (int64_t step = first_step; step < last_step; ++step) {
       int64_t t = steps.time(step);
@@ -629,24 +603,11 @@ struct Backward {
     }
   }
 
-  /* Own panels of one row; a panel is as wide as it has vectors. */
+  /* Own panels of one row. */
   static void copy_row(const Team& team, const float* from, const float* mask, int64_t columns, int64_t at, int64_t rows,
                        float* out) {
     int64_t panels = ceil_div(columns, kOuter);
-    for (int64_t panel = team.begin(panels); panel < team.end(panels); ++panel) {
-      int64_t column = panel * kOuter;
-      int vectors = vectors_at(column, columns);
-      float* to = out + panel * slots(rows) * kOuter + at / kPair * vectors * W;
-      for (int i = 0; i < vectors; ++i, column += W) {
-        int valid = int(smaller(columns - column, W));
-        V v = from ? load_part(from + column, valid) : V{};
-        store_right(to + i * W, at, mask ? v * load_part(mask + column, valid) : v);
-      }
-    }
-  }
-
-  static int vectors_at(int64_t column, int64_t columns) {
-    return int(smaller(ceil_div(columns - column, W), kOuterVectors));
+    store_columns(from, mask, columns, at, rows, team.begin(panels), team.end(panels), out);
   }
 
   /* Own units' rows of dW_ih, dW_hh and of the biases. */
@@ -693,26 +654,11 @@ struct Backward {
 
   void outer_columns(int64_t first, int64_t last, const float* gradients, int64_t rows, const float* operands,
                      int64_t columns, float* weight, bool add) {
-    for (int64_t column = 0; column < columns; column += kOuter) {
-      const float* panel = operands + column * slots(rows);
-      int vectors = vectors_at(column, columns);
-      int valid = int(smaller(columns - column, vectors * W));
-      for (int64_t block = first; block < last; ++block) {
-        int units = sizes.units(block);
+    for (int64_t column = 0; column < columns; column += kOuter)
+      for (int64_t block = first; block < last; ++block)
         for (int gate = 0; gate < G; ++gate)
-          for (int u = 0; u < units; u += kOuterRows) {
-            const float* from = gradients + (block * G + gate) * right_gate(rows) + u;
-            float* to = weight + (gate * H + block * W + u) * columns + column;
-            int count = units - u < kOuterRows ? units - u : kOuterRows;
-            if (vectors == 3)
-              multiply_outer<3>(rows, from, panel, to, columns, count, valid, add);
-            else if (vectors == 2)
-              multiply_outer<2>(rows, from, panel, to, columns, count, valid, add);
-            else
-              multiply_outer<1>(rows, from, panel, to, columns, count, valid, add);
-          }
-      }
-    }
+          multiply_outer_block(rows, gradients + (block * G + gate) * right_gate(rows), operands + column * slots(rows),
+                               weight + (gate * H + block * W) * columns, column, columns, sizes.units(block), add);
   }
 
   void sum_rows(const Team& team, const float* gradients, int64_t rows, float* bias, bool add) {

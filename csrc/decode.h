@@ -10,33 +10,16 @@
 
 #include "bytes.h"
 #include "layout.h"
-#include "loss.h"
 #include "normal.h"
+#include "output.h"
 
 namespace ls {
 namespace LS_TARGET {
 
-/* The output layer's panels: biases, then [k][vectors][W]. */
-constexpr int kHeadVectors = 2;
-
-struct Head {
-  int64_t symbols, H;
-  int64_t panels() const { return ceil_div(symbols, kHeadVectors * W); }
-  int64_t blocks() const { return ceil_div(H, W); }
-  int64_t panel_floats() const { return (1 + blocks() * S) * kHeadVectors * W; }
-  int64_t width() const { return panels() * kHeadVectors * W; }
-  int64_t byte_panel_floats() const { return kHeadVectors * W + bytes_floats(blocks() * W, kHeadVectors * W); }
-
-  void pack(const float* weight, const float* bias, float* packed) const {
-    for (int64_t panel = 0; panel < panels(); ++panel, packed += panel_floats())
-      for (int n = 0; n < kHeadVectors; ++n) {
-        int64_t first = (panel * kHeadVectors + n) * W;
-        int rows = int(larger(smaller(symbols - first, W), 0));
-        store(packed + n * W, rows ? load_part(bias + first, rows) : V{});
-        transpose_block(weight + (rows ? first : 0) * H, H, rows, H, packed + (kHeadVectors + n) * W, kHeadVectors * W);
-      }
-  }
-};
+/* Floats of a panel of the output layer with weights of eight bits: biases, scales, bytes. */
+static inline int64_t head_bytes(const Head& head) {
+  return kHeadVectors * W + bytes_floats(head.blocks() * W, kHeadVectors * W);
+}
 
 /* A layer's panel with weights of eight bits: biases, then scales and bytes of W_ih, then those of W_hh. */
 template <class Cell>
@@ -426,7 +409,7 @@ struct Language {
   void run_head(const Rows& rows, const float* h, const Team& team) {
     Tiles tiles(rows.count, max_rows<kHeadVectors>());
     for (int64_t panel = team.begin(head.panels()); panel < team.end(head.panels()); ++panel) {
-      const float* packed = model.head + panel * (model.int8 ? head.byte_panel_floats() : head.panel_floats());
+      const float* packed = model.head + panel * (model.int8 ? head_bytes(head) : head.panel_floats());
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         const int64_t row = tiles.begin(tile);
         float* out = rows.logits + row * head.width() + panel * kHeadVectors * W;
@@ -498,7 +481,7 @@ static inline void round_head(const Head& head, const float* packed, float* out)
     __builtin_memcpy(out, packed, columns * sizeof(float));
     round_to_bytes(packed + columns, head.blocks() * W, columns, out + columns);
     packed += head.panel_floats();
-    out += head.byte_panel_floats();
+    out += head_bytes(head);
   }
 }
 

@@ -28,8 +28,7 @@ struct Target {
   int64_t (*rounded_floats)(int32_t cell, int64_t I_or_V, int64_t H);
   void (*round)(int32_t cell, int64_t I_or_V, int64_t H, const float* packed, float* rounded);
   void (*pack_head)(int64_t V, int64_t H, const float* weight, const float* bias, float* head);
-  void (*cross_entropy)(int64_t N, int64_t V, const int64_t* targets, float scale, int32_t num_threads, float* logits,
-                        double* nats);
+  int32_t (*loss)(const ls_loss_args*);
   void (*apply)(int32_t function, int64_t n, const float* x, float* y);
 };
 

@@ -4,7 +4,7 @@
 #include "decode.h"
 #include "forward.h"
 #include "gates.h"
-#include "loss.h"
+#include "output.h"
 
 namespace ls {
 namespace LS_TARGET {
@@ -88,6 +88,7 @@ static int32_t run_model(const Args* args) {
 
 static int32_t read(const ls_read_args* args) { return run_model<Read>(args); }
 static int32_t decode(const ls_decode_args* args) { return run_model<Decode>(args); }
+static int32_t loss(const ls_loss_args* args) { return Loss(*args).run(); }
 
 template <class Cell>
 static int64_t table_floats_of(int64_t symbols, int64_t H) {
@@ -113,7 +114,8 @@ static void pack_table_of(int32_t cell, int64_t symbols, int64_t H, const float*
 static int64_t head_floats(int64_t V, int64_t H) { return Head{V, H}.panels() * Head{V, H}.panel_floats(); }
 
 static void pack_head(int64_t V, int64_t H, const float* weight, const float* bias, float* head) {
-  Head{V, H}.pack(weight, bias, head);
+  const Head layer{V, H};
+  layer.pack(weight, bias, head, 0, layer.panels());
 }
 
 template <class Cell>
@@ -124,7 +126,7 @@ static int64_t rounded_floats_of(int64_t I, int64_t H) {
 
 static int64_t rounded_floats(int32_t cell, int64_t I_or_V, int64_t H) {
   switch (cell) {
-    case -1: return Head{I_or_V, H}.panels() * Head{I_or_V, H}.byte_panel_floats();
+    case -1: return Head{I_or_V, H}.panels() * head_bytes({I_or_V, H});
     case LS_GRU: return rounded_floats_of<Gru>(I_or_V, H);
     case LS_LSTM: return rounded_floats_of<Lstm>(I_or_V, H);
     default: return rounded_floats_of<RnnTanh>(I_or_V, H);
@@ -160,7 +162,7 @@ const Target LS_JOIN(target_, LS_TARGET) = {
     LS_QUOTE(LS_TARGET),      LS_TARGET::forward,     LS_TARGET::backward,      LS_TARGET::saved_floats,
     LS_TARGET::gates,         LS_TARGET::packed_floats, LS_TARGET::pack,        LS_TARGET::decode,
     LS_TARGET::read,          LS_TARGET::table_floats, LS_TARGET::head_floats,  LS_TARGET::pack_table_of,
-    LS_TARGET::rounded_floats, LS_TARGET::round,      LS_TARGET::pack_head,     LS_TARGET::cross_entropy,
+    LS_TARGET::rounded_floats, LS_TARGET::round,      LS_TARGET::pack_head,     LS_TARGET::loss,
     LS_TARGET::apply,
 };
 

@@ -293,15 +293,16 @@ int32_t ls_decode(const ls_decode_args* args) {
   return target->decode(args);
 }
 
-int32_t ls_cross_entropy(int32_t target, int64_t N, int64_t V, const int64_t* targets, float scale, int32_t num_threads,
-                         float* logits, double* nats) {
-  const Target* found = find(target);
-  if (!found || !is_size(N) || !is_size(V) || V == 0 || num_threads < 1) return LS_BAD_ARGUMENT;
-  if (N && (!targets || !logits || !nats)) return LS_BAD_ARGUMENT;
-  for (int64_t i = 0; i < N; ++i)
-    if (targets[i] >= V) return LS_BAD_ARGUMENT;
-  found->cross_entropy(N, V, targets, scale, num_threads, logits, nats);
-  return LS_OK;
+int32_t ls_loss(const ls_loss_args* args) {
+  if (!args || args->V <= 0 || !are_widths(args->V, args->H) || !is_size(args->N)) return LS_BAD_ARGUMENT;
+  const Target* target = find(args->target);
+  const ls_loss_args& a = *args;
+  bool sizes = fits(a.N, a.H + 64) && fits(a.N, a.V + 64) && a.num_threads >= 1;
+  if (!target || !sizes || !a.dweight || !a.dbias) return LS_BAD_ARGUMENT;
+  if (a.N && (!a.h || !a.weight || !a.bias || !a.targets || !a.nats || !a.dh)) return LS_BAD_ARGUMENT;
+  for (int64_t i = 0; i < a.N; ++i)
+    if (a.targets[i] >= a.V) return LS_BAD_ARGUMENT;
+  return target->loss(args);
 }
 
 int32_t ls_apply(int32_t function, int32_t target, int64_t n, const float* x, float* y) {

@@ -1,7 +1,9 @@
 /* The kernel library of longshort: recurrent layers on a CPU, without torch and without Python.
 
    This header is the contract. One call runs one layer in one direction over a batch of sequences, or one step of it
-   (T = 1). All numbers are float32; all matrices are row-major, as torch.nn lays them out.
+   (T = 1). All numbers are float32; all matrices are row-major, as torch.nn lays them out. The target avx512_bf16 rounds the
+   factors of its products to bfloat16, the nearest of 8 bits, ties to even; it is never active unless it is chosen. Calls of
+   few rows that read the weights as they lie have factors of float32 there too.
 
      T  steps   B  sequences (rows)   I  input width   H  hidden units   G  gates: RNN 1, GRU 3 (r, z, n), LSTM 4 (i, f, g, o)
 
@@ -35,7 +37,7 @@
 extern "C" {
 #endif
 
-#define LS_ABI_VERSION 6
+#define LS_ABI_VERSION 7
 
 enum ls_cell { LS_RNN_TANH = 0, LS_RNN_RELU = 1, LS_GRU = 2, LS_LSTM = 3 };
 
@@ -193,6 +195,23 @@ typedef struct {
   int32_t reserved;
 } ls_read_args;
 
+/* N rows that an output layer of V symbols reads: p = softmax(W h + b), loss = scale * sum of -log p of the targets. */
+typedef struct {
+  int64_t N, V, H;
+  int32_t target; /* index into ls_target_name's list; -1: the active one */
+  int32_t num_threads;
+  const float* h;         /* N x H */
+  const float* weight;    /* V x H */
+  const float* bias;      /* V */
+  const int64_t* targets; /* N, below V; below 0: nothing to predict */
+  double* nats;           /* N: -log p of each target, 0 where there is none */
+  float* dh;              /* N x H: gradients of the loss, of rows without a target 0 */
+  float* dweight;         /* V x H */
+  float* dbias;           /* V */
+  float scale;
+  int32_t reserved; /* 0 */
+} ls_loss_args;
+
 /* LS_ABI_VERSION of the library. */
 LS_API int32_t ls_abi_version(void);
 
@@ -253,10 +272,9 @@ LS_API int32_t ls_decode(const ls_decode_args* args);
    logits. The same bits for a text alone and in any batch, in one call and in several, with any number of threads. */
 LS_API int32_t ls_read(const ls_read_args* args);
 
-/* The loss of N rows of V logits, and its gradient: nats[i] = -log p of target i, 0 where that is below 0, within 1e-6 of the
-   exact figure; logits become scale (p - 1 at the target), 0 where there is none. The same bits with any number of threads. */
-LS_API int32_t ls_cross_entropy(int32_t target, int64_t N, int64_t V, const int64_t* targets, float scale, int32_t num_threads,
-                                float* logits, double* nats);
+/* An output layer, its loss and all gradients in one. nats: within 1e-6 of the exact figure, but for the rounding of the logits.
+   The same bits with any number of threads. */
+LS_API int32_t ls_loss(const ls_loss_args* args);
 
 /* y[i] = f(x[i]) as the kernels compute it, for tests: 0 exp, 1 tanh, 2 sigmoid. y may be x. */
 LS_API int32_t ls_apply(int32_t function, int32_t target, int64_t n, const float* x, float* y);

@@ -212,8 +212,36 @@ class Panels {
   bool backward_, large_;
 };
 
+constexpr int kColumns = 2; /* vectors in a panel of a deep product */
+constexpr int kPanel = kColumns * W;
+constexpr int64_t kDepth = 1024 / W; /* blocks of k at a time: 128 KB of a panel, beside as many rows of the left factor */
+
+/* Products of `n` rows, the first at `from`, with the panels [first, last) of `all` blocks of k: panel p's sums go to
+   out + p * out_panel. `room`: rows that a block of the left factor has room for. k is cut into blocks, so that rows and
+   panel meet in the core's own cache; `turn` alternates. */
+static inline void multiply_deep(const float* packed, int64_t all, int64_t first, int64_t last, const float* from,
+                                 int64_t room, int64_t n, int64_t turn, Place out, int64_t out_panel) {
+  Tiles tiles(n, max_rows<kColumns>());
+  const int64_t depths = ceil_div(all, kDepth);
+  for (int64_t d = 0; d < depths; ++d) {
+    int64_t depth = turn & 1 ? depths - 1 - d : d;
+    int64_t k = depth * kDepth, blocks = smaller(kDepth, all - k);
+    Panels panels(packed + (first * all + k) * S * kPanel, blocks * S * kPanel, all * S * kPanel, last - first, turn + d,
+                  (last - first) * all * S * kPanel > (1 << 18));
+    for (int64_t i = 0; i < panels.count(); ++i)
+      for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        int64_t row = tiles.begin(tile);
+        Place sums = {out.p + (first + panels.index(i)) * out_panel + row * out.row, out.row, out.vector};
+        multiply_rows<kColumns>(tiles.size(tile), blocks, from + (k * room + row) * S, room * S, panels.at(i),
+                                Place{d ? sums.p : nullptr, sums.row, sums.vector}, sums,
+                                panels.ahead(i, tile, tiles.count, blocks));
+      }
+  }
+}
+
 /* Columns that a tile of `multiply_outer` has, and its rows: they divide W. */
 constexpr int kOuterVectors = 3;
+constexpr int kOuter = kOuterVectors * W;
 constexpr int kOuterRows = kAccumulators / kOuterVectors < W ? kAccumulators / kOuterVectors : W;
 
 /* c[r][column] (+)= sum over k of a[k][r] panel[k][column]: a and panel are laid out as panels, a is W floats wide; c has
@@ -252,6 +280,42 @@ static void multiply_outer(int64_t K, const float* a, const float* panel, float*
     for (int n = 0; n < N; ++n) store(part[r] + n * W, sum[r][n]);
   for (int r = 0; r < rows; ++r)
     for (int i = 0; i < columns; ++i) c[r * stride + i] = part[r][i] + (add ? c[r * stride + i] : 0.0f);
+}
+
+/* Vectors of the panel that begins at `column`, of those that `columns` are cut into for `multiply_outer`. */
+static inline int vectors_at(int64_t column, int64_t columns) {
+  return int(smaller(ceil_div(columns - column, W), kOuterVectors));
+}
+
+/* The same for `units` <= W rows of c, whose factors lie side by side in a, and the panel that begins at `column`. */
+static inline void multiply_outer_block(int64_t K, const float* a, const float* panel, float* c, int64_t column,
+                                        int64_t columns, int units, bool add) {
+  const int vectors = vectors_at(column, columns), valid = int(smaller(columns - column, vectors * W));
+  for (int u = 0; u < units; u += kOuterRows) {
+    float* to = c + u * columns + column;
+    int count = units - u < kOuterRows ? units - u : kOuterRows;
+    if (vectors == 3)
+      multiply_outer<3>(K, a + u, panel, to, columns, count, valid, add);
+    else if (vectors == 2)
+      multiply_outer<2>(K, a + u, panel, to, columns, count, valid, add);
+    else
+      multiply_outer<1>(K, a + u, panel, to, columns, count, valid, add);
+  }
+}
+
+/* Row `at` of a matrix into the panels [first, last) of `multiply_outer`, of `rows` rows. NULL: zeros; `mask` multiplies. */
+static inline void store_columns(const float* from, const float* mask, int64_t columns, int64_t at, int64_t rows,
+                                 int64_t first, int64_t last, float* out) {
+  for (int64_t panel = first; panel < last; ++panel) {
+    int64_t column = panel * kOuter;
+    int vectors = vectors_at(column, columns);
+    float* to = out + panel * slots(rows) * kOuter + at / kPair * vectors * W;
+    for (int i = 0; i < vectors; ++i, column += W) {
+      int valid = int(smaller(columns - column, W));
+      V v = from ? load_part(from + column, valid) : V{};
+      store_right(to + i * W, at, mask ? v * load_part(mask + column, valid) : v);
+    }
+  }
 }
 
 }  // namespace LS_TARGET

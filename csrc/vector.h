@@ -67,11 +67,11 @@ static inline void store_part(float* p, V v, int n) {
 #endif
 }
 
-/* The first `n` lanes, the others 0. */
-static inline V first_lanes(V v, int n) {
+/* The first `n` lanes, the others 0 or those of `rest`. */
+static inline V first_lanes(V v, int n, V rest = V{}) {
   VI lane;
   for (int i = 0; i < W; ++i) lane[i] = i;
-  return lane < n ? v : V{};
+  return lane < n ? v : rest;
 }
 
 /* The smaller, the larger of x and a limit; NaN where x is NaN. */

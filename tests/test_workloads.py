@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ from longshort.config import TrainConfig
 from longshort.decoder import Decoder
 from longshort.scoring import score
 from longshort.text.tokenizers import CharTokenizer
-from longshort.workloads import KINDS, SYMBOLS, Contest, Training
+from longshort.workloads import KINDS, SYMBOLS, Contest, Setting, Training
 
 SMALL: dict[str, Any] = {"hidden": 12, "embedding": 8, "batch_size": 4, "seq_len": 6, "warmup": 0.0, "final_lr": 1.0}
 
 
 @pytest.mark.parametrize("options", [{}, {"embedding": 0, "optimizer": "sgd", "lr": 1.0}])
 def test_both_sides_of_a_training_step_learn_the_same(options: dict[str, Any]) -> None:
-    contest = workloads._train(Training("small", TrainConfig(**(SMALL | options)), "abcdefghij\n"))
+    contest = workloads._train(Training("small", TrainConfig(**(SMALL | options)), "abcdefghij\n"), Setting(1))
     for _ in range(8):
         assert contest.ours() == pytest.approx(contest.theirs(), rel=1e-4)
 
@@ -47,10 +48,10 @@ def test_the_peers_model_is_ours() -> None:
         write(plain, 3, 4)
 
 
-def small(threads: int) -> Contest:
+def small(setting: Setting) -> Contest:
     return Contest(
         name="adding",
-        peer="another",
+        peer=setting.peer("another"),
         unit="sums",
         ours=lambda: sum(range(100)),
         theirs=lambda: sum(range(1000)),
@@ -79,6 +80,11 @@ def test_the_command_measures_prints_and_keeps(
     assert len(row["ours_blocks"]) == 9
     assert main(["bench", "generate", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["threads"] == 2
+    monkeypatch.setattr(native, "need_bfloat16", lambda: None)
+    assert main(["bench", "generate", "--precision", "bfloat16", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["command"].endswith("--threads 2 --precision bfloat16")
+    assert [row["peer"] for row in found["rows"]] == ["another", "another, bfloat16"]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +119,7 @@ def test_the_command_shows_where_the_time_goes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kind = Training("small", TrainConfig(hidden=8, batch_size=2, seq_len=4), SYMBOLS[:20])
-    monkeypatch.setattr(workloads, "_trainings", lambda threads: (kind,))
+    monkeypatch.setattr(workloads, "_trainings", lambda threads, precision: (kind,))
     assert main(["bench", "train", "--profile"]) == 0
     printed = capsys.readouterr()
     assert "recurrence, backward" in printed.out
@@ -129,8 +135,17 @@ def test_the_command_shows_where_the_time_goes(
 def test_what_is_measured_is_what_is_promised() -> None:
     """The contests themselves can be made, and one of each kind runs."""
     for builders in KINDS.values():
-        contest = builders[0](1)
+        contest = builders[0](Setting(1))
         assert contest.operations > 0
-    written = KINDS["generate"][0](1)
+    written = KINDS["generate"][0](Setting(1))
     written.ours()
     assert written.ours_units == 2_000
+
+
+@pytest.mark.skipif(not native.has_bfloat16(), reason="this processor has no products of bfloat16")
+@pytest.mark.parametrize("build", [KINDS["train"][1], *KINDS["generate"], *KINDS["score"]])
+def test_both_sides_run_in_bfloat16(build: Callable[[Setting], Contest]) -> None:
+    contest = build(Setting(1, "bfloat16", "bfloat16"))
+    assert contest.peer.endswith(", bfloat16")
+    contest.ours()
+    contest.theirs()

@@ -80,7 +80,7 @@ class Settings:
         for kind, chosen, known in (("cell", full.cells, cells), ("mode", full.modes, MODES)):
             _check_names(kind, chosen, known)
         _check_names("option", full.options, (*OPTIONS, "none"))
-        _check_names("kernel", (full.kernel,), ("auto", *kernels.available()))
+        _check_names("kernel", (full.kernel,), ("auto", *kernels.available(), kernels.BFLOAT16))
         for number in full.threads:
             if not 1 <= number <= 1024:
                 raise UsageError(f"--threads must be from 1 to 1024, not {number}.")

@@ -265,7 +265,9 @@ def _maker(implementation: str, cells: Sequence[str]) -> Callable[[str, str, int
     """Return what makes a model of `implementation`, after checking that it has all `cells`."""
     known: tuple[str, ...]
     make: Callable[[str, str, int, int], _Trained]
-    if implementation in (*kernels.available(), kernels.NATIVE):
+    if implementation in (*kernels.available(), kernels.NATIVE, kernels.BFLOAT16):
+        if implementation == kernels.BFLOAT16:
+            native.need_bfloat16()
         known, make = kernels.cells_of(implementation), partial(_LibraryModel, implementation)
     else:
         module = scratch if implementation == "scratch" else _load_copy(implementation)

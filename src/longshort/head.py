@@ -63,10 +63,6 @@ class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
         return -log_p_N
 
 
-_LOGITS_AT_ONCE = 1 << 23
-"""Of large vocabularies the logits of so many rows are made at a time: 32 MB."""
-
-
 def cross_entropy(h_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor, tokens: int) -> Tensor:
     """Return the sum of -log p of all targets, divided by `tokens`, in nats.
 
@@ -92,18 +88,8 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, h_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor, tokens: int, target: int
     ) -> Tensor:
-        (N, _), V = h_NH.shape, len(weight_VH)
-        nats = 0.0
-        dh_NH, dweight_VH, dbias_V = torch.empty_like(h_NH), torch.empty_like(weight_VH), torch.zeros_like(bias_V)
-        rows = max(_LOGITS_AT_ONCE // V, 1)
-        for first in range(0, max(N, 1), rows):
-            h = h_NH[first : first + rows]
-            logits = torch.addmm(bias_V, h, weight_VH.T)
-            nats += ops.cross_entropy(logits, targets_N[first : first + rows], 1 / tokens, target)
-            torch.mm(logits, weight_VH, out=dh_NH[first : first + rows])
-            dweight_VH.addmm_(logits.T, h, beta=int(first > 0))
-            dbias_V += logits.sum(0)
-        ctx.save_for_backward(dh_NH, dweight_VH, dbias_V)
+        nats, gradients = ops.cross_entropy(h_NH, weight_VH, bias_V, targets_N, 1 / tokens, target)
+        ctx.save_for_backward(*gradients)
         return h_NH.new_tensor(nats / tokens)
 
     @staticmethod

@@ -144,6 +144,10 @@ def bench(
         str | None, Parameter(help="With --grid options, some of: layer_norm,recurrent_dropout,zoneout,lengths.")
     ] = None,
     kernel: Annotated[str, Parameter(help="Force one of our kernels; doctor lists them.")] = "auto",
+    precision: Annotated[
+        Literal["float32", "bfloat16"],
+        Parameter(help="Of train, generate, score: ours; bfloat16 is measured beside both of PyTorch's."),
+    ] = "float32",
     isa: Annotated[Literal["avx2"] | None, Parameter(help="Hold PyTorch and us to these vector instructions.")] = None,
     neighbour: Annotated[
         bool, Parameter(help="Measure beside a process that keeps a core busy.", negative="", show_default=False)
@@ -167,8 +171,8 @@ def bench(
         if what != "train" or out is not None:
             raise UsageError("--profile is for bench train, and prints a table: --out does not go with it.")
         if grid != "quick" or cells or modes or options or isa or worst or neighbour or kernel != "auto":
-            raise UsageError("--profile goes with --threads and --json only.")
-        _profile(_threads_of_workloads(threads), json)
+            raise UsageError("--profile goes with --threads, --precision and --json only.")
+        _profile(_threads_of_workloads(threads), precision, json)
         return
     if what != "layers":
         given = {
@@ -180,8 +184,10 @@ def bench(
             "worst": worst,
         }
         given |= {"kernel": kernel != "auto", "neighbour": neighbour}
-        _bench_workloads(what, [name for name, value in given.items() if value], threads, out, json)
+        _bench_workloads(what, [name for name, value in given.items() if value], threads, precision, out, json)
         return
+    if precision != "float32":
+        raise UsageError("--precision goes with bench train, generate and score.", f"Give --kernel {precision} here.")
     if worst is not None and worst < 1:
         raise UsageError(f"--worst must be at least 1, not {worst}.")
     if out == "":
@@ -207,7 +213,9 @@ def bench(
         tables.print_benchmark(result, worst)
 
 
-def _bench_workloads(what: str, refused: list[str], threads: str | None, out: str | None, json: bool) -> None:
+def _bench_workloads(
+    what: str, refused: list[str], threads: str | None, precision: str, out: str | None, json: bool
+) -> None:
     if refused:
         raise UsageError(f"--{refused[0]} goes with bench layers, not with bench {what}.", "Leave it out.")
     number = _threads_of_workloads(threads)
@@ -219,7 +227,7 @@ def _bench_workloads(what: str, refused: list[str], threads: str | None, out: st
     if out is not None:
         durable.require_writable_directory(Path(out).absolute().parent)
     with screen.Ticker() as ticker:
-        result = workloads.result(what, number, ticker.report_workload)
+        result = workloads.result(what, number, ticker.report_workload, precision)
     if out is not None:
         ledger.write(Path(out), result)
     if json:
@@ -235,15 +243,15 @@ def _threads_of_workloads(given: str | None) -> int:
     return number
 
 
-def _profile(threads: int, json: bool) -> None:
+def _profile(threads: int, precision: str, json: bool) -> None:
     console.need_torch("bench")
     from longshort import native, screen, tables, workloads
 
     if not native.targets():
         raise UsageError(f"--profile shows what our kernels take. {native.reason()}")
     with screen.Ticker() as ticker:
-        found = workloads.profiles(threads, ticker.report_profile)
+        found = workloads.profiles(threads, ticker.report_profile, precision)
     if json:
-        console.print_json({"threads": threads, "seconds": dict(found)})
+        console.print_json({"threads": threads, "precision": precision, "seconds": dict(found)})
     else:
         tables.print_profiles(found)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 OK, OUT_OF_MEMORY, BAD_ARGUMENT = 0, 1, 2
 CELLS = {"rnn": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
 """Each cell that has native kernels, and its number in the library."""
@@ -67,7 +67,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ls_round": (_i32, (_i32, _i64, _i64, _i32, _pointer, _pointer)),
     "ls_pack_table": (_i32, (_i32, _i64, _i64, _i32, _pointer, _pointer)),
     "ls_pack_head": (_i32, (_i64, _i64, _i32, _pointer, _pointer, _pointer)),
-    "ls_cross_entropy": (_i32, (_i32, _i64, _i64, _pointer, ctypes.c_float, _i32, _pointer, _pointer)),
+    "ls_loss": (_i32, (_pointer,)),
     "ls_apply": (_i32, (_i32, _i32, _i64, _pointer, _pointer)),
     "ls_prefer_large_pages": (None, (_pointer, _i64)),
     "ls_trim": (None, ()),

@@ -68,6 +68,18 @@ class ReadArgs(ctypes.Structure):
     )
 
 
+class LossArgs(ctypes.Structure):
+    """`ls_loss_args`."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("N", "V", "H")),
+        *((name, ctypes.c_int32) for name in ("target", "num_threads")),
+        *((name, ctypes.c_void_p) for name in ("h", "weight", "bias", "targets", "nats", "dh", "dweight", "dbias")),
+        ("scale", ctypes.c_float),
+        ("reserved", ctypes.c_int32),
+    )
+
+
 class Draw(NamedTuple):
     """How the next symbols of one text are chosen; `generation.Sampling` has the meaning."""
 

@@ -9,6 +9,7 @@ calls go straight to it; under torch.compile and torch.export the layer is the r
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import struct
 import weakref
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from longshort import backends, cells, native
 from longshort.cells import GAINS, Options, Readings, Sequences, Stack, State
+from longshort.native_model import LossArgs
 
 CAN = frozenset({"packed", "lengths", "resets", "recurrent_dropout", "zoneout", "layer_norm", "return_gates"})
 """What a call may have beyond a plain layer."""
@@ -393,21 +395,26 @@ def show(call: Call, x: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(shown)
 
 
-def cross_entropy(logits_NV: Tensor, targets_N: Tensor, scale: float, target: int = -1) -> float:
-    """Return the sum of -log p of the targets in nats; the logits become `scale` times its gradient.
+def cross_entropy(
+    h_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Tensor, scale: float, target: int = -1
+) -> tuple[float, tuple[Tensor, Tensor, Tensor]]:
+    """Return the sum of -log p of the targets in nats, and `scale` times its gradients for h, weight and bias.
 
     Args:
-        logits_NV: contiguous.
+        h_NH: what the output layer reads.
+        weight_VH: of the output layer.
+        bias_V: of the output layer.
         targets_N: int64; below 0 where there is nothing to predict.
-        scale: of the gradient.
+        scale: of the gradients.
         target: number of the target that runs, -1 for the active one.
     """
-    (N, V), targets_N = logits_NV.shape, targets_N.contiguous()
-    nats_N = torch.empty(N, dtype=torch.float64)
-    threads = torch.get_num_threads()
-    places = targets_N.data_ptr(), scale, threads, logits_NV.data_ptr(), nats_N.data_ptr()
-    check(library.ls_cross_entropy(target, N, V, *places))
-    return float(nats_N.numpy().sum())
+    given = [tensor.detach().contiguous() for tensor in (h_NH, weight_VH, bias_V, targets_N)]
+    gradients = tuple(torch.empty_like(tensor) for tensor in given[:3])
+    nats_N = torch.empty(len(h_NH), dtype=torch.float64)
+    places = [tensor.data_ptr() for tensor in (*given, nats_N, *gradients)]
+    args = LossArgs(len(h_NH), *weight_VH.shape, target, torch.get_num_threads(), *places, scale)
+    check(library.ls_loss(ctypes.byref(args)))
+    return float(nats_N.numpy().sum()), (gradients[0], gradients[1], gradients[2])
 
 
 class _Layer(torch.autograd.Function):

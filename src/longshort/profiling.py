@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.autograd.profiler_legacy import profile
 
-from longshort import ops
+from longshort import kernels, ops
 from longshort.model import LanguageModel
 from longshort.text.batches import Batch
 from longshort.training import TextStepper
@@ -58,7 +58,8 @@ def profile_step(stepper: TextStepper, batches: Sequence[Batch]) -> dict[str, fl
     parts = dict.fromkeys([TABLE, *PARTS.values()], 0.0)
     for event in recorded.function_events:
         parts[_part_of(event)] += event.self_cpu_time_total / 1e6 / _STEPS
-    share = _share_of_weights(stepper.model, batches[0])
+    with stepper.in_precision():
+        share = _share_of_weights(stepper.model, batches[0])
     backward = parts[PARTS["_LayerBackward"]]
     parts[PARTS["_LayerBackward"]] = (1 - share) * backward
     order = [
@@ -97,7 +98,9 @@ def _share_of_weights(model: LanguageModel, batch: Batch) -> float:
     _, weight_hh, *biases = (parameter.detach() for parameter in model.recurrent.all_weights[0])
     table = torch.zeros(config.vocab_size + 1, len(weight_hh))
     weights = [weight_hh[:, :0], weight_hh, *biases]
-    call = ops.Call(config.cell, config.hidden, 1, True, False, None, (), -1, False, ids)
+    target = kernels.quick_target()
+    assert target is not None
+    call = ops.Call(config.cell, config.hidden, 1, True, False, None, (), target, False, ids)
     saved = [torch.empty(ops.saved_floats(call, table))]
     with torch.no_grad():
         y, after = ops.forward(call, table, None, weights, saved)

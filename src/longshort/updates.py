@@ -104,7 +104,8 @@ class Stepper(ABC, Generic[M, B]):
     def read(self, batch: B) -> float:
         """Add the gradients of what these rows are of the mean loss of the batch, and return it, in nats a token."""
 
-    def _kernels(self) -> AbstractContextManager[None]:
+    def in_precision(self) -> AbstractContextManager[None]:
+        """Return what a step reads in: the kernels of the precision that the configuration names."""
         return kernels.use(kernels.BFLOAT16) if self.config.precision == "bfloat16" else nullcontext()
 
     def zero_state(self, rows: int) -> State:
@@ -128,7 +129,7 @@ class Stepper(ABC, Generic[M, B]):
         self.model.train()
         with self.team.order(STEP, number, self.steps):
             self.optimizer.zero_grad(set_to_none=True)
-            with self._kernels():
+            with self.in_precision():
                 nats = self.read(batch)
             gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
             nats, stopping = self.team.add(gradients, [nats, float(self.stop())])

@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from longshort import ledger, machine, peers, profiling, training
+from longshort import ledger, machine, native, peers, profiling, training
 from longshort.config import FEWEST_ADAPTIVE, SHRINKAGE, TrainConfig, adaptive_cutoffs
 from longshort.decoder import Decoder
 from longshort.model import LanguageModel
@@ -102,8 +103,33 @@ class Row:
     peer_blocks: list[float]
 
 
+class Setting(NamedTuple):
+    """How both sides run."""
+
+    threads: int
+    precision: str = "float32"
+    """Ours: of training, or of the weights of what runs a trained model."""
+    peer_precision: str = "float32"
+    """The peer's: bfloat16 is autocast in training, else a model turned into bfloat16."""
+
+    def peer(self, name: str) -> str:
+        """Return what a peer is called."""
+        return name if self.peer_precision == "float32" else f"{name}, {self.peer_precision}"
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return what the peer's forward pass of training runs in."""
+        return nullcontext() if self.peer_precision == "float32" else torch.autocast("cpu", torch.bfloat16)
+
+    def turned(self, plain: PlainModel) -> PlainModel:
+        """Return the peer's model as it reads and writes."""
+        return plain if self.peer_precision == "float32" else plain.bfloat16()
+
+
 def result(
-    what: str, threads: int, report: Callable[[Row, int, int], None] = lambda row, done, all: None
+    what: str,
+    threads: int,
+    report: Callable[[Row, int, int], None] = lambda row, done, all: None,
+    precision: str = "float32",
 ) -> dict[str, Any]:
     """Measure a kind of workloads and return everything that `bench --json` prints.
 
@@ -111,22 +137,30 @@ def result(
         what: `train`, `generate` or `score`.
         threads: of both sides.
         report: called after each row with it, the number of those done, and of all.
+        precision: ours. `bfloat16` is measured beside PyTorch's float32 and beside its bfloat16.
+
+    Raises:
+        UsageError: this processor does not have that precision.
     """
+    if precision == "bfloat16":
+        native.need_bfloat16()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        builders = KINDS[what]
+        of_peer = ("float32",) if precision == "float32" else ("float32", precision)
+        contests = [(build, Setting(threads, precision, peer)) for build in KINDS[what] for peer in of_peer]
         rows = []
-        for build in builders:
+        for build, setting in contests:
             gc.collect()
-            rows.append(_measure(build(threads)))
-            report(rows[-1], len(rows), len(builders))
+            rows.append(_measure(build(setting)))
+            report(rows[-1], len(rows), len(contests))
     finally:
         torch.set_num_threads(before)
     return {
         "benchmark": what,
-        "command": f"longshort bench {what} --threads {threads}",
+        "command": f"longshort bench {what} --threads {threads}{' --precision bfloat16' * (precision != 'float32')}",
         "threads": threads,
+        "precision": precision,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine.description(),
         "library": ledger.library(),
@@ -247,7 +281,7 @@ def _symbols(size: int, shape: tuple[int, ...]) -> NDArray[np.int64]:
     return generator.choice(size, size=shape, p=p / p.sum())
 
 
-def _train(kind: Training) -> Contest:
+def _train(kind: Training, setting: Setting) -> Contest:
     config, (stepper, batches) = kind.config, kind.prepare()
     V, B, T, H = stepper.model.config.vocab_size, config.batch_size, config.seq_len, config.hidden
     plain = PlainModel(stepper.model)
@@ -269,7 +303,8 @@ def _train(kind: Training) -> Contest:
         batch = batches[turn["peer"] % 64]
         inputs, targets = torch.from_numpy(batch.inputs_TB), torch.from_numpy(batch.targets_TB)
         optimizer.zero_grad()
-        loss, state[0] = plain.loss(inputs, targets, tuple(tensor.detach() for tensor in state[0]))
+        with setting.autocast():
+            loss, state[0] = plain.loss(inputs, targets, tuple(tensor.detach().float() for tensor in state[0]))
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, config.clip or 1.0)
         optimizer.step()
@@ -277,15 +312,17 @@ def _train(kind: Training) -> Contest:
 
     # An adaptive softmax makes another number of operations in each step: none are counted.
     operations = 0 if config.adaptive_softmax else 3 * 2 * T * B * (4 * H * H + H * V)
-    return Contest(name=kind.name, peer="nn.LSTM", unit="steps", ours=ours, theirs=peer, operations=operations)
+    return Contest(
+        name=kind.name, peer=setting.peer("nn.LSTM"), unit="steps", ours=ours, theirs=peer, operations=operations
+    )
 
 
 _CONSTANT: dict[str, Any] = {"warmup": 0.0, "final_lr": 1.0}
 """The learning rate of both sides stays what it is."""
 
 
-def _trainings(threads: int) -> tuple[Training, ...]:
-    rest: dict[str, Any] = {"batch_size": 32, "threads": threads, **_CONSTANT}
+def _trainings(threads: int, precision: str = "float32") -> tuple[Training, ...]:
+    rest: dict[str, Any] = {"batch_size": 32, "threads": threads, "precision": precision, **_CONSTANT}
     lecture, symbols = {"hidden": 256, "seq_len": 35, **rest}, SYMBOLS[-28:]
     return (
         Training(
@@ -306,24 +343,30 @@ def _trainings(threads: int) -> tuple[Training, ...]:
     )
 
 
-def _trained(number: int) -> Callable[[int], Contest]:
-    return lambda threads: _train(_trainings(threads)[number])
+def _trained(number: int) -> Callable[[Setting], Contest]:
+    return lambda setting: _train(_trainings(setting.threads, setting.precision)[number], setting)
 
 
 def profiles(
-    threads: int, report: Callable[[str, int, int], None] = lambda name, done, all: None
+    threads: int,
+    report: Callable[[str, int, int], None] = lambda name, done, all: None,
+    precision: str = "float32",
 ) -> list[tuple[str, dict[str, float]]]:
     """Return of each kind of training steps its name and the seconds of its parts.
 
     Args:
         threads: that run it.
         report: called after each with its name, the number of those done, and of all.
+        precision: of training.
+
+    Raises:
+        UsageError: this processor does not have that precision.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         # An adaptive softmax is many operations, which would be taken for other parts of the step.
-        found, kinds = [], [kind for kind in _trainings(threads) if not kind.config.adaptive_softmax]
+        found, kinds = [], [kind for kind in _trainings(threads, precision) if not kind.config.adaptive_softmax]
         for kind in kinds:
             found.append((kind.name, profiling.profile_step(*kind.prepare())))
             report(kind.name, len(found), len(kinds))
@@ -337,12 +380,13 @@ def profiles(
 _TEMPERATURE = 0.8
 
 
-def _written(peer: str, streams: int) -> Callable[[int], Contest]:
-    def build(threads: int) -> Contest:
+def _written(peer: str, streams: int) -> Callable[[Setting], Contest]:
+    def build(setting: Setting) -> Contest:
         tokenizer = CharTokenizer(SYMBOLS)
-        model, plain = _models(TrainConfig(hidden=256, embedding=128, threads=threads), tokenizer)
-        decoder = Decoder(model.config, model.weights(), tokenizer)
-        decoder.threads = threads
+        model, plain = _models(TrainConfig(hidden=256, embedding=128, threads=setting.threads), tokenizer)
+        plain = setting.turned(plain)
+        decoder = Decoder(model.config, model.weights(), tokenizer, setting.precision)
+        decoder.threads = setting.threads
         logits_V, first = decoder.logits(np.array([1]), None)
         logits_BV = np.repeat(logits_V[None], streams, axis=0)
         state = tuple(np.ascontiguousarray(np.repeat(tensor, streams, axis=1)) for tensor in first)
@@ -351,7 +395,7 @@ def _written(peer: str, streams: int) -> Callable[[int], Contest]:
         write = _with_layer if peer == "nn.LSTM" else _with_cell
         return Contest(
             name=f"{streams} text{'s' if streams > 1 else ''}, LSTM 1 x 256",
-            peer=peer,
+            peer=setting.peer(peer),
             unit="characters",
             ours=lambda: decoder.write(logits_BV, state, draws, ours_steps),
             theirs=lambda: write(plain, streams, peer_steps),
@@ -368,37 +412,38 @@ def _with_layer(plain: PlainModel, streams: int, steps: int) -> None:
     ids, state = torch.ones(1, streams, dtype=torch.int64), None
     for _ in range(steps):
         logits, state = plain(ids, state)
-        ids = torch.multinomial(F.softmax(logits[0] / _TEMPERATURE, dim=-1), 1).T
+        ids = torch.multinomial(F.softmax(logits[0].float() / _TEMPERATURE, dim=-1), 1).T
         ids.tolist()
 
 
 @torch.inference_mode()
 def _with_cell(plain: PlainModel, streams: int, steps: int) -> None:
-    layer = plain.recurrent
-    cell = nn.LSTMCell(layer.input_size, layer.hidden_size)
+    layer, kind = plain.recurrent, plain.output.weight.dtype
+    cell = nn.LSTMCell(layer.input_size, layer.hidden_size, dtype=kind)
     cell.load_state_dict({name.removesuffix("_l0"): tensor for name, tensor in layer.state_dict().items()})
     ids = torch.ones(streams, dtype=torch.int64)
-    state = (torch.zeros(streams, layer.hidden_size), torch.zeros(streams, layer.hidden_size))
+    state = tuple(torch.zeros(streams, layer.hidden_size, dtype=kind) for _ in range(2))
     for _ in range(steps):
         state = cell(plain.inputs(ids), state)
-        ids = torch.multinomial(F.softmax(plain.output(state[0]) / _TEMPERATURE, dim=-1), 1)[:, 0]
+        ids = torch.multinomial(F.softmax(plain.output(state[0]).float() / _TEMPERATURE, dim=-1), 1)[:, 0]
         ids.tolist()
 
 
 # ----------------------------------------------------------------------------------------------------- score
 
 
-def _scored(threads: int) -> Contest:
+def _scored(setting: Setting) -> Contest:
     tokenizer = CharTokenizer(SYMBOLS)
-    config = TrainConfig(hidden=256, embedding=128, threads=threads, lines=True)
+    config = TrainConfig(hidden=256, embedding=128, threads=setting.threads, lines=True)
     model, plain = _models(config, tokenizer)
-    decoder = Decoder(model.config, model.weights(), tokenizer)
-    decoder.threads = threads
+    plain = setting.turned(plain)
+    decoder = Decoder(model.config, model.weights(), tokenizer, setting.precision)
+    decoder.threads = setting.threads
     lines = _lines(2_048)
     characters = sum(len(line) + 1 for line in lines)
     return Contest(
         name="lines, LSTM 1 x 256",
-        peer="nn.LSTM",
+        peer=setting.peer("nn.LSTM"),
         unit="characters",
         ours=lambda: list(score(decoder, lines)),
         theirs=lambda: list(_with_padding(plain, tokenizer, lines)),
@@ -418,14 +463,16 @@ def _with_padding(plain: PlainModel, tokenizer: Tokenizer, lines: Sequence[str])
         batch = order[first : first + 64]
         padded = nn.utils.rnn.pad_sequence([torch.from_numpy(encoded[i]) for i in batch], padding_value=IGNORED)
         logits, _ = plain(padded[:-1].clamp(min=0), None)
-        nats = F.cross_entropy(logits.flatten(0, 1), padded[1:].flatten(), ignore_index=IGNORED, reduction="none")
+        nats = F.cross_entropy(
+            logits.flatten(0, 1).float(), padded[1:].flatten(), ignore_index=IGNORED, reduction="none"
+        )
         sums = nats.view(padded[1:].shape).sum(0).tolist()
         for i, total in zip(batch, sums, strict=True):
             found[i] = total / (len(lines[i]) + 1) / 0.6931471805599453
     yield from found
 
 
-KINDS: dict[str, tuple[Callable[[int], Contest], ...]] = {
+KINDS: dict[str, tuple[Callable[[Setting], Contest], ...]] = {
     "train": tuple(map(_trained, range(5))),
     "generate": (
         _written("nn.LSTM", 1),
