@@ -1,4 +1,4 @@
-"""What `bench generate` does not measure: the first character, eight bits, and a neighbour.
+"""What `bench generate` does not measure: the first character, what rounded weights cost and gain, and a neighbour.
 
 python benchmarks/decoding_extras.py > FILE
 
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import longshort
-from longshort import ledger, machine
+from longshort import ledger, machine, native
 from longshort.generation import cost_in_bits
 from longshort.native_model import Draw
 
@@ -81,25 +81,29 @@ def main() -> None:
                 "python -c ''": lambda: seconds(command("-c", "")),
             }
         )
-        exact, rounded = longshort.load(run), longshort.load(run, weights="int8")
-        exact.threads = rounded.threads = 1
-        both = {"float32": writes(exact), "int8": writes(rounded)}
-        alone = medians({name: partial(seconds, call) for name, call in both.items()})
+        exact, names = longshort.load(run), ["int8", *(["bfloat16"] if native.has_bfloat16() else [])]
+        decoders = {"float32": exact, **{name: longshort.load(run, weights=name) for name in names}}
+        for decoder in decoders.values():
+            decoder.threads = 1
+        all_of_them = {name: writes(decoder) for name, decoder in decoders.items()}
+        alone = medians({name: partial(seconds, call) for name, call in all_of_them.items()})
         exact.threads = machine.cores()
-        quiet = medians({"float32": partial(seconds, both["float32"])})
+        quiet = medians({"float32": partial(seconds, all_of_them["float32"])})
         busy = [sys.executable, "-c", "while True: pass"]
         with subprocess.Popen(busy) as neighbour:
-            beside = medians({"float32": partial(seconds, both["float32"])})
+            beside = medians({"float32": partial(seconds, all_of_them["float32"])})
             neighbour.kill()
         rows: list[dict[str, Any]] = [{"name": name, "seconds": value} for name, value in starts.items()]
         rows += [
             {"name": f"1 text, LSTM 1 x 256, {name}, one thread", "characters_per_second": SYMBOLS / value}
             for name, value in alone.items()
         ]
-        rows.append({"name": "int8: bits a character more", "bits": cost_in_bits(exact, rounded)})
+        rows += [
+            {"name": f"{name}: bits a character more", "bits": cost_in_bits(exact, decoders[name])} for name in names
+        ]
         kept = quiet["float32"] / beside["float32"]
         rows.append({"name": "kept beside a process that keeps a core busy", "share": kept})
-    head = {"format_version": 1, "benchmark": "the first character, eight bits, a neighbour"}
+    head = {"format_version": 1, "benchmark": "the first character, rounded weights, a neighbour"}
     head |= {"command": "python benchmarks/decoding_extras.py", "date": datetime.now(UTC).date().isoformat()}
     head |= {"machine": machine.description(), "library": ledger.library(), "cpus": os.cpu_count()}
     print(json.dumps({**head, "rows": rows}, indent=1))

@@ -200,15 +200,14 @@ struct Backward {
   /* panel[(unit block, gate, u)][kColumns W] = weight[gate H + unit][columns]: the order of k in which dgates lie. */
   void pack_columns(const float* weight, int64_t columns, int64_t panel, float* packed) {
     float* out = packed + panel * U * G * S * kPanel;
-    int64_t column = panel * kPanel;
-    int64_t left = columns - column;
+    int64_t column = panel * kPanel, rest = columns - column;
     for (int64_t block = 0; block < U; ++block) {
       int units = sizes.units(block);
       for (int gate = 0; gate < G; ++gate, out += S * kPanel)
         for (int u = 0; u < W; ++u) {
           const float* from = weight + (gate * H + block * W + u) * columns + column;
           for (int i = 0; i < kColumns; ++i) {
-            int64_t valid = u < units ? left - i * W : 0;
+            int64_t valid = u < units ? rest - i * W : 0;
             V v = valid > 0 ? load_part(from + i * W, int(smaller(valid, W))) : V{};
             store_right(out + u / kPair * kPanel + i * W, u, v);
           }

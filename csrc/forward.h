@@ -219,7 +219,7 @@ struct Forward {
 
   /* What W_hh reads of a row. */
   void store_h(int64_t step, int64_t block, int64_t row, V value) {
-    if (direct)
+    if (kPair == 1 || direct)
       store(h[step & 1] + h_at(block, row), value);
     else
       store_left(h[step & 1] + h_at(block, row) / kPair, value);

@@ -276,7 +276,7 @@ def test_a_tagger_that_reads_back_goes_past_the_bound_of_one_that_does_not(tmp_p
     assert with_both > bound[False] + 0.01
 
 
-TINY: dict[str, Any] = {"hidden": 6, "embedding": 4, "batch_size": 8, "validate_every": 5, "steps": 20, "dropout": 0.2}
+TINY: dict[str, Any] = {"hidden": 6, "batch_size": 8, "validate_every": 5, "steps": 20, "dropout": 0.2}
 VECTORS = drawn([3, 0, 5, 2, 4, 1] * 6, width=2)
 KINDS: dict[str, Examples] = {
     "text": Examples(["abc", "", "bca", "ac", "cab", "b"] * 6, ["x", "y", "z"] * 12),
@@ -287,7 +287,8 @@ KINDS: dict[str, Examples] = {
 
 
 def run(out: Path, examples: Examples, heldout: Examples | None, stop_at: int | None = None, **given: Any) -> list[Any]:
-    config = LabelTrainConfig(**(TINY | {"out": str(out)} | given))
+    of_symbols: dict[str, Any] = {} if examples.reads == "vectors" else {"embedding": 4}
+    config = LabelTrainConfig(**(TINY | of_symbols | {"out": str(out)} | given))
     count = itertools.count(1)
     return list(longshort.train_labels(config, examples, heldout, stop=lambda: next(count) == stop_at))
 
@@ -410,6 +411,8 @@ def test_what_cannot_be_trained_is_refused_and_leaves_nothing(tmp_path: Path, mo
         run(out, examples, None, cell="my.py:Cell")
     with pytest.raises(ConfigError, match="One-hot input is for at most"):
         run(out, Examples([[5000], [1]], ["x", "y"]), None, embedding=0)
+    with pytest.raises(ConfigError, match="embedding is the width that symbols get; these sequences are vectors"):
+        run(out, KINDS["vectors"], None, embedding=8)
     with pytest.raises(ConfigError, match="tokenizer bpe is for texts; these sequences are ids"):
         run(out, examples, None, tokenizer="bpe")
     with pytest.raises(ConfigError, match="min_freq is for words"):

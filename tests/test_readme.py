@@ -24,7 +24,9 @@ COMMANDS += [line.split("  #")[0].strip() for block in BLOCKS for line in block.
 THREE_MINUTES = ROOT / "benchmarks" / "results" / "2026-11-26-tinyshakespeare-3-minutes.json"
 LAYERS = ROOT / "benchmarks" / "results" / "2026-11-25-layers-marks.json"
 LAYERS_ELSEWHERE = ROOT / "benchmarks" / "results" / "2026-11-26-layers-marks.json"
+LAYERS_IN_BFLOAT16 = ROOT / "benchmarks" / "results" / "2026-11-26-layers-marks-bfloat16.json"
 NATIVE = ROOT / "benchmarks" / "results" / "2026-11-24-lecture-native.json"
+RECORDS = ("2026-11-25-shakespeare-record.json", "2026-11-26-shakespeare-bfloat16.json")
 LECTURE = ROOT / "benchmarks" / "results" / "2026-11-23-lecture-timemachine.json"
 
 
@@ -122,20 +124,20 @@ def test_the_layers_table_is_the_result_file() -> None:
     script = [sys.executable, str(ROOT / "benchmarks" / "layers_table.py"), str(LAYERS)]
     table = subprocess.run(script, capture_output=True, text=True, check=True).stdout
     assert table in PAGE
-    script[-1] = str(LAYERS_ELSEWHERE)
-    table = subprocess.run(script, capture_output=True, text=True, check=True).stdout
-    assert table in PAGE
+    for other in (LAYERS_ELSEWHERE, LAYERS_IN_BFLOAT16):
+        script[-1] = str(other)
+        table = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+        assert table in PAGE
     best = max(json.loads(LAYERS.read_text(encoding="utf-8"))["rows"], key=lambda row: float(row["ratio"]))
     case = f"{best['cell'].upper()}, T={best['T']} B={best['B']} H={best['H']}"
     assert f"{best['ratio']:.0f} times ({case}" in PAGE
 
 
 def test_the_table_of_workloads_is_the_result_files() -> None:
-    for what in ("generate", "score", "train"):
-        path = ROOT / "benchmarks" / "results" / f"2026-11-25-{what}.json"
-        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-            figures = [f"{row['ours_per_second']:,.0f} {row['unit']}/s", row["peer"], f"{row['ratio']:.2f}"]
-            assert f"| {row['name']} | {' | '.join(figures)} | {row['gemm_share']:.0%} |" in PAGE
+    for suffix in ("", "-bfloat16"):
+        paths = [f"benchmarks/results/2026-11-26-{what}{suffix}.json" for what in ("generate", "score", "train")]
+        script = [sys.executable, "benchmarks/workloads_table.py", *paths]
+        assert subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True).stdout in PAGE
 
 
 def test_the_lectures_seconds_on_our_kernels_are_the_result_file() -> None:
@@ -153,9 +155,9 @@ def test_the_three_minutes_are_the_result_file() -> None:
 
 
 def test_the_record_is_the_result_file() -> None:
-    path = ROOT / "benchmarks" / "results" / "2026-11-25-shakespeare-record.json"
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    assert len(rows) == 3
+    paths = [ROOT / "benchmarks" / "results" / name for name in RECORDS]
+    rows = [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    assert len(rows) == 6
     for row in rows:
         flags = row["command"].removeprefix("longshort train tinyshakespeare.txt ")
         figures = [f"{row['seconds']:.0f}", *(f"{nats:.3f}" for nats in row["nats"].values())]

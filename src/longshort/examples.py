@@ -131,6 +131,8 @@ class Examples:
             raise ConfigError(f"tokenizer {config.tokenizer} is for texts; these sequences are {self.reads}.")
         if config.min_freq is not None and self.reads != "words" and config.tokenizer != "word":
             raise ConfigError("min_freq is for words.", "Leave it out, or set tokenizer to word.")
+        if self.reads == "vectors" and config.embedding != type(config)().embedding:
+            raise ConfigError("embedding is the width that symbols get; these sequences are vectors.", "Leave it out.")
         tokenizer, vocab_size, inputs = self._tokenizer(config), 0, 0
         if tokenizer is not None:
             vocab_size = tokenizer.size
