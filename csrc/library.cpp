@@ -36,17 +36,20 @@ constexpr int32_t kNumTargets = sizeof kTargets / sizeof kTargets[0];
 
 /* Whether processor and system have what the target's build assumes; GCC and Clang also ask the system (XGETBV). */
 bool supported(int32_t target) {
-  const char* name = kTargets[target]->name;
-  (void)name;
 #if defined(__x86_64__)
-  if (name[0] == 'a') {
-    __builtin_cpu_init();
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (name[3] == '2') return avx2;
-    if (__builtin_strlen(name) > 6 && !__builtin_cpu_supports("avx512bf16")) return false;
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
-  }
+  const char* name = kTargets[target]->name;
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512cd");
+  if (!__builtin_strcmp(name, "avx2")) return avx2;
+  if (!__builtin_strcmp(name, "avx512")) return avx512;
+#if defined(LS_HAVE_AVX512_BF16)
+  if (!__builtin_strcmp(name, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+#else
+  (void)target;
 #endif
   return true;
 }

@@ -147,7 +147,7 @@ def test_options_and_lengths_stay_near_float32(cell: str, given: dict[str, Any])
 
 def model(tmp_path: Path, **given: Any) -> Path:
     """Return a run of a few steps, with weights that have learned something."""
-    settings: dict[str, Any] = {"corpus": "builtin", "steps": 100, "lr": 0.02, "hidden": 48, "embedding": 16}
+    settings: dict[str, Any] = {"corpus": "builtin", "steps": 60, "lr": 0.03, "hidden": 40, "embedding": 16}
     settings |= {"batch_size": 16, "seq_len": 32}
     out = tmp_path / "run"
     assert isinstance(list(training.train(TrainConfig(**settings | {"out": str(out)} | given)))[-1], training.Finished)
@@ -194,7 +194,7 @@ def test_training_loses_nothing_that_three_seeds_would_show(tmp_path: Path) -> N
             assert found is not None
             losses[precision, seed] = found["heldout"]["nats_per_token"]
     exact, rounded = (np.array([losses[p, seed] for seed in range(3)]) for p in ("float32", "bfloat16"))
-    assert exact.max() < 3, "it has learned something"
+    assert exact.max() < 3.1, "it has learned something"
     assert 0 < np.abs(exact - rounded).max() < 0.01
 
 
