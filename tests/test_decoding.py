@@ -287,7 +287,7 @@ def test_what_eight_bits_cost_is_small_and_exact() -> None:
             )
             exact.append(float((p * np.log(p / q)).sum()) / np.log(2))
     assert cost == pytest.approx(np.mean(exact), rel=0.5)
-    with pytest.raises(UsageError, match="float32, bfloat16 or int8, not 'int4'"):
+    with pytest.raises(UsageError, match="float32, bfloat16, int8; not 'int4'"):
         Decoder(model.config, model.weights(), TOKENIZER, "int4")
 
 

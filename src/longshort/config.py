@@ -134,7 +134,7 @@ class Schedule(Options):
     device: str = option("cpu", "cpu, or cuda.", choices=("cpu", "cuda"))
     precision: str = option(
         "float32",
-        "bfloat16: the recurrent layers multiply numbers of 3 digits, faster; weights, states and sums stay float32.",
+        "bfloat16: products are of numbers with 3 digits, faster; weights, states and sums stay float32.",
         choices=("float32", "bfloat16"),
     )
     validate_every: int | None = option(None, "Steps between looks at held-out text; a tenth of all if unset.", least=1)

@@ -122,7 +122,7 @@ class Decoder:
                 f"{what} runs with PyTorch only{others}.", "Install PyTorch: pip install 'longshort[train]'"
             )
         if precision not in PRECISIONS:
-            raise UsageError(f"Weights can be float32, bfloat16 or int8, not {precision!r}.")
+            raise UsageError(f"Weights can be {', '.join(PRECISIONS)}; not {precision!r}.")
         self.config = config
         self.tokenizer = tokenizer
         self._cell = CELLS[config.cell]
