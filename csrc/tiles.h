@@ -4,97 +4,15 @@
    of a tile are then W floats apart, whatever K is: one pointer, one stream, no distance that is a multiple of 4096.
    A panel holds N vectors of columns of the other factor: [k][N][W].
 
-   Where products are of bfloat16, two factors that follow each other in k lie in the place of a float: blocks of the left
-   factor are [row][S], panels [k / 2][N][W]. A factor with an odd number of k ends in a zero. */
+   What a place of either holds is in factors.h: a float, or two numbers of bfloat16. */
 
 #ifndef LONGSHORT_TILES_H
 #define LONGSHORT_TILES_H
 
-#include "vector.h"
+#include "factors.h"
 
 namespace ls {
 namespace LS_TARGET {
-
-constexpr int S = W / kPair; /* floats that a row of a block takes, as the left factor */
-
-/* How many rows of floats K rows of a panel take. */
-static inline int64_t slots(int64_t K) { return ceil_div(K, kPair); }
-
-#if defined(__AVX512BF16__)
-
-static inline VI to_bfloat16(V v) {
-  return (VI)_mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)_mm512_cvtneps_pbh((__m512)v));
-}
-
-/* Lane by lane a and b, which follow each other in k. */
-static inline V pair(V a, V b) { return (V)(to_bfloat16(a) | to_bfloat16(b) << 16); }
-
-/* W of the left factor's columns. */
-static inline void store_left(float* p, V v) {
-  __m256i part = (__m256i)_mm512_cvtneps_pbh((__m512)v);
-  __builtin_memcpy(p, &part, sizeof part);
-}
-
-/* A place of the left factor in all lanes: bits, since half of a pair may not be a number. */
-static inline V splat_left(const float* p) {
-  int32_t bits;
-  __builtin_memcpy(&bits, p, sizeof bits);
-  return (V)_mm512_set1_epi32(bits);
-}
-
-static inline V multiply_add(V s, V w, V sum) {
-  return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)s, (__m512bh)w);
-}
-
-/* What a place of a panel holds for k, of the kPair that share it. */
-static inline float of_pair(const float* p, int64_t k) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, p, sizeof bits);
-  bits = k % 2 ? bits & 0xFFFF0000u : bits << 16;
-  float one;
-  __builtin_memcpy(&one, &bits, sizeof one);
-  return one;
-}
-
-#else
-
-static inline void store_left(float* p, V v) { store(p, v); }
-static inline V splat_left(const float* p) { return splat(*p); }
-static inline V multiply_add(V s, V w, V sum) { return sum + s * w; }
-static inline float of_pair(const float* p, int64_t) { return *p; }
-
-#endif
-
-/* Rows k, ... of a panel, `p` the place of the first, `width` floats from one place to the next: a W x W square at `v`. */
-static inline void store_square(float* p, int64_t width, const V* v) {
-  for (int k = 0; k < W; k += kPair) {
-#if defined(__AVX512BF16__)
-    store(p + k / kPair * width, pair(v[k], v[k + 1]));
-#else
-    store(p + k * width, v[k]);
-#endif
-  }
-}
-
-/* A vector of row k of a panel, `p` its place. Rows come in ascending order. */
-static inline void store_right(float* p, int64_t k, V v) {
-#if defined(__AVX512BF16__)
-  store(p, (V)(k % 2 ? (VI)load(p) | to_bfloat16(v) << 16 : to_bfloat16(v)));
-#else
-  (void)k;
-  store(p, v);
-#endif
-}
-
-/* `rows` rows of a vector each as a panel that is W wide. */
-static inline void store_rows(const float* from, int64_t rows, float* panel) {
-  for (int64_t row = 0; row < rows; row += kPair, panel += W)
-#if defined(__AVX512BF16__)
-    store(panel, pair(load(from + row * W), row + 1 < rows ? load(from + (row + 1) * W) : V{}));
-#else
-    store(panel, load(from + row * W));
-#endif
-}
 
 /* Where a tile's sums start from and go to: row r, vector n is at p + r * row + n * vector. */
 struct Place {

@@ -95,13 +95,6 @@ static inline V at_least(V x, float limit) {
 #endif
 }
 
-/* Products may be of bfloat16: a float's first 16 bits, two of them in the place of one. Sums stay float32. */
-#if defined(__AVX512BF16__)
-constexpr int kPair = 2; /* factors in the place of a float */
-#else
-constexpr int kPair = 1;
-#endif
-
 static inline float sum_lanes(V v) {
   typedef float Quarter __attribute__((vector_size(16)));
   float lanes[W];
