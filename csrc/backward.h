@@ -200,19 +200,9 @@ struct Backward {
   /* panel[(unit block, gate, u)][kColumns W] = weight[gate H + unit][columns]: the order of k in which dgates lie. */
   void pack_columns(const float* weight, int64_t columns, int64_t panel, float* packed) {
     float* out = packed + panel * U * G * S * kPanel;
-    int64_t column = panel * kPanel, rest = columns - column;
-    for (int64_t block = 0; block < U; ++block) {
-      int units = sizes.units(block);
+    for (int64_t block = 0; block < U; ++block)
       for (int gate = 0; gate < G; ++gate, out += S * kPanel)
-        for (int u = 0; u < W; ++u) {
-          const float* from = weight + (gate * H + block * W + u) * columns + column;
-          for (int i = 0; i < kColumns; ++i) {
-            int64_t valid = u < units ? rest - i * W : 0;
-            V v = valid > 0 ? load_part(from + i * W, int(smaller(valid, W))) : V{};
-            store_right(out + u / kPair * kPanel + i * W, u, v);
-          }
-        }
-    }
+        pack_deep_rows(weight + (gate * H + block * W) * columns, sizes.units(block), columns, panel * kPanel, out);
   }
 
   int64_t first_block(const Team& team) const { return smaller(team.begin(hidden_panels) * kColumns, U); }
@@ -615,9 +605,9 @@ struct Backward {
     for (int64_t block = first_block(team); block < last_block(team); block += group) {
       int64_t end = smaller(block + group, last_block(team));
       if (a.dtable) add_to_table(block, end, rows, add);
-      if (a.dweight_ih) turn_rows(block, end, dg_input, rows, right_input);
+      if (a.dweight_ih || a.dweight_hh) turn_rows(block, end, dg, rows, right);
+      if (a.dweight_ih && right_input != right) turn_rows(block, end, dg_input, rows, right_input);
       if (a.dweight_ih) outer_columns(block, end, right_input, rows, x_columns, I, a.dweight_ih, add);
-      if (a.dweight_hh && !(a.dweight_ih && right == right_input)) turn_rows(block, end, dg, rows, right);
       if (a.dweight_hh) outer_columns(block, end, right, rows, h_columns, H, a.dweight_hh, add);
     }
     if (normal) return; /* sum_parts has the biases' */

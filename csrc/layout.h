@@ -220,6 +220,16 @@ static void pack_panel(const Sizes<Cell>& sizes, int64_t panel, const float* wei
   }
 }
 
+/* W rows of a matrix, of which `count` are not padding, as W rows of the panel of `multiply_deep` that begins at `column`. */
+static void pack_deep_rows(const float* rows, int count, int64_t columns, int64_t column, float* panel) {
+  for (int row = 0; row < W; ++row)
+    for (int i = 0; i < kColumns; ++i) {
+      int64_t at = column + i * W, valid = row < count ? columns - at : 0;
+      V v = valid > 0 ? load_part(rows + row * columns + at, int(smaller(valid, W))) : V{};
+      store_right(panel + row / kPair * kPanel + i * W, row, v);
+    }
+}
+
 /* Block `block` of W columns of a row. */
 static inline V row_block(const float* row, int64_t columns, int64_t block) {
   return load_part(row + block * W, int(smaller(columns - block * W, W)));

@@ -50,8 +50,7 @@ static inline double log_sum(const float* logits, int64_t n) {
 }
 
 struct Loss {
-  static constexpr int kVectors = kHeadVectors;
-  static constexpr int kWidth = kVectors * W;
+  static constexpr int kWidth = kHeadVectors * W;
   static constexpr int64_t kLogits = 1 << 23; /* floats of logits at a time: 32 MB */
   static constexpr int64_t kSummed = 32;      /* vectors whose lanes are summed in float */
 
@@ -71,6 +70,7 @@ struct Loss {
   float* right;      /* as the weights' gradients multiply them, [block of symbols][row / kPair][W] */
   float* largest;    /* [row][W]: of each lane */
   double* sums;      /* of e^(logit - largest), by row */
+  float* factors;    /* what turns that e^... into the gradient: scale / sum */
   float* dh;         /* [panel][row][kPanel] */
   Team::Shared* shared;
 
@@ -88,13 +88,14 @@ struct Loss {
     by_columns = arena.array(ceil_div(H, kPanel) * blocks * S * kPanel);
     x = arena.array(head.blocks() * room * S);
     columns = arena.array(ceil_div(H, kOuter) * slots(chunk) * kOuter);
-    logits = left = right = arena.array(head.panels() * kVectors * room * W);
+    logits = left = right = arena.array(head.panels() * kHeadVectors * room * W);
     if constexpr (kPair > 1) {
       left = arena.array(blocks * room * S);
       right = arena.array(blocks * slots(chunk) * W);
     }
     largest = arena.array(chunk * W);
     sums = reinterpret_cast<double*>(arena.array(2 * chunk));
+    factors = arena.array(chunk);
     dh = arena.array(ceil_div(H, kPanel) * room * kPanel);
     shared = reinterpret_cast<Team::Shared*>(arena.array(int64_t(sizeof(Team::Shared) / 4)));
     return arena.floats();
@@ -140,13 +141,9 @@ struct Loss {
   }
 
   void pack_columns(int64_t panel) {
-    float* out = by_columns + panel * blocks * S * kPanel;
-    for (int64_t symbol = 0; symbol < blocks * W; ++symbol)
-      for (int i = 0; i < kColumns; ++i) {
-        int64_t column = panel * kPanel + i * W, valid = symbol < a.V ? H - column : 0;
-        V v = valid > 0 ? load_part(a.weight + symbol * H + column, int(smaller(valid, W))) : V{};
-        store_right(out + symbol / kPair * kPanel + i * W, symbol, v);
-      }
+    for (int64_t block = 0; block < blocks; ++block)
+      pack_deep_rows(a.weight + block * W * H, symbols(block), H, panel * kPanel,
+                     by_columns + (panel * blocks + block) * S * kPanel);
   }
 
   /* The chunk's rows [begin, end) of h, both ways. */
@@ -166,15 +163,15 @@ struct Loss {
     const V least = splat(-3e38f);
     for (int64_t row = begin; row < end; ++row) store(largest + row * W, least);
     Panels panels(packed + kWidth, head.panel_floats(), head.panel_floats(), head.panels(), 0);
-    Tiles tiles(end - begin, max_rows<kVectors>());
+    Tiles tiles(end - begin, max_rows<kHeadVectors>());
     for (int64_t panel = 0; panel < panels.count(); ++panel)
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
-        const int64_t row = begin + tiles.begin(tile), block = panel * kVectors;
+        const int64_t row = begin + tiles.begin(tile), block = panel * kHeadVectors;
         float* out = logits + (block * room + row) * W;
-        multiply_rows<kVectors>(tiles.size(tile), head.blocks(), x + row * S, room * S, panels.at(panel),
+        multiply_rows<kHeadVectors>(tiles.size(tile), head.blocks(), x + row * S, room * S, panels.at(panel),
                                 Place{const_cast<float*>(panels.at(panel)) - kWidth, 0, W}, Place{out, W, room * W},
                                 panels.ahead(panel, tile, tiles.count, head.blocks()));
-        for (int n = 0; n < kVectors; ++n)
+        for (int n = 0; n < kHeadVectors; ++n)
           for (int r = 0; r < tiles.size(tile); ++r) {
             float *p = out + (n * room + r) * W, *top = largest + (row + r) * W;
             V v = load(p), before = load(top);
@@ -207,13 +204,15 @@ struct Loss {
         }
         sums[row] += double(sum_lanes(sum));
       }
-    for (int64_t row = begin; row < end; ++row)
+    for (int64_t row = begin; row < end; ++row) {
       if (targets[row] >= 0) a.nats[first + row] += logarithm(sums[row]);
+      factors[row] = float(double(a.scale) / sums[row]);
+    }
     for (int64_t block = 0; block < blocks; ++block) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t lane = targets[row] - block * W; /* of the target, if it is in this block */
         float* p = logits + (block * room + row) * W;
-        V d = targets[row] < 0 ? V{} : load(p) * float(double(a.scale) / sums[row]);
+        V d = targets[row] < 0 ? V{} : load(p) * factors[row];
         store(p, d);
         if (lane >= 0 && lane < W) p[lane] -= a.scale;
         if constexpr (kPair > 1) store_left(left + (block * room + row) * S, load(p));

@@ -81,13 +81,13 @@ def use(name: str) -> Iterator[None]:
         UsageError: there is no implementation of that name, or this processor cannot run it.
     """
     global _forced
+    names = (*available(), NATIVE, BFLOAT16, "auto")
     if name in (BFLOAT16, native.BFLOAT16):
         native.need_bfloat16()
         name = native.BFLOAT16
-    names = (*available(), NATIVE, BFLOAT16, "auto")
-    if name != native.BFLOAT16 and name in native.built_targets() and name not in names:
+    elif name in native.built_targets() and name not in names:
         raise UsageError(f"This processor cannot run the kernels {name!r}; it can run {', '.join(available())}.")
-    if name not in (*names, native.BFLOAT16):
+    elif name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         raise UsageError(
             f"There is no kernel called {name!r}; there are {', '.join(names)}.",
