@@ -21,8 +21,9 @@ namespace LS_TARGET {
 
 template <class Cell>
 struct Backward {
+  using L = LstmGates<Cell>;
   static constexpr int G = Cell::kGates;
-  static constexpr bool kLstm = Cell::kCell == LS_LSTM, kGru = Cell::kCell == LS_GRU;
+  static constexpr bool kLstm = L::kLstm, kGru = Cell::kCell == LS_GRU;
   static constexpr int64_t kGroup = (128 << 10); /* floats of dgates that meet all columns of the weights at a time */
 
   const ls_backward_args& a;
@@ -35,7 +36,7 @@ struct Backward {
   int64_t U;              /* unit blocks, without those that are all padding */
   int64_t hidden_panels, input_panels;
   bool options;           /* whether there is anything beside the plain layer; gradients of gates too */
-  bool has_direct, normal;
+  bool has_direct, normal, peeps;
   int64_t saved_row; /* floats that a row of a unit block has saved */
   bool direct_weights;    /* they are read as they lie; `recurrent` has its rows one after the other then */
   int64_t r_row, r_block;
@@ -56,14 +57,15 @@ struct Backward {
   float* x_columns;       /* the chunk's x and its h before each step: [panel of columns][row][kOuterVectors W] */
   float* h_columns;
   int64_t* symbols;       /* of the chunk's rows, with a table */
-  float* parts;           /* with layer normalisation, each thread's sums over its rows: [thread][kParts][U][W] */
+  float* parts;           /* each thread's sums for gradients of vectors: [thread][kParts][U][W]; NULL where there are none */
   Team::Shared* shared;
 
   Backward(const ls_backward_args& args)
       : a(args), steps(args.shape), sizes(args.shape.I, args.shape.H), T(args.shape.T), B(args.shape.B),
         I(args.shape.I), H(args.shape.H), Bp(odd(B)), U(ceil_div(H, W)) {
     const ls_options& o = a.options;
-    options = o.h_mask || o.resets || o.zoneout_mask || o.zoneout != 0.0f || a.dgates;
+    peeps = o.weight_cf;
+    options = o.h_mask || o.resets || o.zoneout_mask || o.zoneout != 0.0f || peeps || a.dgates;
     normal = o.gamma_ih;
     saved_row = saved_vectors<Cell>(normal) * W;
     has_direct = kGru || o.zoneout_mask || o.zoneout != 0.0f;
@@ -103,7 +105,7 @@ struct Backward {
     x_columns = a.dweight_ih ? arena.array(ceil_div(I, kOuter) * slots(chunk_rows) * kOuter) : nullptr;
     h_columns = a.dweight_hh ? arena.array(ceil_div(H, kOuter) * slots(chunk_rows) * kOuter) : nullptr;
     symbols = a.dtable ? reinterpret_cast<int64_t*>(arena.array(2 * chunk_rows)) : nullptr;
-    parts = normal ? arena.array(threads * kParts * U * W) : nullptr;
+    parts = normal || peeps ? arena.array(threads * kParts * U * W) : nullptr;
     row_offset = reinterpret_cast<int64_t*>(arena.array(2 * T));
     shared = reinterpret_cast<Team::Shared*>(arena.array(int64_t(sizeof(Team::Shared) / 4)));
     return arena.floats();
@@ -139,6 +141,9 @@ struct Backward {
     copy_or_clear(a.dgamma_hh, nullptr, G * H);
     copy_or_clear(a.dgamma_c, nullptr, H);
     copy_or_clear(a.dbeta_c, nullptr, H);
+    copy_or_clear(a.dweight_ci, nullptr, H);
+    copy_or_clear(a.dweight_cf, nullptr, H);
+    copy_or_clear(a.dweight_co, nullptr, H);
     if (a.dx && !a.accumulate_dx) clear_past_ends(steps, 0, T, a.dx, a.dx_step, a.dx_row, I);
   }
 
@@ -159,11 +164,9 @@ struct Backward {
       for (int64_t panel = team.begin(input_panels); panel < team.end(input_panels); ++panel)
         pack_columns(a.weight_ih, I, panel, packed_inputs);
     start_state(team);
-    float* own_parts = normal ? parts + thread * kParts * U * W : nullptr;
-    if (normal) {
-      clear(own_parts, kParts * U * W);
-      if (!team.wait()) return;
-    }
+    float* own_parts = parts ? parts + thread * kParts * U * W : nullptr;
+    if (parts) clear(own_parts, kParts * U * W);
+    if (normal && !team.wait()) return;
     bool add = false;
     for (int64_t last = T, first; last > 0; last = first) {
       int64_t rows = 0;
@@ -180,7 +183,7 @@ struct Backward {
         if (normal)
           run_step_normal(team, step, n, rows, at, own_parts);
         else
-          run_step(team, step, n, rows, at);
+          run_step(team, step, n, rows, at, own_parts);
         if (!team.wait()) return;
         if (step > 0 || a.dh0) multiply_step(team, step, n, rows, at);
         if (normal && !team.wait()) return;
@@ -193,7 +196,7 @@ struct Backward {
       add = true;
       if (!team.wait()) return;
     }
-    if (normal) sum_parts(team, count);
+    if (parts) sum_parts(team, count);
     if (a.dx && !a.accumulate_dx) clear_past_ends(steps, team.begin(T), team.end(T), a.dx, a.dx_step, a.dx_row, I);
   }
 
@@ -234,15 +237,15 @@ struct Backward {
   }
 
   /* dh -> dgates of one step, own units. `at`: the step's first row in the chunk. */
-  void run_step(const Team& team, int64_t step, int64_t n, int64_t rows, int64_t at) {
+  void run_step(const Team& team, int64_t step, int64_t n, int64_t rows, int64_t at, float* sums) {
     if (options)
-      run_step_rows<true>(team, step, n, rows, at);
+      run_step_rows<true>(team, step, n, rows, at, sums);
     else
-      run_step_rows<false>(team, step, n, rows, at);
+      run_step_rows<false>(team, step, n, rows, at, sums);
   }
 
   template <bool kOptions>
-  void run_step_rows(const Team& team, int64_t step, int64_t n, int64_t rows, int64_t at) {
+  void run_step_rows(const Team& team, int64_t step, int64_t n, int64_t rows, int64_t at, float* sums) {
     const int64_t next = odd(rows) * W; /* from one gate to the next */
     for (int64_t block = first_block(team); block < last_block(team); ++block) {
       const Units u = units_at(step, block);
@@ -251,10 +254,10 @@ struct Backward {
         V dh = reach<kOptions>(u, row);
         if constexpr (kLstm) {
           const float* g = u.saved + row * saved_row;
-          V o = load(g + 3 * W), tanh_c = tanh(load(g + 4 * W));
+          V o = load(g + L::kO * W), tanh_c = tanh(load(g + L::kC * W));
           V dc_row = load(dc + (block * Bp + row) * W) + dh * o * (1.0f - tanh_c * tanh_c);
-          gates[3] = with_shown<kOptions>(dh * tanh_c, u, row, 3) * o * (1.0f - o);
-          differentiate_lstm<kOptions>(u, row, dc_row, gates);
+          gates[L::kO] = with_shown<kOptions>(dh * tanh_c, u, row, L::kO) * o * (1.0f - o);
+          differentiate_lstm<kOptions>(u, row, dc_row, gates, sums);
         } else {
           differentiate<kOptions>(u, row, dh, gates, input);
         }
@@ -288,7 +291,7 @@ struct Backward {
     return {step, steps.time(step), block, n_before, sizes.units(block), saved, before};
   }
 
-  /* The gradient `d` of a gate (of the LSTM 4 is c), and what reaches it from whoever looked at it. */
+  /* The gradient `d` of a gate (of the LSTM kC is c), and what reaches it from whoever looked at it. */
   template <bool kOptions>
   V with_shown(V d, const Units& u, int64_t row, int gate) const {
     if (!kOptions || !a.dgates) return d;
@@ -317,25 +320,40 @@ struct Backward {
     return dh;
   }
 
-  /* Of i, f, g from that of c, which goes on to the step before. */
+  /* Of i, f, g from those of c and o; that of c goes on to the step before. */
   template <bool kOptions>
-  void differentiate_lstm(const Units& u, int64_t row, V dc_row, V* gates) {
+  void differentiate_lstm(const Units& u, int64_t row, V dc_row, V* gates, float* sums) {
     int64_t to = steps.batch_row(row) * H + u.block * W;
     bool reset = kOptions && is_reset(u.step, row);
     const float* saved = u.saved + row * saved_row;
-    V i = load(saved), f = load(saved + W), g = load(saved + 2 * W);
-    V c_before = row < u.n_before ? load(u.saved_before + row * saved_row + 4 * W)
+    V f = load(saved + L::kF * W), g = load(saved + L::kG * W), i = L::kCoupled ? 1.0f - f : load(saved);
+    V c_before = row < u.n_before ? load(u.saved_before + row * saved_row + L::kC * W)
                  : a.c0           ? load_part(a.c0 + to, u.count)
                                   : V{};
     if (reset) c_before = V{};
-    dc_row = with_shown<kOptions>(dc_row, u, row, 4);
-    gates[0] = with_shown<kOptions>(dc_row * g, u, row, 0) * i * (1.0f - i);
-    gates[1] = with_shown<kOptions>(dc_row * c_before, u, row, 1) * f * (1.0f - f);
-    gates[2] = with_shown<kOptions>(dc_row * i, u, row, 2) * (1.0f - g * g);
-    V dc_before = reset ? V{} : dc_row * f;
+    dc_row = with_shown<kOptions>(dc_row, u, row, L::kC);
+    const bool looks = kOptions && peeps;
+    if (looks) {
+      dc_row += gates[L::kO] * peephole(a.options.weight_co, u);
+      add_to(part(sums, 4, 4, u.block), gates[L::kO] * load(saved + L::kC * W));
+    }
+    if (!L::kCoupled) gates[0] = with_shown<kOptions>(dc_row * g, u, row, 0) * i * (1.0f - i);
+    V df = L::kCoupled ? dc_row * (c_before - g) : dc_row * c_before;
+    gates[L::kF] = with_shown<kOptions>(df, u, row, L::kF) * f * (1.0f - f);
+    gates[L::kG] = with_shown<kOptions>(dc_row * i, u, row, L::kG) * (1.0f - g * g);
+    V dc_before = dc_row * f;
+    if (looks) {
+      dc_before += gates[L::kF] * peephole(a.options.weight_cf, u);
+      add_to(part(sums, 4, 3, u.block), gates[L::kF] * c_before);
+      if (!L::kCoupled) dc_before += gates[0] * peephole(a.options.weight_ci, u);
+      if (!L::kCoupled) add_to(part(sums, 4, 2, u.block), gates[0] * c_before);
+    }
+    if (reset) dc_before = V{};
     store(dc + (u.block * Bp + row) * W, dc_before);
     if (a.dc0 && row >= u.n_before) store_part(a.dc0 + to, dc_before, u.count);
   }
+
+  static V peephole(const float* weight, const Units& u) { return load_part(weight + u.block * W, u.count); }
 
   /* Of the gates from that of h: as W_hh h sees them, and for the GRU as W_ih x does. */
   template <bool kOptions>
@@ -384,7 +402,8 @@ struct Backward {
     V operator()(V d, V x_hat) const { return (d - mean - x_hat * slope) * scale; }
   };
 
-  static constexpr int kParts = 4 * G + 2; /* of each gate gamma_ih, gamma_hh, bias_ih, bias_hh; of the LSTM gamma_c, beta_c */
+  /* Of each gate gamma_ih, gamma_hh, bias_ih, bias_hh; of the LSTM gamma_c, beta_c, and the peepholes of i, f, o. */
+  static constexpr int kParts = 4 * G + 5;
 
   float* part(float* sums, int kind, int gate, int64_t block) const { return sums + ((kind * G + gate) * U + block) * W; }
 
@@ -399,12 +418,12 @@ struct Backward {
         const Units u = units_at(step, block);
         const float* saved = u.saved + row * saved_row;
         V dh = reach<kOptions>(u, row);
-        V c_hat = (load(saved + 4 * W) - m[2]) * m[3], gamma = load_part(o.gamma_c + block * W, u.count);
-        V tanh_c = tanh(c_hat * gamma + load_part(o.beta_c + block * W, u.count)), gate = load(saved + 3 * W);
+        V c_hat = (load(saved + L::kC * W) - m[2]) * m[3], gamma = load_part(o.gamma_c + block * W, u.count);
+        V tanh_c = tanh(c_hat * gamma + load_part(o.beta_c + block * W, u.count)), gate = load(saved + L::kO * W);
         V d = dh * gate * (1.0f - tanh_c * tanh_c);
         float* out = dg + block * G * next + at * W;
         store(out, d * gamma); /* until the whole row's are known */
-        store(out + 3 * next, with_shown<kOptions>(dh * tanh_c, u, row, 3) * gate * (1.0f - gate));
+        store(out + L::kO * next, with_shown<kOptions>(dh * tanh_c, u, row, L::kO) * gate * (1.0f - gate));
         of_c.add(d * gamma, c_hat);
         add_to(part(sums, 4, 0, block), d * c_hat);
         add_to(part(sums, 4, 1, block), d);
@@ -418,9 +437,9 @@ struct Backward {
       float* out_input = dg_input + block * G * next + at * W;
       V gates[G], input[G];
       if constexpr (kLstm) {
-        V dc_row = load(dc + (block * Bp + row) * W) + of_c(load(out), (load(saved + 4 * W) - m[2]) * m[3]);
-        differentiate_lstm<kOptions>(u, row, dc_row, gates);
-        gates[3] = load(out + 3 * next);
+        V dc_row = load(dc + (block * Bp + row) * W) + of_c(load(out), (load(saved + L::kC * W) - m[2]) * m[3]);
+        gates[L::kO] = load(out + L::kO * next);
+        differentiate_lstm<kOptions>(u, row, dc_row, gates, sums);
       } else {
         differentiate<kOptions>(u, row, reach<kOptions>(u, row), gates, input);
       }
@@ -454,17 +473,18 @@ struct Backward {
 
   static void add_to(float* p, V v) { store(p, load(p) + v); }
 
-  /* The gradients of gains and biases, own units, from all threads' parts. */
+  /* The gradients of vectors, own units, from all threads' parts: of gains and biases with layer normalisation, of peepholes. */
   void sum_parts(const Team& team, int count) {
     for (int64_t block = first_block(team); block < last_block(team); ++block) {
       int units = sizes.units(block);
-      for (int gate = 0; gate < G; ++gate) {
+      for (int gate = 0; normal && gate < G; ++gate) {
         float* of[] = {a.dgamma_ih, a.dgamma_hh, a.dbias_ih, a.dbias_hh};
         for (int kind = 0; kind < 4; ++kind)
           if (of[kind]) sum_part(of[kind] + gate * H + block * W, kind == 3 && !kGru ? 2 : kind, gate, block, units, count);
       }
-      if (kLstm && a.dgamma_c) sum_part(a.dgamma_c + block * W, 4, 0, block, units, count);
-      if (kLstm && a.dbeta_c) sum_part(a.dbeta_c + block * W, 4, 1, block, units, count);
+      float* of_units[] = {a.dgamma_c, a.dbeta_c, a.dweight_ci, a.dweight_cf, a.dweight_co};
+      for (int i = normal ? 0 : 2; i < (peeps ? 5 : 2); ++i)
+        if (kLstm && of_units[i]) sum_part(of_units[i] + block * W, 4, i, block, units, count);
     }
   }
 

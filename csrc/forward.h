@@ -23,10 +23,11 @@ namespace LS_TARGET {
 
 template <class Cell>
 struct Forward {
+  using L = LstmGates<Cell>;
   static constexpr int N = panel_vectors<Cell>();
   static constexpr int NW = N * W;
   static constexpr int G = Cell::kGates;
-  static constexpr bool kLstm = Cell::kCell == LS_LSTM, kGru = Cell::kCell == LS_GRU;
+  static constexpr bool kLstm = L::kLstm, kGru = Cell::kCell == LS_GRU;
 
   const ls_forward_args& a;
   const Steps steps;
@@ -57,7 +58,7 @@ struct Forward {
         Bp(odd(B)) {
     const ls_options& o = a.options;
     raw_differs = o.h_mask || o.resets;
-    options = raw_differs || o.zoneout_mask || o.zoneout != 0.0f;
+    options = raw_differs || o.zoneout_mask || o.zoneout != 0.0f || o.weight_cf;
     normal = o.gamma_ih;
     saved_row = saved_vectors<Cell>(normal) * W;
     /* Sums have another order then, so only where no call without gradients must give the same bits. */
@@ -415,7 +416,7 @@ struct Forward {
         }
         V before = h_before<kOptions>(step, row + r, block);
         V after = run_cell<kOptions>(step, row + r, block, gates, hidden, before, saved);
-        if constexpr (kLstm) after = gates[3] * tanh(after);
+        if constexpr (kLstm) after = gates[L::kO] * tanh(after);
         put<kOptions>(step, row + r, block, units, before, after);
         if (saved) saved += saved_row;
       }
@@ -432,23 +433,31 @@ struct Forward {
   }
 
   /* Runs the activations of one row's unit block on its sums. `hidden`: the GRU's W_hn h + b_hn. Gives h after the step; for
-     the LSTM c, which is brought forward, and o in gates[3]. */
+     the LSTM c, which is brought forward, and o in its place among the gates. */
   template <bool kOptions>
   V run_cell(int64_t step, int64_t row, int64_t block, V* gates, V hidden, V before, float* saved) {
     if constexpr (kLstm) {
-      V i = sigmoid(gates[0]), f = sigmoid(gates[1]), g = tanh(gates[2]), o = sigmoid(gates[3]);
       float* p = c + (block * Bp + row) * W;
       V c_before = kOptions && is_reset(step, row) ? V{} : load(p);
+      const ls_options& having = a.options;
+      const bool peeps = kOptions && having.weight_cf;
+      const int units = sizes.units(block);
+      if (peeps && !L::kCoupled) gates[0] += c_before * load_part(having.weight_ci + block * W, units);
+      if (peeps) gates[L::kF] += c_before * load_part(having.weight_cf + block * W, units);
+      V f = sigmoid(gates[L::kF]), g = tanh(gates[L::kG]);
+      V i = L::kCoupled ? 1.0f - f : sigmoid(gates[0]);
       V c_after = f * c_before + i * g;
+      if (peeps) gates[L::kO] += c_after * load_part(having.weight_co + block * W, units);
+      V o = sigmoid(gates[L::kO]);
       store(p, c_after);
       if (saved) {
-        store(saved, i);
-        store(saved + W, f);
-        store(saved + 2 * W, g);
-        store(saved + 3 * W, o);
-        store(saved + 4 * W, c_after);
+        if (!L::kCoupled) store(saved, i);
+        store(saved + L::kF * W, f);
+        store(saved + L::kG * W, g);
+        store(saved + L::kO * W, o);
+        store(saved + L::kC * W, c_after);
       }
-      gates[3] = o;
+      gates[L::kO] = o;
       return c_after;
     } else if constexpr (kGru) {
       V r = sigmoid(gates[0]), z = sigmoid(gates[1]);
@@ -534,7 +543,7 @@ struct Forward {
         V before = h_before<kOptions>(step, row, block);
         V after = run_cell<kOptions>(step, row, block, gates, hidden, before, saved);
         if constexpr (kLstm)
-          store(h_gates + panel * h_panel, gates[3]); /* the output waits for the whole row's c */
+          store(h_gates + panel * h_panel, gates[L::kO]); /* the output waits for the whole row's c */
         else
           put<kOptions>(step, row, block, units, before, after);
       }

@@ -12,7 +12,7 @@ namespace LS_TARGET {
    one is y. */
 template <class Cell>
 constexpr int shown_vectors() {
-  return Cell::kCell == LS_LSTM ? 5 : Cell::kCell == LS_GRU ? 3 : 0;
+  return LstmGates<Cell>::kLstm ? Cell::kGates + 1 : Cell::kCell == LS_GRU ? 3 : 0;
 }
 
 /* gates[vector][t][row of the batch][H]; 0 where a row has no step. */

@@ -9,106 +9,78 @@
 namespace ls {
 namespace LS_TARGET {
 
-template <template <class> class Pass, class Args>
-static int32_t run(const Args* args) {
-  switch (args->shape.cell) {
-    case LS_RNN_TANH: return Pass<RnnTanh>(*args).run();
-    case LS_RNN_RELU: return Pass<RnnRelu>(*args).run();
-    case LS_GRU: return Pass<Gru>(*args).run();
-    default: return Pass<Lstm>(*args).run();
+/* Calls `f` with the cell of a model, or of a layer. */
+template <class F>
+static auto of_model(int32_t cell, F f) {
+  switch (cell) {
+    case LS_RNN_TANH: return f(RnnTanh());
+    case LS_RNN_RELU: return f(RnnRelu());
+    case LS_GRU: return f(Gru());
+    default: return f(Lstm());
   }
 }
 
-static int32_t forward(const ls_forward_args* args) { return run<Forward>(args); }
-static int32_t backward(const ls_backward_args* args) { return run<Backward>(args); }
+template <class F>
+static auto of_layer(int32_t cell, F f) {
+  return cell == LS_LSTM_COUPLED ? f(LstmCoupled()) : of_model(cell, f);
+}
 
-template <class Cell>
-static int64_t saved_floats_of(const ls_shape& shape, bool normal) {
-  int64_t row = Sizes<Cell>(shape.I, shape.H).U * saved_vectors<Cell>(normal) * W + (normal ? kRowMoments : 0);
-  return Steps(shape).total_rows() * row;
+static int32_t forward(const ls_forward_args* args) {
+  return of_layer(args->shape.cell, [=](auto cell) { return Forward<decltype(cell)>(*args).run(); });
+}
+
+static int32_t backward(const ls_backward_args* args) {
+  return of_layer(args->shape.cell, [=](auto cell) { return Backward<decltype(cell)>(*args).run(); });
 }
 
 static int64_t saved_floats(const ls_shape* shape, bool normal) {
-  switch (shape->cell) {
-    case LS_GRU: return saved_floats_of<Gru>(*shape, normal);
-    case LS_LSTM: return saved_floats_of<Lstm>(*shape, normal);
-    default: return saved_floats_of<RnnTanh>(*shape, normal);
-  }
+  return of_layer(shape->cell, [=](auto cell) {
+    using Cell = decltype(cell);
+    int64_t units = Sizes<Cell>(shape->I, shape->H).U * saved_vectors<Cell>(normal) * W;
+    return Steps(*shape).total_rows() * (units + (normal ? kRowMoments : 0));
+  });
 }
 
 static void gates(const ls_shape* shape, bool normal, const float* saved, float* out) {
-  switch (shape->cell) {
-    case LS_GRU: return lay_out_gates<Gru>(*shape, normal, saved, out);
-    case LS_LSTM: return lay_out_gates<Lstm>(*shape, normal, saved, out);
-    default: return; /* an RNN has none */
-  }
-}
-
-template <class Cell>
-static int64_t packed_floats_of(int64_t I, int64_t H) {
-  Sizes<Cell> sizes(I, H);
-  return sizes.panels * sizes.panel_floats();
+  of_layer(shape->cell, [=](auto cell) { lay_out_gates<decltype(cell)>(*shape, normal, saved, out); });
 }
 
 static int64_t packed_floats(int32_t cell, int64_t I, int64_t H) {
-  switch (cell) {
-    case LS_GRU: return packed_floats_of<Gru>(I, H);
-    case LS_LSTM: return packed_floats_of<Lstm>(I, H);
-    default: return packed_floats_of<RnnTanh>(I, H);
-  }
-}
-
-template <class Cell>
-static void pack_all(int64_t I, int64_t H, const float* weight_ih, const float* weight_hh, const float* bias_ih,
-                     const float* bias_hh, float* packed) {
-  FlushSubnormals flush;
-  Sizes<Cell> sizes(I, H);
-  for (int64_t panel = 0; panel < sizes.panels; ++panel)
-    pack_panel<Cell>(sizes, panel, weight_ih, weight_hh, bias_ih, bias_hh, packed);
+  return of_layer(cell, [=](auto cell) {
+    Sizes<decltype(cell)> sizes(I, H);
+    return sizes.panels * sizes.panel_floats();
+  });
 }
 
 static void pack(int32_t cell, int64_t I, int64_t H, const float* weight_ih, const float* weight_hh, const float* bias_ih,
                  const float* bias_hh, float* packed) {
-  switch (cell) {
-    case LS_GRU: return pack_all<Gru>(I, H, weight_ih, weight_hh, bias_ih, bias_hh, packed);
-    case LS_LSTM: return pack_all<Lstm>(I, H, weight_ih, weight_hh, bias_ih, bias_hh, packed);
-    default: return pack_all<RnnTanh>(I, H, weight_ih, weight_hh, bias_ih, bias_hh, packed);
-  }
+  FlushSubnormals flush;
+  of_layer(cell, [=](auto cell) {
+    Sizes<decltype(cell)> sizes(I, H);
+    for (int64_t panel = 0; panel < sizes.panels; ++panel)
+      pack_panel<decltype(cell)>(sizes, panel, weight_ih, weight_hh, bias_ih, bias_hh, packed);
+  });
 }
 
-template <template <class> class Pass, class Args>
-static int32_t run_model(const Args* args) {
-  switch (args->model.cell) {
-    case LS_RNN_TANH: return Pass<RnnTanh>(*args).run();
-    case LS_RNN_RELU: return Pass<RnnRelu>(*args).run();
-    case LS_GRU: return Pass<Gru>(*args).run();
-    default: return Pass<Lstm>(*args).run();
-  }
+static int32_t read(const ls_read_args* args) {
+  return of_model(args->model.cell, [=](auto cell) { return Read<decltype(cell)>(*args).run(); });
 }
 
-static int32_t read(const ls_read_args* args) { return run_model<Read>(args); }
-static int32_t decode(const ls_decode_args* args) { return run_model<Decode>(args); }
+static int32_t decode(const ls_decode_args* args) {
+  return of_model(args->model.cell, [=](auto cell) { return Decode<decltype(cell)>(*args).run(); });
+}
+
 static int32_t loss(const ls_loss_args* args) { return Loss(*args).run(); }
 
-template <class Cell>
-static int64_t table_floats_of(int64_t symbols, int64_t H) {
-  return symbols * Sizes<Cell>(0, H).panels * Sizes<Cell>::N * W;
-}
-
 static int64_t table_floats(int32_t cell, int64_t symbols, int64_t H) {
-  switch (cell) {
-    case LS_GRU: return table_floats_of<Gru>(symbols, H);
-    case LS_LSTM: return table_floats_of<Lstm>(symbols, H);
-    default: return table_floats_of<RnnTanh>(symbols, H);
-  }
+  return of_model(cell, [=](auto cell) {
+    using Layer = Sizes<decltype(cell)>;
+    return symbols * Layer(0, H).panels * Layer::N * W;
+  });
 }
 
 static void pack_table_of(int32_t cell, int64_t symbols, int64_t H, const float* rows, float* table) {
-  switch (cell) {
-    case LS_GRU: return pack_table<Gru>(symbols, H, rows, table);
-    case LS_LSTM: return pack_table<Lstm>(symbols, H, rows, table);
-    default: return pack_table<RnnTanh>(symbols, H, rows, table);
-  }
+  of_model(cell, [=](auto cell) { pack_table<decltype(cell)>(symbols, H, rows, table); });
 }
 
 static int64_t head_floats(int64_t V, int64_t H) { return Head{V, H}.panels() * Head{V, H}.panel_floats(); }
@@ -118,28 +90,17 @@ static void pack_head(int64_t V, int64_t H, const float* weight, const float* bi
   layer.pack(weight, bias, head, 0, layer.panels());
 }
 
-template <class Cell>
-static int64_t rounded_floats_of(int64_t I, int64_t H) {
-  Sizes<Cell> sizes(I, H);
-  return sizes.panels * BytePanel<Cell>{sizes}.floats();
-}
-
 static int64_t rounded_floats(int32_t cell, int64_t I_or_V, int64_t H) {
-  switch (cell) {
-    case -1: return Head{I_or_V, H}.panels() * head_bytes({I_or_V, H});
-    case LS_GRU: return rounded_floats_of<Gru>(I_or_V, H);
-    case LS_LSTM: return rounded_floats_of<Lstm>(I_or_V, H);
-    default: return rounded_floats_of<RnnTanh>(I_or_V, H);
-  }
+  if (cell == -1) return Head{I_or_V, H}.panels() * head_bytes({I_or_V, H});
+  return of_model(cell, [=](auto cell) {
+    Sizes<decltype(cell)> sizes(I_or_V, H);
+    return sizes.panels * BytePanel<decltype(cell)>{sizes}.floats();
+  });
 }
 
 static void round(int32_t cell, int64_t I_or_V, int64_t H, const float* packed, float* rounded) {
-  switch (cell) {
-    case -1: return round_head(Head{I_or_V, H}, packed, rounded);
-    case LS_GRU: return round_layer<Gru>(I_or_V, H, packed, rounded);
-    case LS_LSTM: return round_layer<Lstm>(I_or_V, H, packed, rounded);
-    default: return round_layer<RnnTanh>(I_or_V, H, packed, rounded);
-  }
+  if (cell == -1) return round_head(Head{I_or_V, H}, packed, rounded);
+  of_model(cell, [=](auto cell) { round_layer<decltype(cell)>(I_or_V, H, packed, rounded); });
 }
 
 static void apply(int32_t function, int64_t n, const float* x, float* y) {

@@ -29,6 +29,17 @@ struct Gru {
 struct Lstm {
   static constexpr int kCell = LS_LSTM, kGates = 4, kUnits = 1, kSaved = 5, kBiases = 4;
 };
+struct LstmCoupled {
+  static constexpr int kCell = LS_LSTM_COUPLED, kGates = 3, kUnits = 1, kSaved = 4, kBiases = 3;
+};
+
+/* An LSTM's last three gates are f, g, o, whether i comes before them or not; what it saves ends with c. */
+template <class Cell>
+struct LstmGates {
+  static constexpr bool kLstm = Cell::kCell == LS_LSTM || Cell::kCell == LS_LSTM_COUPLED;
+  static constexpr bool kCoupled = Cell::kCell == LS_LSTM_COUPLED;
+  static constexpr int kF = Cell::kGates - 3, kG = Cell::kGates - 2, kO = Cell::kGates - 1, kC = Cell::kGates;
+};
 
 template <class Cell>
 constexpr int panel_vectors() {

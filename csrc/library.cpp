@@ -76,7 +76,8 @@ bool is_size(int64_t n) { return n >= 0 && n <= INT32_MAX; }
 /* a * b stays far from overflow, also times the bytes and gates of a unit. */
 bool fits(int64_t a, int64_t b) { return b == 0 || a <= (int64_t(1) << 52) / b; }
 
-bool is_cell(int32_t cell) { return cell >= LS_RNN_TANH && cell <= LS_LSTM; }
+bool is_cell(int32_t cell) { return cell >= LS_RNN_TANH && cell <= LS_LSTM_COUPLED; }
+bool is_cell_of_model(int32_t cell) { return is_cell(cell) && cell <= LS_LSTM; }
 bool are_widths(int64_t I, int64_t H) { return is_size(I) && is_size(H) && H > 0 && fits(I + 64, H) && fits(H + 64, H); }
 
 /* Whether `order` holds each of 0..B-1 once. */
@@ -105,10 +106,12 @@ bool is_shape(const ls_shape& s) {
 bool is_empty(const ls_shape& s) { return s.T == 0 || s.B == 0 || (s.counts && s.counts[0] == 0); }
 
 bool are_options(const ls_options& o, int32_t cell) {
-  bool lstm = cell == LS_LSTM;
+  bool lstm = cell >= LS_LSTM, coupled = cell == LS_LSTM_COUPLED;
+  bool peeps = lstm && o.weight_cf && o.weight_co && coupled == !o.weight_ci;
+  bool none = !o.weight_ci && !o.weight_cf && !o.weight_co;
   bool normal = o.gamma_ih && o.gamma_hh && (!lstm || (o.gamma_c && o.beta_c));
   bool plain = !o.gamma_ih && !o.gamma_hh && !(lstm && (o.gamma_c || o.beta_c));
-  return o.zoneout >= 0.0f && o.zoneout <= 1.0f && (normal || plain);
+  return o.zoneout >= 0.0f && o.zoneout <= 1.0f && (normal || plain) && (peeps || none);
 }
 
 /* Whether there is no table, or one that goes with the shape. */
@@ -122,7 +125,7 @@ bool are_tokens(const ls_tokens& tokens, const ls_shape& s, bool table) {
 
 bool is_model(const ls_model& m) {
   bool sizes = m.V > 0 && is_size(m.V) && is_size(m.E) && is_size(m.layers) && m.layers > 0 && m.layers <= 1024;
-  if (!is_cell(m.cell) || !sizes || !are_widths(m.V, m.H) || !are_widths(m.E, m.H)) return false;
+  if (!is_cell_of_model(m.cell) || !sizes || !are_widths(m.V, m.H) || !are_widths(m.E, m.H)) return false;
   if (!(m.table || (m.embedding && m.E > 0)) || !m.packed || !m.head) return false;
   for (int64_t layer = 0; layer < m.layers; ++layer)
     if (!m.packed[layer]) return false;
@@ -195,7 +198,7 @@ int32_t ls_pack(int32_t cell, int64_t I, int64_t H, int32_t target, const float*
 uint64_t ls_sample(int32_t cell, int64_t I, int64_t H, const float* weight_ih, const float* weight_hh, const float* bias_ih,
                    const float* bias_hh) {
   if (!is_cell(cell) || !are_widths(I, H) || (!weight_ih && I) || !weight_hh) return 0;
-  int64_t rows = (cell == LS_LSTM ? 4 : cell == LS_GRU ? 3 : 1) * H;
+  int64_t rows = (cell == LS_LSTM ? 4 : cell >= LS_GRU ? 3 : 1) * H;
   uint64_t sum = sample(weight_ih, rows * I, 64, 1);
   sum = sample(weight_hh, rows * H, 64, sum);
   sum = sample(bias_ih, bias_ih ? rows : 0, 8, sum);
@@ -234,7 +237,7 @@ int32_t ls_gates(const ls_shape* shape, int32_t layer_norm, const float* saved, 
 }
 
 int64_t ls_table_floats(int32_t cell, int64_t V, int64_t H, int32_t target) {
-  const Target* found = is_cell(cell) && V > 0 && are_widths(V, H) ? find(target) : nullptr;
+  const Target* found = is_cell_of_model(cell) && V > 0 && are_widths(V, H) ? find(target) : nullptr;
   return found ? found->table_floats(cell, V + 1, H) : -1;
 }
 
@@ -244,7 +247,7 @@ int64_t ls_head_floats(int64_t V, int64_t H, int32_t target) {
 }
 
 int32_t ls_pack_table(int32_t cell, int64_t V, int64_t H, int32_t target, const float* rows, float* table) {
-  const Target* found = is_cell(cell) && V > 0 && are_widths(V, H) ? find(target) : nullptr;
+  const Target* found = is_cell_of_model(cell) && V > 0 && are_widths(V, H) ? find(target) : nullptr;
   if (!found || !rows || !table) return LS_BAD_ARGUMENT;
   found->pack_table(cell, V + 1, H, rows, table);
   return LS_OK;
@@ -258,7 +261,7 @@ int32_t ls_pack_head(int64_t V, int64_t H, int32_t target, const float* weight, 
 }
 
 int64_t ls_rounded_floats(int32_t cell, int64_t I_or_V, int64_t H, int32_t target) {
-  bool sizes = (is_cell(cell) || (cell == -1 && I_or_V > 0)) && are_widths(I_or_V, H);
+  bool sizes = (is_cell_of_model(cell) || (cell == -1 && I_or_V > 0)) && are_widths(I_or_V, H);
   const Target* found = sizes ? find(target) : nullptr;
   return found ? found->rounded_floats(cell, I_or_V, H) : -1;
 }

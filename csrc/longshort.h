@@ -5,11 +5,12 @@
    factors of its products to bfloat16, the nearest of 8 bits, ties to even; it is never active unless it is chosen. Calls of
    few rows that read the weights as they lie have factors of float32 there too.
 
-     T  steps   B  sequences (rows)   I  input width   H  hidden units   G  gates: RNN 1, GRU 3 (r, z, n), LSTM 4 (i, f, g, o)
+     T  steps   B  sequences (rows)   I  input width   H  hidden units   G  gates: RNN 1, GRU 3 (r, z, n), LSTM 4 (i, f, g, o);
+     of an LSTM whose gates are coupled 3 (f, g, o)
 
      RNN   h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or max(0, ...)
      GRU   r, z = sigmoid(...)    n = tanh(W_in x + b_in + r * (W_hn h + b_hn))    h' = (1 - z) n + z h
-     LSTM  i, f, o = sigmoid(...)   g = tanh(...)   c' = f c + i g   h' = o tanh(c')
+     LSTM  i, f, o = sigmoid(...)   g = tanh(...)   c' = f c + i g   h' = o tanh(c')        coupled: i = 1 - f
 
    Errors. exp, tanh and sigmoid are within 4 ULP where the exact result is a normal number, else within 2^-126.
    Inside a call subnormal numbers count as zero; the caller's floating-point mode is restored. A product sums over k in
@@ -37,9 +38,9 @@
 extern "C" {
 #endif
 
-#define LS_ABI_VERSION 7
+#define LS_ABI_VERSION 8
 
-enum ls_cell { LS_RNN_TANH = 0, LS_RNN_RELU = 1, LS_GRU = 2, LS_LSTM = 3 };
+enum ls_cell { LS_RNN_TANH = 0, LS_RNN_RELU = 1, LS_GRU = 2, LS_LSTM = 3, LS_LSTM_COUPLED = 4 /* of layers, not of models */ };
 
 enum ls_status {
   LS_OK = 0,
@@ -86,6 +87,10 @@ typedef struct {
   const float* gamma_hh;     /* G H */
   const float* gamma_c;      /* H, LSTM */
   const float* beta_c;       /* H, LSTM */
+  /* Peepholes of an LSTM: i and f also see c times these, o sees c'. All that the cell has, or none. */
+  const float* weight_ci;    /* H; not of coupled gates */
+  const float* weight_cf;    /* H */
+  const float* weight_co;    /* H */
 } ls_options;
 
 typedef struct {
@@ -137,6 +142,9 @@ typedef struct {
   float* dgamma_hh;  /* G H */
   float* dgamma_c;   /* H */
   float* dbeta_c;    /* H */
+  float* dweight_ci; /* H; of peepholes, as the two below */
+  float* dweight_cf; /* H */
+  float* dweight_co; /* H */
   int32_t accumulate_dx; /* not 0: added to what is in dx */
   int32_t reserved;
   ls_tokens tokens; /* as in the forward call; the table itself is not read */
@@ -259,7 +267,7 @@ LS_API uint64_t ls_sample(int32_t cell, int64_t I, int64_t H, const float* weigh
 LS_API int32_t ls_forward(const ls_forward_args* args);
 LS_API int32_t ls_backward(const ls_backward_args* args);
 
-/* What a forward call saved, laid out to be looked at: of an LSTM i, f, g, o after their activations and c after the step, of a
+/* What a forward call saved, laid out to be looked at: of an LSTM its gates after their activations and c after the step, of a
    GRU r, z, n, each T x B x H in the order of the batch, 0 where a row has no step. Of an RNN nothing: y has it all.
    `shape` and `layer_norm` as in that call. */
 LS_API int32_t ls_gates(const ls_shape* shape, int32_t layer_norm, const float* saved, float* gates);

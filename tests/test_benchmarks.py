@@ -250,21 +250,26 @@ def test_before_each_training_call_gradients_go_and_weights_are_written() -> Non
 
 
 def loop(layer: peers.ScriptedLSTM, x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]) -> Any:
-    """The same layer on `nn.LSTMCell`, or with layer norm on its equations, in evaluation."""
-    cell = nn.LSTMCell(8, 8)
+    """The same layer on `nn.LSTMCell`, or where that lacks the option on its equations, in evaluation."""
     weights = {name.removesuffix("_l0"): p.detach() for name, p in layer.named_parameters() if name.endswith("_l0")}
-    cell.load_state_dict(weights)
     h, c = state[0][0], state[1][0]
     outputs = []
-    for t, x_BI in enumerate(x):
-        if layer.option == "layer_norm":
-            norm_x, norm_h, norm_c = layer.norms
-            gates = norm_x(x_BI @ cell.weight_ih.T) + norm_h(h @ cell.weight_hh.T) + cell.bias_ih + cell.bias_hh
-            i, f, g, o = gates.chunk(4, dim=1)
-            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            h = o.sigmoid() * norm_c(c).tanh()
+    if layer.option in ("layer_norm", "peephole", "coupled_gates"):
+        norms: Any = layer.norms or [nn.Identity()] * 3
+        norm_x, norm_h, norm_c = norms
+        look_i, look_f, look_o = (weights.get(f"weight_c{gate}", 0) for gate in "ifo")
+        for x_BI in x:
+            gates = norm_x(x_BI @ weights["weight_ih"].T) + weights["bias_ih"]
+            gates = gates + norm_h(h @ weights["weight_hh"].T) + weights["bias_hh"]
+            *of_i, f, g, o = gates.split(8, dim=1)
+            f = (f + look_f * c).sigmoid()
+            c = f * c + ((of_i[0] + look_i * c).sigmoid() if of_i else 1 - f) * g.tanh()
+            h = (o + look_o * c).sigmoid() * norm_c(c).tanh()
             outputs.append(h)
-            continue
+        return torch.stack(outputs), h, c
+    cell = nn.LSTMCell(8, 8)
+    cell.load_state_dict(weights)
+    for t, x_BI in enumerate(x):
         h_new, c_new = cell(x_BI, (h, c))
         if layer.option == "zoneout":
             h_new = 0.9 * h_new + 0.1 * h
@@ -282,8 +287,9 @@ def test_the_scripted_loop_is_an_lstm(option: str) -> None:
     layer = peers.ScriptedLSTM(8, option, lengths)
     x, state = torch.randn(5, 3, 8), (torch.randn(1, 3, 8), torch.randn(1, 3, 8))
     layer.eval()
-    for parameter in layer.norms.parameters():
-        nn.init.normal_(parameter)
+    for name, parameter in layer.named_parameters():
+        if "norms" in name or "weight_c" in name:
+            nn.init.normal_(parameter)
     with torch.no_grad():
         output, (h, c) = layer(x, state)
         expected = loop(layer, x, state)
@@ -495,7 +501,7 @@ def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
         (["layers", "--kernel", "fast"], "no kernel called 'fast'"),
         (["layers", "--options", "zoneout"], "goes with --grid options"),
         (["layers", "--grid", "options", "--cells", "gru"], "no cell called 'gru' here; there are lstm"),
-        (["layers", "--grid", "options", "--options", "peephole"], "no option called 'peephole'"),
+        (["layers", "--grid", "options", "--options", "peepholes"], "no option called 'peepholes'"),
         (["layers", "--isa", "avx9"], "--isa"),
         (["layers", "--isa", "avx2"], "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2"),
         (["layers", "--worst", "0"], "--worst must be at least 1"),

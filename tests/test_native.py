@@ -32,6 +32,7 @@ from longshort.native_layers import (
     LayerOptions,
     Options,
     Output,
+    Peepholes,
     Sequences,
     Shape,
     Weights,
@@ -40,7 +41,7 @@ from longshort.native_layers import (
 Array = NDArray[Any]
 TARGETS = ("avx512", "avx2", "baseline")
 LANES = {"avx512": 16, "avx2": 8, "baseline": 4}
-CELLS = tuple(native.CELLS)
+CELLS = tuple(native.LAYER_CELLS)
 DIRECTIONS = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 EVERY_CELL = pytest.mark.parametrize("cell", CELLS)
 needs_library = pytest.mark.skipif(native.library() is None, reason=native.reason())
@@ -101,6 +102,7 @@ class Reference:
         zoneout: Array | None = None,
         resets: Array | None = None,
         gains: Sequence[Array] = (),
+        peepholes: Sequence[Array] = (),
     ) -> None:
         T, B, _ = x_TBI.shape
         H = weights[1].shape[1]
@@ -109,7 +111,8 @@ class Reference:
         self.h_mask = np.ones((B, H)) if h_mask is None else h_mask
         self.zoneout = np.zeros((T, B, H)) if zoneout is None else zoneout
         self.resets = np.zeros((T, B), bool) if resets is None else resets
-        self.gains = gains
+        self.gains, self.peepholes = gains, peepholes
+        self.looks = peepholes or [np.zeros(H)] * (native.GATES[cell] - 1)
         self.y = np.zeros((T, B, H), kind)
         self.shown = {name: np.zeros((T, B, H), kind) for name in native.SHOWN[cell]}
         self.after = [np.array(s, kind) for s in state]
@@ -144,10 +147,13 @@ class Reference:
             r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z)
             n = np.tanh(x_n + r * h_n)
             new, gates = (1 - z) * n + z * h, (r, z, n, h_n)
-        elif self.cell == "lstm":
-            i, f, g, o = np.split(x_G + h_G, 4)
-            i, f, g, o = sigmoid(i), sigmoid(f), np.tanh(g), sigmoid(o)
+        elif native.STATES[self.cell] == 2:
+            *of_i, f, g, o = np.split(x_G + h_G, native.GATES[self.cell])
+            *look_i, look_f, look_o = self.looks
+            f, g = sigmoid(f + look_f * now[1]), np.tanh(g)
+            i = sigmoid(of_i[0] + look_i[0] * now[1]) if of_i else 1 - f
             c = (f * now[1] + i * g,)
+            o = sigmoid(o + look_o * c[0])
             shown = c[0]
             if self.gains:
                 hats.append(normal(c[0]))
@@ -158,17 +164,18 @@ class Reference:
             new = np.tanh(total) if self.cell == "rnn" else np.where(total.real > 0, total, 0)
             gates = (new,)
         self.tape[t, b] = (now, read, gates, hats)
-        for name, value in zip(self.shown, (*gates[: 4 if c else 3], *c), strict=False):
-            self.shown[name][t, b] = value
+        values = dict(zip("ifgoc" if c else "rzn", (*gates[: 4 if c else 3], *c), strict=False))
+        for name, shown in self.shown.items():
+            shown[t, b] = values[name]
         mask = self.zoneout[t, b]
         return (new + mask * (h - new), *c)
 
     def gradients(self, dy: Array, dstate: Sequence[Array], dgates: Mapping[str, Array]) -> list[Array]:
-        """Return the gradients of x, the four weights, the states and the gains."""
+        """Return the gradients of x, the four weights, the states, the gains and the peepholes."""
         weight_ih, weight_hh = self.weights[:2]
         dx, *dweights = (np.zeros(w.shape) for w in (self.x, *self.weights))
         dbefore = [np.array(d, np.float64) for d in dstate]
-        dgains = [np.zeros(gain.shape) for gain in self.gains]
+        dgains, dpeepholes = ([np.zeros(v.shape) for v in vectors] for vectors in (self.gains, self.peepholes))
         for b in range(self.x.shape[1]):
             dh, *dc = (d[b] for d in dstate)
             for t in self.steps(b)[::-1]:
@@ -183,22 +190,27 @@ class Reference:
                     dr = (dn * h_n + d["r"]) * r * (1 - r)
                     dh = dh + dnew * z
                     dx_G, dh_G = np.concatenate([dr, dz, dn]), np.concatenate([dr, dz, dn * r])
-                elif self.cell == "lstm":
+                elif native.STATES[self.cell] == 2:
                     i, f, g, o, shown = gates
+                    *look_i, look_f, look_o = self.looks
+                    do = (dnew * np.tanh(shown) + d["o"]) * o * (1 - o)
                     dshown = dnew * o * (1 - np.tanh(shown) ** 2)
                     if hats:
                         dgains[2] += dshown * hats[2][0]
                         dgains[3] += dshown
                         dshown = through(dshown * self.gains[2], *hats[2])
-                    dc_now = dc[0] + dshown + d["c"]
-                    parts = (
-                        (dc_now * g + d["i"]) * i * (1 - i),
-                        (dc_now * now[1] + d["f"]) * f * (1 - f),
-                        (dc_now * i + d["g"]) * (1 - g * g),
-                        (dnew * np.tanh(shown) + d["o"]) * o * (1 - o),
-                    )
-                    dc = [dc_now * f]
-                    dx_G = dh_G = np.concatenate(parts)
+                    dc_now = dc[0] + dshown + d["c"] + do * look_o
+                    dg = (dc_now * i + d["g"]) * (1 - g * g)
+                    if look_i:
+                        di = [(dc_now * g + d["i"]) * i * (1 - i)]
+                        df = (dc_now * now[1] + d["f"]) * f * (1 - f)
+                    else:
+                        di, df = [], (dc_now * (now[1] - g) + d["f"]) * f * (1 - f)
+                    dc = [dc_now * f + df * look_f + sum(each * look for each, look in zip(di, look_i, strict=True))]
+                    of_c = [each * now[1] for each in (*di, df)] + [do * (f * now[1] + i * g)]
+                    for whole, part in zip(dpeepholes, of_c, strict=False):
+                        whole += part
+                    dx_G = dh_G = np.concatenate([*di, df, dg, do])
                 else:
                     (new,) = gates
                     dx_G = dh_G = dnew * ((1 - new * new) if self.cell == "rnn" else (new > 0))
@@ -216,7 +228,7 @@ class Reference:
                     dh, dc = np.zeros_like(dh), [np.zeros_like(d) for d in dc]
             for whole, part in zip(dbefore, (dh, *dc), strict=True):
                 whole[b] = part
-        return [dx, *dweights, *dbefore, *dgains]
+        return [dx, *dweights, *dbefore, *dgains, *dpeepholes]
 
 
 @DIRECTIONS
@@ -225,14 +237,15 @@ class Reference:
 def test_the_reference_has_the_gradients_of_complex_steps(cell: str, reverse: bool, layer_norm: bool) -> None:
     rng = np.random.default_rng(0)
     case = Case(rng, cell, T=4, B=3, I=2, H=3, lengths=(2, 4, 0), everything=True, layer_norm=layer_norm)
-    inputs = (case.x, *case.filled_weights(), *case.state, *case.gains())
+    inputs = (case.x, *case.filled_weights(), *case.state, *case.gains(), *case.peepholes())
     arrays = [a.astype(np.float64) for a in inputs]
     after = 5 + len(case.state)
+    vectors = after + len(case.gains())
     dy, dstate = rng.normal(size=(4, 3, 3)), [rng.normal(size=s.shape) for s in case.state]
     dgates = {name: rng.normal(size=(4, 3, 3)) for name in native.SHOWN[cell]}
 
     def run(arrays: Sequence[Array]) -> Reference:
-        settings = case.reference_options() | {"gains": arrays[after:]}
+        settings = case.reference_options() | {"gains": arrays[after:vectors], "peepholes": arrays[vectors:]}
         return Reference(cell, arrays[0], arrays[1:5], arrays[5:after], case.lengths, reverse, **settings)
 
     gradients = run(arrays).gradients(dy, dstate, dgates)
@@ -269,6 +282,7 @@ class Case:
         lengths: Sequence[int] | None = None,
         everything: bool = False,
         layer_norm: bool = False,
+        peepholes: bool = False,
         bias: bool = True,
         offset: int = 0,
     ) -> None:
@@ -282,18 +296,20 @@ class Case:
         self.x = draw(T, B, I)
         biases = (draw(G, scale=0.5), draw(G, scale=0.5)) if bias else (None, None)
         self.weights = Weights(draw(G, I, scale=(I + 1) ** -0.5), draw(G, H, scale=H**-0.5), *biases)
-        self.state = tuple(draw(B, H) for _ in range(2 if cell == "lstm" else 1))
+        self.state = tuple(draw(B, H) for _ in range(native.STATES[cell]))
+        lstm = native.STATES[cell] == 2
         self.ragged = lengths is not None
         self.lengths = [T] * B if lengths is None else list(lengths)
-        self.options = Options()
-        gains = None
+        vectors: dict[str, Any] = {}
         if layer_norm:
-            of_c = (1 + draw(H, scale=0.3), draw(H, scale=0.3)) if cell == "lstm" else (None, None)
-            gains = Gains(1 + draw(G, scale=0.3), 1 + draw(G, scale=0.3), *of_c)
-            self.options = Options(gains=gains)
+            of_c = (1 + draw(H, scale=0.3), draw(H, scale=0.3)) if lstm else (None, None)
+            vectors["gains"] = Gains(1 + draw(G, scale=0.3), 1 + draw(G, scale=0.3), *of_c)
+        if lstm and (peepholes or everything):
+            vectors["peepholes"] = Peepholes(None if cell == native.COUPLED else draw(H), draw(H), draw(H))
+        self.options = Options(**vectors)
         if everything:
             self.options = Options(
-                gains=gains,
+                **vectors,
                 h_mask=(rng.random((B, H)) < 0.7).astype(np.float32) / np.float32(0.7),
                 zoneout_mask=(rng.random((T, B, H)) < 0.3).astype(np.float32),
                 resets=rng.random((T, B)) < 0.3,
@@ -308,10 +324,14 @@ class Case:
         if zoneout is None:
             zoneout = np.full((self.T, self.B, self.H), self.options.zoneout)
         options = {"h_mask": self.options.h_mask, "zoneout": zoneout, "resets": self.options.resets}
-        return options | {"gains": [gain.astype(np.float64) for gain in self.gains()]}
+        vectors = {"gains": self.gains(), "peepholes": self.peepholes()}
+        return options | {name: [each.astype(np.float64) for each in found] for name, found in vectors.items()}
 
     def gains(self) -> list[Array]:
         return [gain for gain in self.options.gains or () if gain is not None]
+
+    def peepholes(self) -> list[Array]:
+        return [weight for weight in self.options.peepholes or () if weight is not None]
 
     def sequences(self, reverse: bool) -> Sequences:
         if not self.ragged:
@@ -363,11 +383,13 @@ class Case:
             close(gate, expected.shown[name], max(forward), name)
         arguments = (self.cell, self.x, self.weights, output, dy, self.state, dstate, dgates)
         settings["threads"] = threads
-        *of_arrays, of_gains = native_layers.backward(*arguments, **settings)
-        names = [*Gradients._fields[: 5 + len(self.state)], *Gains._fields]
-        present = [*of_arrays[: 5 + len(self.state)], *(gain for gain in of_gains or () if gain is not None)]
+        gradients = native_layers.backward(*arguments, **settings)
+        names = Gradients._fields[: 5 + len(self.state)]
+        present = [(name, getattr(gradients, name)) for name in names]
+        for vectors in (gradients.gains, gradients.peepholes):
+            present += [(n, v) for n, v in ({} if vectors is None else vectors._asdict()).items() if v is not None]
         assert len(present) == len(wanted)
-        for name, gradient, value, tolerance in zip(names, present, wanted, backward, strict=False):
+        for (name, gradient), value, tolerance in zip(present, wanted, backward, strict=True):
             close(gradient, value, tolerance, f"gradient of {name}")
         begun = rng.normal(size=self.x.shape).astype(np.float32)
         added = native_layers.backward(*arguments, **settings, dx=begun.copy())
@@ -513,6 +535,19 @@ def test_layer_normalisation(target: str, cell: str, reverse: bool) -> None:
 
 
 @DIRECTIONS
+@pytest.mark.parametrize("cell", ["lstm", native.COUPLED])
+def test_peepholes(target: str, cell: str, reverse: bool) -> None:
+    rng, W = np.random.default_rng(0), LANES[target]
+    for T, B, I, H in ((1, 1, 3, 5), (3, 2, 4, 2 * W), (4, 5, 6, W - 1), (4, W + 3, 3, 3 * W + 2), *LARGER):
+        threads = 1 + (B > 9)
+        Case(rng, cell, T=T, B=B, I=I, H=H, peepholes=True, offset=1).check(target, reverse, threads)
+        lengths = [int(n) for n in rng.integers(0, T + 1, size=B)]
+        case = Case(rng, cell, T=T, B=B, I=I, H=H, lengths=lengths, peepholes=True, layer_norm=True)
+        case.check(target, reverse, threads)
+    Case(rng, cell, T=0, B=3, I=2, H=5, peepholes=True).check(target, reverse)
+
+
+@DIRECTIONS
 @EVERY_CELL
 def test_packed_sequences_are_padded_ones(target: str, cell: str, reverse: bool) -> None:
     rng = np.random.default_rng(0)
@@ -560,7 +595,7 @@ def test_inference_gives_the_same_bits_for_any_threads_and_batch(target: str, ce
         for case in (
             Case(rng, cell, T=T, B=B, I=I, H=H),
             Case(rng, cell, T=T, B=B, I=I, H=H, lengths=lengths),
-            Case(rng, cell, T=T, B=B, I=I, H=H, lengths=lengths, layer_norm=True),
+            Case(rng, cell, T=T, B=B, I=I, H=H, lengths=lengths, layer_norm=True, peepholes=True),
         ):
             whole = case.forward(reverse, target=target)
             packed = native_layers.pack(cell, case.weights, target)
@@ -609,7 +644,8 @@ def test_no_state_and_no_gradient_are_zeros(target: str, cell: str) -> None:
     a = native_layers.backward(cell, case.x, case.weights, given, zeros, case.state, none, target=target)
     b = native_layers.backward(cell, case.x, case.weights, missing, None, target=target)
     assert a.gains is b.gains is None
-    for left, right in zip(a[:-1], b[:-1], strict=True):
+    assert a.peepholes is b.peepholes is None
+    for left, right in zip(a[:-2], b[:-2], strict=True):
         assert same(left, right)
         assert left is None or not left.any()
 
@@ -694,7 +730,7 @@ def arguments_of(case: Case, output: Output) -> tuple[ForwardArgs, BackwardArgs,
     arrays |= {name: np.zeros(G, np.float32) for name in ("dbias_ih", "dbias_hh")}
     forward, backward = ForwardArgs(), BackwardArgs()
     for args in (forward, backward):
-        args.shape = Shape(T, B, I, H, None, None, None, native.CELLS[case.cell], 0, 1, -1)
+        args.shape = Shape(T, B, I, H, None, None, None, native.LAYER_CELLS[case.cell], 0, 1, -1)
         for name, kind, *_ in args._fields_:
             if name in arrays and kind is ctypes.c_void_p:
                 setattr(args, name, arrays[name].ctypes.data)
@@ -720,7 +756,7 @@ def test_arguments_that_cannot_be_are_refused(cell: str) -> None:
     bad: list[dict[str, Any]] = [
         *({name: value} for name in "TBI" for value in (-1, largest + 1, -(2**63))),
         *({"H": value} for value in (0, -1, largest + 1)),
-        *({"cell": value} for value in (-1, 4)),
+        *({"cell": value} for value in (-1, 5)),
         *({"target": value} for value in (-2, library.ls_num_targets(), 1000)),
         *({name: array.ctypes.data} for name, arrays in held.items() for array in arrays),
         *({name: None} for name in ("x", "weight_ih", "weight_hh", "y")),
@@ -734,6 +770,15 @@ def test_arguments_that_cannot_be_are_refused(cell: str) -> None:
                 setattr(args if hasattr(args, name) else args.shape, name, value)
         assert library.ls_forward(ctypes.byref(forward)) == native.BAD_ARGUMENT, changes
         assert library.ls_backward(ctypes.byref(backward)) == native.BAD_ARGUMENT, changes
+    vector = output.h_n.ctypes.data
+    names = ("weight_ci", "weight_cf", "weight_co")
+    every = names[1:] if cell == native.COUPLED else names if native.STATES[cell] == 2 else ()
+    for given in itertools.chain(*(itertools.combinations(names, n) for n in (1, 2, 3))):
+        forward, backward, _arrays = arguments_of(case, output)
+        for name in given:
+            setattr(forward.options, name, vector)
+        wanted = native.OK if given == every else native.BAD_ARGUMENT
+        assert library.ls_forward(ctypes.byref(forward)) == wanted, given
     forward, backward, _arrays = arguments_of(case, output)
     saved, backward.saved = backward.saved, None
     assert library.ls_backward(ctypes.byref(backward)) == native.BAD_ARGUMENT
@@ -761,7 +806,7 @@ def test_sizes_and_names_that_cannot_be_are_refused() -> None:
         assert library.ls_saved_floats(ctypes.byref(shape), 0) == -1
     assert library.ls_saved_floats(None, 0) == -1
     assert library.ls_packed_floats(3, 4, 5, -1) > 0
-    for bad in ((4, 4, 5, -1), (3, -1, 5, -1), (3, 4, 0, -1), (3, 4, 2**40, -1), (3, 4, 5, 99)):
+    for bad in ((5, 4, 5, -1), (3, -1, 5, -1), (3, 4, 0, -1), (3, 4, 2**40, -1), (3, 4, 5, 99)):
         assert library.ls_packed_floats(*bad) == -1
         assert library.ls_pack(*bad, None, None, None, None, None) == native.BAD_ARGUMENT
     assert library.ls_apply(3, -1, 0, None, None) == native.BAD_ARGUMENT
@@ -786,6 +831,7 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     gain, of_gru = np.ones(15, np.float32), Weights(weights.weight_ih[:15], weights.weight_hh[:15])
     short = Options(gains=Gains(np.ones(20, np.float32), np.ones(20, np.float32)))
     long = Options(gains=Gains(gain, gain, gain[:5], gain[:5]))
+    looks, wide = Peepholes(None, gain[:5], gain[:5]), Peepholes(None, gain, gain[:5])
     overlapping = np.lib.stride_tricks.as_strided(np.zeros(99, np.float32), (3, 2, 5), (4, 4, 4))
     turned_out = np.zeros((3, 5, 2), np.float32).swapaxes(1, 2)
     ones: Any = np.ones(3)
@@ -812,9 +858,12 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         ("order must be a permutation", lambda: run("lstm", x, weights, sequences=Sequences(order=np.array([0, 0])))),
         ("zoneout must be from 0 to 1", lambda: run("lstm", x, weights, options=Options(zoneout=2.0))),
         ("resets must be a bool array", lambda: run("lstm", x, weights, options=Options(resets=zeros))),
-        ("layer normalisation of an lstm needs gamma_c", lambda: run("lstm", x, weights, options=short)),
-        ("gamma_c and beta_c are the lstm's", lambda: run("gru", x, of_gru, options=long)),
+        ("layer normalisation of an LSTM needs gamma_c", lambda: run("lstm", x, weights, options=short)),
+        ("gamma_c and beta_c are the LSTM's", lambda: run("gru", x, of_gru, options=long)),
         ("gamma_hh must have the shape", lambda: run("gru", x, of_gru, options=Options(gains=Gains(gain, gain[1:])))),
+        ("peepholes are the LSTM's, not the gru's", lambda: run("gru", x, of_gru, options=Options(peepholes=looks))),
+        ("weight_ci is of the gate i", lambda: run("lstm", x, weights, options=Options(peepholes=looks))),
+        ("weight_cf must have the shape", lambda: run("lstm_coupled", x, of_gru, options=Options(peepholes=wide))),
         ("h_mask must have the shape", lambda: run("lstm", x, weights, options=Options(h_mask=out[0, :1]))),
         ("function must be one of", lambda: native_layers.apply("cosh", x)),
         ("save=True", lambda: native_layers.backward("lstm", x, weights, run("lstm", x, weights), None)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 import longshort
 from longshort import graph, kernels, native, ops
+from longshort.cells import Stack
+from longshort.options import LayerOptions
 from recurrent import PAIRS, flat, same, seeded
 
 pytestmark = pytest.mark.skipif(not native.targets(), reason="there are no native kernels here")
@@ -80,24 +83,35 @@ def test_packed_weights_go_when_their_layer_goes() -> None:
     assert not ops._packed
 
 
+QUICK = [
+    *itertools.product(
+        (longshort.RNN, longshort.GRU, longshort.LSTM),
+        ({}, {"layer_norm": True}, {"zoneout": 0.2, "recurrent_dropout": 0.1}),
+    ),
+    (longshort.LSTM, {"peephole": True}),
+    (longshort.LSTM, {"coupled_gates": True, "zoneout": 0.2}),
+    (longshort.LSTM, {"coupled_gates": True, "peephole": True, "layer_norm": True}),
+]
+
+
 @given(
-    st.sampled_from(PAIRS),
+    st.sampled_from(QUICK),
     st.integers(1, 4),
     st.integers(1, 3),
     st.booleans(),
     st.booleans(),
     st.booleans(),
-    st.sampled_from([{}, {"layer_norm": True}, {"zoneout": 0.2, "recurrent_dropout": 0.1}]),
     st.booleans(),
 )
 def test_the_short_way_gives_the_same_bits(
-    pair: Any, T: int, B: int, batch_first: bool, bias: bool, with_state: bool, options: Any, training: bool
+    quick: Any, T: int, B: int, batch_first: bool, bias: bool, with_state: bool, training: bool
 ) -> None:
-    layer = pair[0](3, 17, batch_first=batch_first, bias=bias, **options).train(training)
+    make, options = quick
+    layer = make(3, 17, batch_first=batch_first, bias=bias, **options).train(training)
     assert layer._quick[training] is not None
     x = torch.randn(*((B, T) if batch_first else (T, B)), 3, requires_grad=True)
     state = torch.randn(1, B, 17, requires_grad=True)
-    hx = ((state, state + 1) if pair[0] is longshort.LSTM else state) if with_state else None
+    hx = ((state, state + 1) if make is longshort.LSTM else state) if with_state else None
     for mode in (torch.no_grad(), torch.enable_grad()):
         with mode:
             short, general = seeded(0, layer, x, hx), seeded(0, layer._call, x, hx)
@@ -167,40 +181,47 @@ def test_nan_and_infinity_pass() -> None:
 
 
 def arguments_of(
-    cell: str, D: int, *, lengths: bool, masks: bool, grad: bool, layer_norm: bool = False
+    cell: str, D: int, *, lengths: bool, masks: bool, grad: bool, vectors: bool = False
 ) -> tuple[Any, ...]:
     torch.manual_seed(0)
     G, H, I, T, B = native.GATES[cell], 5, 3, 4, 2
-    gains = [(G * H,), (G * H,), *[(H,)] * (2 if cell == "lstm" else 0)] if layer_norm else []
-    shapes = [shape for _ in range(D) for shape in ((G * H, I), (G * H, H), (G * H,), (G * H,), *gains)]
+    coupled, lstm = cell == native.COUPLED, native.STATES[cell] == 2
+    options = LayerOptions(layer_norm=vectors, peephole=vectors and lstm, coupled_gates=coupled)
+    sizes = options.parameter_sizes(Stack("lstm" if lstm else cell, I, H, coupled=coupled))
+    of_vectors = [(size,) for size in sizes.values()]
+    shapes = [shape for _ in range(D) for shape in ((G * H, I), (G * H, H), (G * H,), (G * H,), *of_vectors)]
     weights = [torch.randn(shape).mul(0.3).requires_grad_(grad) for shape in shapes]
     x, h_0 = torch.randn(T, B, I).requires_grad_(grad), torch.randn(D, B, H).requires_grad_(grad)
-    c_0 = torch.randn(D, B, H).requires_grad_(grad) if cell == "lstm" else None
+    c_0 = torch.randn(D, B, H).requires_grad_(grad) if lstm else None
     counts, order = (torch.tensor([2, 2, 1, 0]), torch.tensor([1, 0])) if lengths else (None, None)
     h_masks: list[Tensor | None] = [torch.rand(B, H) for _ in range(D)] if masks else []
     zoneout: list[Tensor | None] = [torch.rand(T, B, H) for _ in range(D)] if masks else []
     resets: list[Tensor | None] = [torch.rand(T, B) < 0.3 for _ in range(D)] if masks else []
     rest = (cell, H, D, True, False, counts, order, B if lengths else 0, False, h_masks, zoneout, 0.0, resets, -1)
-    return (x, h_0, c_0, weights, *rest, layer_norm, grad)
+    return (x, h_0, c_0, weights, *rest, list(sizes), grad)
 
 
-@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("vectors", [False, True])
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("lengths", [False, True])
 @pytest.mark.parametrize("D", [1, 2])
-@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
-def test_opcheck(cell: str, D: int, lengths: bool, masks: bool, layer_norm: bool) -> None:
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", native.COUPLED])
+def test_opcheck(cell: str, D: int, lengths: bool, masks: bool, vectors: bool) -> None:
     layer, backward = torch.ops.longshort.layer, torch.ops.longshort.layer_backward
     for grad in (False, True):
-        settings = {"lengths": lengths, "masks": masks, "layer_norm": layer_norm}
+        settings = {"lengths": lengths, "masks": masks, "vectors": vectors}
         torch.library.opcheck(layer, arguments_of(cell, D, **settings, grad=grad))
     arguments = arguments_of(cell, D, **settings, grad=True)
     with torch.no_grad():
         y, h_n, c_n, saved = layer(*arguments)
     detached = [a.detach() if isinstance(a, Tensor) else a for a in arguments[: graph._NUM_LAYER]]
     detached[3] = [weight.detach() for weight in arguments[3]]
-    gradients = (torch.randn_like(y), torch.randn_like(h_n), torch.randn_like(c_n) if cell == "lstm" else None)
-    wanted = [True] * (1 + (2 if cell == "lstm" else 1) + len(arguments[3]))
+    gradients = (
+        torch.randn_like(y),
+        torch.randn_like(h_n),
+        torch.randn_like(c_n) if native.STATES[cell] == 2 else None,
+    )
+    wanted = [True] * (1 + native.STATES[cell] + len(arguments[3]))
     torch.library.opcheck(
         backward,
         (*detached, y, saved, *gradients, wanted),

@@ -247,6 +247,8 @@ class Sequences:
 
 GAINS = ("gamma_ih", "gamma_hh", "gamma_c", "beta_c")
 """The fields of `Options` that layer normalisation has, the last two for the LSTM alone."""
+VECTORS = (*GAINS, "weight_ci", "weight_cf", "weight_co")
+"""The fields of `Options` that are parameters, in the order of the kernel library's `ls_options`."""
 
 
 @dataclass(frozen=True)
@@ -290,15 +292,9 @@ class Options:
         return replace(self, **{name: tensor.contiguous() for name, tensor in given.items()})
 
     @property
-    def parameters(self) -> tuple[Tensor, ...]:
-        """Those tensors that may want gradients."""
-        names = (*GAINS, "weight_ci", "weight_cf", "weight_co")
-        return tuple(tensor for name in names if (tensor := getattr(self, name)) is not None)
-
-    @property
-    def gains(self) -> tuple[Tensor, ...]:
-        """Those of layer normalisation, in the order of `GAINS`."""
-        return tuple(tensor for name in GAINS if (tensor := getattr(self, name)) is not None)
+    def vectors(self) -> dict[str, Tensor]:
+        """The parameters that there are, by name, in the order of `VECTORS`."""
+        return {name: tensor for name in VECTORS if (tensor := getattr(self, name)) is not None}
 
     def step_of(self, cell: Cell) -> Step:
         """Return the step of `cell` with these options."""

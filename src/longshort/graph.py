@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longshort import backends, ops
+from longshort import backends, native, ops
 from longshort.cells import Options, Readings, Sequences, Stack, State
 
 _LAYER = (
     "Tensor x, Tensor? h_0, Tensor? c_0, Tensor[] weights, str cell, int hidden_size, int directions, bool bias, "
     "bool batch_first, Tensor? counts, Tensor? order, SymInt batch_size, bool packed, Tensor?[] h_masks, "
-    "Tensor?[] zoneout_masks, float zoneout, Tensor?[] resets, int target, bool layer_norm"
+    "Tensor?[] zoneout_masks, float zoneout, Tensor?[] resets, int target, str[] vectors"
 )
 _NUM_LAYER = 19
 _library: Any = torch.library.Library("longshort", "DEF")  # type: ignore[no-untyped-call]
@@ -36,7 +36,7 @@ _library.define(
 def _call(arguments: Sequence[Any]) -> tuple[Tensor, State | None, list[Tensor], ops.Call]:
     """Return x, state, weights and the rest, from the arguments that both operations share."""
     x, h_0, c_0, weights, cell, hidden_size, directions, bias, batch_first, counts, order, batch_size = arguments[:12]
-    packed, h_masks, zoneout_masks, zoneout, resets, target, layer_norm = arguments[12:_NUM_LAYER]
+    packed, h_masks, zoneout_masks, zoneout, resets, target, vectors = arguments[12:_NUM_LAYER]
     state = None if h_0 is None else (h_0,) if c_0 is None else (h_0, c_0)
     sequences = None if counts is None else Sequences(counts, order, batch_size, packed)
     options: tuple[Options, ...] = ()
@@ -45,7 +45,7 @@ def _call(arguments: Sequence[Any]) -> tuple[Tensor, State | None, list[Tensor],
             Options(h_mask_BH=h_mask, zoneout_mask_TBH=zoneout_mask, zoneout=zoneout, resets_TB=reset).contiguous()
             for h_mask, zoneout_mask, reset in zip(h_masks, zoneout_masks, resets, strict=True)
         )
-    call = ops.Call(cell, hidden_size, directions, bias, batch_first, sequences, options, target, layer_norm)
+    call = ops.Call(cell, hidden_size, directions, bias, batch_first, sequences, options, target, tuple(vectors))
     state = None if state is None else tuple(tensor.contiguous() for tensor in state)
     return ops.rows(x), state, [weight.contiguous() for weight in weights], call
 
@@ -74,18 +74,18 @@ def _layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _layer_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, _, _, _, cell, H, D, _, batch_first, counts, _, batch_size = arguments[:12]
-    target, layer_norm, save = arguments[_NUM_LAYER - 2 : _NUM_LAYER + 1]
+    target, vectors, save = arguments[_NUM_LAYER - 2 : _NUM_LAYER + 1]
     T, B = _size(x, batch_first, counts, batch_size)
     state = x.new_empty(D, B, H)
-    floats = _saved_floats(cell, H, T, B, target, layer_norm) if save else 0
-    c_n = state.new_empty(D, B, H) if cell == "lstm" else x.new_empty(0)
+    floats = _saved_floats(cell, H, T, B, target, "gamma_ih" in vectors) if save else 0
+    c_n = state.new_empty(D, B, H) if native.STATES[cell] == 2 else x.new_empty(0)
     return x.new_empty(*x.shape[:-1], D * H), state, c_n, x.new_empty(D, floats)
 
 
 def _layer_backward(*arguments: Any) -> list[Tensor]:
     y, saved, dy, dh_n, dc_n, wanted = arguments[_NUM_LAYER:]
     x, state, weights, call = _call(arguments)
-    dstate = (dh_n, dc_n)[: 2 if call.cell == "lstm" else 1]
+    dstate = (dh_n, dc_n)[: call.num_states]
     parts = saved.unbind()
     found = ops.backward(call, x, state, weights, y, parts, dy, dstate, wanted)
     return [x.new_empty(0) if gradient is None else gradient for gradient in found]
@@ -95,7 +95,7 @@ def _layer_backward_fake(*arguments: Any) -> list[Tensor]:
     x, _, _, weights, cell, H, D, _, batch_first, counts, _, batch_size = arguments[:12]
     wanted = arguments[-1]
     _, B = _size(x, batch_first, counts, batch_size)
-    shapes = [x.shape, *[(D, B, H)] * (2 if cell == "lstm" else 1), *[weight.shape for weight in weights]]
+    shapes = [x.shape, *[(D, B, H)] * native.STATES[cell], *[weight.shape for weight in weights]]
     return [x.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True)]
 
 
@@ -110,7 +110,7 @@ def _setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
 
 def _differentiate(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, _: Tensor | None) -> Any:
     x, h_0, c_0, *weights, y, saved = ctx.saved_tensors
-    lstm = ctx.rest[0] == "lstm"
+    lstm = native.STATES[ctx.rest[0]] == 2
     need = ctx.needs_input_grad
     states = (need[1], need[2])[: 1 + lstm]
     of_weights = need[3] if isinstance(need[3], (list, tuple)) else [need[3]] * len(weights)
@@ -167,21 +167,22 @@ def run_graph(
     assert readings is None
     D = 2 if stack.bidirectional else 1
     layers, per_layer = stack.num_layers, len(weights) // stack.num_layers
-    lstm = stack.cell == "lstm"
+    cell = ops.cell_of(stack)
+    lstm = native.STATES[cell] == 2
     rows: tuple[Any, ...] = (None, None, 0, False)
     if sequences is not None:
         rows = (sequences.counts, sequences.order, sequences.batch_size, sequences.packed)
     h_n, c_n = [], []
     for layer in range(layers):
         having = options[layer * D : (layer + 1) * D]
-        own, layer_norm = ops.join_gains(D, weights[layer * per_layer : (layer + 1) * per_layer], having)
+        own, vectors = ops.join_vectors(D, weights[layer * per_layer : (layer + 1) * per_layer], having)
         before = [None, None] if state is None else [tensor[layer * D : (layer + 1) * D] for tensor in state]
         x, h, c, _ = torch.ops.longshort.layer(
             x,
             before[0],
             before[1] if lstm else None,
             own,
-            stack.cell,
+            cell,
             stack.hidden_size,
             D,
             stack.bias,
@@ -192,7 +193,7 @@ def run_graph(
             having[0].zoneout if having else 0.0,
             [each.resets_TB for each in having],
             target,
-            layer_norm,
+            vectors,
             grad,
         )
         h_n.append(h)

@@ -15,7 +15,7 @@ from typing import Any
 
 CELLS = ("lstm", "gru", "rnn")
 MODES = ("train", "infer")
-OPTIONS = ("layer_norm", "recurrent_dropout", "zoneout", "lengths")
+OPTIONS = ("layer_norm", "recurrent_dropout", "zoneout", "lengths", "peephole", "coupled_gates")
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 
 
@@ -55,7 +55,8 @@ class Case:
 
     def operations(self) -> int:
         """Return the multiplications and additions of the matrix products; training takes three times the forward's."""
-        forward = 2 * sum(self.lengths()) * GATES[self.cell] * self.H * (self.H + self.H)
+        gates = GATES[self.cell] - (self.option == "coupled_gates")
+        forward = 2 * sum(self.lengths()) * gates * self.H * (self.H + self.H)
         return forward * (3 if self.mode == "train" else 1)
 
 

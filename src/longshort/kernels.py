@@ -357,7 +357,7 @@ def run(
     """
     stack = Stack(cell, x_TBI.shape[-1], state[0].shape[-1], len(weights))
     flat = [tensor for layer_weights in weights for tensor in layer_weights]
-    inputs = (x_TBI, *state, *flat, *(tensor for each in options for tensor in each.parameters))
+    inputs = (x_TBI, *state, *flat, *(tensor for each in options for tensor in each.vectors.values()))
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     needs = frozenset({"layer_norm"} if options else ())
     choice = choose(cell, needs, stack=stack, x=x_TBI, steps=x_TBI.shape[0], rows=x_TBI.shape[1], grad=grad)

@@ -27,12 +27,24 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 OK, OUT_OF_MEMORY, BAD_ARGUMENT = 0, 1, 2
 CELLS = {"rnn": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
-"""Each cell that has native kernels, and its number in the library."""
-GATES = {"rnn": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
-SHOWN = {"rnn": (), "rnn_relu": (), "gru": ("r", "z", "n"), "lstm": ("i", "f", "g", "o", "c")}
+"""Each cell of models that has native kernels, and its number in the library."""
+COUPLED = "lstm_coupled"
+"""The LSTM whose i is 1 - f: a cell of layers alone."""
+LAYER_CELLS = {**CELLS, COUPLED: 4}
+"""Each cell of layers that has native kernels, and its number in the library."""
+GATES = {"rnn": 1, "rnn_relu": 1, "gru": 3, "lstm": 4, COUPLED: 3}
+STATES = {"rnn": 1, "rnn_relu": 1, "gru": 1, "lstm": 2, COUPLED: 2}
+"""How many tensors a cell's state has: h, of an LSTM also c."""
+SHOWN = {
+    "rnn": (),
+    "rnn_relu": (),
+    "gru": ("r", "z", "n"),
+    "lstm": ("i", "f", "g", "o", "c"),
+    COUPLED: ("f", "g", "o", "c"),
+}
 """What a forward pass can show beside h, in the library's order."""
 BFLOAT16 = "avx512_bf16"
 """The target whose products have factors of bfloat16: about 3 digits, sums and everything else in float32."""

@@ -1,6 +1,7 @@
 """Single layers of the kernel library on NumPy arrays: forward, backward, what a forward pass shows. Needs no PyTorch.
 
-    T  steps   B  rows   I  input width   H  hidden units   G  gates: rnn and rnn_relu 1, gru 3, lstm 4   N  rows in all
+    T  steps   B  rows   I  input width   H  hidden units   N  rows in all
+    G  gates: rnn and rnn_relu 1, gru and lstm_coupled 3, lstm 4
 
 What the functions mean is written in `csrc/longshort.h`; here the structures are declared once more, and every shape
 and type is checked before a pointer is passed.
@@ -11,13 +12,15 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longshort.native import (
-    CELLS,
+    COUPLED,
     FUNCTIONS,
     GATES,
+    LAYER_CELLS,
     SHOWN,
+    STATES,
     address,
     aligned,
     check_status,
@@ -58,6 +61,7 @@ class LayerOptions(ctypes.Structure):
         ("zoneout", ctypes.c_float),
         ("reserved", _i32),
         *((name, _pointer) for name in ("resets", "gamma_ih", "gamma_hh", "gamma_c", "beta_c")),
+        *((name, _pointer) for name in ("weight_ci", "weight_cf", "weight_co")),
     )
 
 
@@ -106,6 +110,7 @@ class BackwardArgs(ctypes.Structure):
         ("dx_row", _i64),
         *((name, _pointer) for name in ("dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh", "dh0", "dc0")),
         *((name, _pointer) for name in ("dgamma_ih", "dgamma_hh", "dgamma_c", "dbeta_c")),
+        *((name, _pointer) for name in ("dweight_ci", "dweight_cf", "dweight_co")),
         ("accumulate_dx", _i32),
         ("reserved", _i32),
         ("tokens", Tokens),
@@ -151,9 +156,20 @@ class Gains(NamedTuple):
     gamma_hh: Array
     """(G H): of W_hh h."""
     gamma_c: Array | None = None
-    """(H), lstm: of the c that its output reads."""
+    """(H), of an LSTM: of the c that its output reads."""
     beta_c: Array | None = None
-    """(H), lstm: added to it."""
+    """(H), of an LSTM: added to it."""
+
+
+class Peepholes(NamedTuple):
+    """What an LSTM's gates see of c, which `csrc/longshort.h` describes."""
+
+    weight_ci: Array | None
+    """(H); None where gates are coupled."""
+    weight_cf: Array
+    """(H)."""
+    weight_co: Array
+    """(H): of the c after the step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,6 +186,8 @@ class Options:
     """(T, B): where a row's state is zero before the step."""
     gains: Gains | None = None
     """Of layer normalisation; None: nothing is normalised."""
+    peepholes: Peepholes | None = None
+    """None: no gate sees c."""
 
 
 class Output(NamedTuple):
@@ -180,7 +198,7 @@ class Output(NamedTuple):
     h_n: Array
     """(B, H)."""
     c_n: Array | None
-    """(B, H) for an lstm."""
+    """(B, H) for an LSTM."""
     saved: Array | None
     """For `backward`, where asked for."""
 
@@ -195,9 +213,11 @@ class Gradients(NamedTuple):
     bias_hh: Array
     h0: Array
     c0: Array | None
-    """For an lstm."""
+    """For an LSTM."""
     gains: Gains | None
     """Where there are gains."""
+    peepholes: Peepholes | None
+    """Where there are peepholes."""
 
 
 _EVERY_STEP = Sequences()
@@ -281,7 +301,7 @@ def forward(
     """Run one layer in one direction over a batch of sequences.
 
     Args:
-        cell: one of `CELLS`.
+        cell: one of `LAYER_CELLS`.
         x: (T, B, I), in any order in memory whose last axis is contiguous; (N, I) where there are `starts`.
         weights: of the layer.
         state: h0, or h0 and c0, each (B, H); empty: zeros.
@@ -302,9 +322,8 @@ def forward(
     found = need()
     call = _Call(cell, x, weights, state, sequences, options, threads, index_of(found, target))
     y = np.empty(call.y_shape, dtype=np.float32) if out is None else _writable("out", out, call.y_shape)
-    h_n, c_n = np.empty((call.B, call.H), np.float32), None
-    if cell == "lstm":
-        c_n = np.empty_like(h_n)
+    h_n = np.empty((call.B, call.H), np.float32)
+    c_n = np.empty_like(h_n) if STATES[cell] == 2 else None
     saved = aligned(saved_floats(call.shape, options.gains is not None)) if save else None
     if packed is not None:
         wanted = packed_floats(cell, call.I, call.H, target)
@@ -412,7 +431,7 @@ def backward(
     G = GATES[cell] * call.H
     shapes = ((G, call.I), (G, call.H), (G,), (G,), (call.B, call.H))
     weight_ih, weight_hh, bias_ih, bias_hh, h0 = (np.empty(shape, np.float32) for shape in shapes)
-    c0 = np.empty_like(h0) if cell == "lstm" else None
+    c0 = np.empty_like(h0) if STATES[cell] == 2 else None
     args = BackwardArgs(shape=call.shape, options=call.options, accumulate_dx=accumulate)
     args.x, args.x_step, args.x_row = call.strided(call.x)
     args.weight_ih, args.weight_hh = map(address, call.weights[:2])
@@ -428,10 +447,14 @@ def backward(
     args.dh0, args.dc0 = address(h0), address(c0)
     gains: Gains | None = None
     if options.gains is not None:
-        gains = Gains(*(None if gain is None else np.empty_like(gain) for gain in call.gains))  # type: ignore[arg-type]
+        gains = Gains(*map(_like, call.gains))
         args.dgamma_ih, args.dgamma_hh, args.dgamma_c, args.dbeta_c = map(address, gains)
+    peepholes: Peepholes | None = None
+    if options.peepholes is not None:
+        peepholes = Peepholes(*map(_like, call.peepholes))
+        args.dweight_ci, args.dweight_cf, args.dweight_co = map(address, peepholes)
     check_status(found.ls_backward(ctypes.byref(args)))
-    return Gradients(dx, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, gains)
+    return Gradients(dx, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, gains, peepholes)
 
 
 class _Call:
@@ -463,8 +486,10 @@ class _Call:
         if not 0 <= options.zoneout <= 1:
             raise ValueError(f"zoneout must be from 0 to 1, not {options.zoneout}")
         self.gains = self._check_gains(options.gains)
+        self.peepholes = self._check_peepholes(options.peepholes)
         h_mask, zoneout_mask, resets = map(address, self._masks)
-        self.options = LayerOptions(h_mask, zoneout_mask, options.zoneout, 0, resets, *map(address, self.gains))
+        vectors = (*self.gains, *self.peepholes)
+        self.options = LayerOptions(h_mask, zoneout_mask, options.zoneout, 0, resets, *map(address, vectors))
         self.shape = Shape(self.T, B, self.I, H, *map(address, self._indices), _cell(cell), sequences.reverse)
         self.shape.num_threads, self.shape.target = min(threads, 2**31 - 1), target
 
@@ -503,19 +528,30 @@ class _Call:
         if gains is None:
             return (None,) * 4
         sizes = [GATES[self.cell] * self.H] * 2 + [self.H] * 2
-        names = Gains._fields if self.cell == "lstm" else Gains._fields[:2]
+        names = Gains._fields if STATES[self.cell] == 2 else Gains._fields[:2]
         found: list[Array | None] = []
         for name, gain, size in zip(names, gains, sizes, strict=False):
             if gain is None:
-                raise ValueError(f"layer normalisation of an lstm needs {name}")
+                raise ValueError(f"layer normalisation of an LSTM needs {name}")
             found.append(float_array(name, gain, (size,)))
         if any(gain is not None for gain in gains[len(found) :]):
-            raise ValueError(f"gamma_c and beta_c are the lstm's, not the {self.cell}'s")
+            raise ValueError(f"gamma_c and beta_c are the LSTM's, not the {self.cell}'s")
         return (*found, None, None)[:4]
+
+    def _check_peepholes(self, peepholes: Peepholes | None) -> tuple[Array | None, ...]:
+        """Return the contiguous peepholes, all None where there are none."""
+        if peepholes is None:
+            return (None,) * 3
+        if STATES[self.cell] != 2:
+            raise ValueError(f"peepholes are the LSTM's, not the {self.cell}'s")
+        if (peepholes.weight_ci is None) != (self.cell == COUPLED):
+            raise ValueError("weight_ci is of the gate i: an lstm needs it, an lstm_coupled has none")
+        pairs = zip(Peepholes._fields, peepholes, strict=True)
+        return tuple(None if given is None else float_array(name, given, (self.H,)) for name, given in pairs)
 
     def states(self, name: str, given: Sequence[Array | None]) -> tuple[Array | None, Array | None]:
         """Return the two states or their gradients, each (B, H) or None."""
-        wanted = 2 if self.cell == "lstm" else 1
+        wanted = STATES[self.cell]
         if given and len(given) != wanted:
             raise ValueError(f"{name} must hold {wanted} arrays, not {len(given)}")
         found = [None if s is None else float_array(f"{name}[{i}]", s, (self.B, self.H)) for i, s in enumerate(given)]
@@ -532,9 +568,16 @@ class _Call:
 
 
 def _cell(name: str) -> int:
-    if name not in CELLS:
-        raise ValueError(f"cell must be one of {', '.join(CELLS)}, not {name!r}")
-    return CELLS[name]
+    if name not in LAYER_CELLS:
+        raise ValueError(f"cell must be one of {', '.join(LAYER_CELLS)}, not {name!r}")
+    return LAYER_CELLS[name]
+
+
+def _like(array: Any) -> Any:
+    """Return a new array for its gradient; of None None."""
+    import numpy as np
+
+    return None if array is None else np.empty_like(array)
 
 
 def _check_weights(cell: str, weights: Weights) -> tuple[tuple[Array | None, ...], int, int]:

@@ -23,16 +23,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longshort import backends, cells, native
-from longshort.cells import GAINS, Options, Readings, Sequences, Stack, State
+from longshort.cells import VECTORS, Options, Readings, Sequences, Stack, State
 from longshort.native_model import LossArgs
 
-CAN = frozenset({"packed", "lengths", "resets", "recurrent_dropout", "zoneout", "layer_norm", "return_gates"})
+CAN = frozenset(
+    {"packed", "lengths", "resets", "return_gates"}
+    | {"recurrent_dropout", "zoneout", "layer_norm", "peephole", "coupled_gates"}
+)
 """What a call may have beyond a plain layer."""
 
 # The library's structures, written by one call: ctypes fields cost 60 ns each, and there are forty.
-_SHAPE, _OPTIONS = "4q3P4i", "PPfi5P"
+_SHAPE, _OPTIONS = "4q3P4i", "PPfi8P"
 FORWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq8Pqq3PPPq")
-BACKWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq5PqqPPqq4Pqq10PiiPPqP")
+BACKWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq5PqqPPqq4Pqq13PiiPPqP")
 _SHAPE_ALONE = struct.Struct(f"@{_SHAPE}")
 
 
@@ -63,6 +66,7 @@ class Call(NamedTuple):
     """
 
     cell: str
+    """One of `native.LAYER_CELLS`."""
     H: int
     directions: int
     bias: bool
@@ -71,8 +75,8 @@ class Call(NamedTuple):
     options: Sequence[Options]
     target: int
     """Number of the target, -1 for the active one."""
-    layer_norm: bool = False
-    """Whether the gains of layer normalisation follow each direction's weights."""
+    vectors: tuple[str, ...] = ()
+    """Those of `cells.VECTORS` that follow each direction's weights, in their order."""
     ids: Tensor | None = None
     """(T, B), int64, contiguous."""
     shows: bool = False
@@ -100,7 +104,7 @@ class Call(NamedTuple):
             counts = sequences.counts.data_ptr()
             order = 0 if sequences.order is None else sequences.order.data_ptr()
             starts = sequences.starts.data_ptr() if sequences.packed else 0
-        code, threads = native.CELLS[self.cell], torch.get_num_threads()
+        code, threads = native.LAYER_CELLS[self.cell], torch.get_num_threads()
         I = 0 if self.ids is not None else x.shape[-1]
         return T, B, I, self.H, counts, starts, order, code, direction, threads, self.target
 
@@ -110,25 +114,44 @@ class Call(NamedTuple):
 
     @property
     def num_plain(self) -> int:
-        """Return the number of a direction's weights, without the gains that may follow them."""
+        """Return the number of a direction's weights, without the vectors that may follow them."""
         return 4 if self.bias else 2
+
+    @property
+    def num_states(self) -> int:
+        """Return the number of tensors that the state has."""
+        return native.STATES[self.cell]
+
+    @property
+    def layer_norm(self) -> bool:
+        """Return whether the layer is normalised."""
+        return "gamma_ih" in self.vectors
 
     def option_fields(self, direction: int, weights: Sequence[Tensor]) -> tuple[float, ...]:
         """Return the fields of `ls_options`; the tensors are contiguous and live as long as this call."""
-        gains: tuple[int, ...] = (0, 0, 0, 0)
-        if self.layer_norm:
-            gains = (*[gain.data_ptr() for gain in weights[self.num_plain :]], 0, 0)[:4]
+        vectors = vector_fields(self.vectors, weights[self.num_plain :])
         if not self.options:
-            return 0, 0, 0.0, 0, 0, *gains
+            return 0, 0, 0.0, 0, 0, *vectors
         options = self.options[direction]
         masks = (options.h_mask_BH, options.zoneout_mask_TBH, options.resets_TB)
         h_mask, zoneout_mask, resets = (0 if mask is None else mask.data_ptr() for mask in masks)
-        return h_mask, zoneout_mask, options.zoneout, 0, resets, *gains
+        return h_mask, zoneout_mask, options.zoneout, 0, resets, *vectors
 
 
 def address(tensor: Tensor | None) -> int:
     """Return where a tensor's memory is, as the library takes it: 0 of None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def vector_fields(names: Sequence[str], tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+    """Return where the tensors of these names lie, in the order of `cells.VECTORS`; 0 of those that there are not."""
+    if not names:
+        return _NO_VECTORS
+    places = dict(zip(names, map(address, tensors), strict=True))
+    return tuple(places.get(name, 0) for name in VECTORS)
+
+
+_NO_VECTORS = (0,) * len(VECTORS)
 
 
 def check(status: int) -> None:
@@ -155,7 +178,7 @@ def _empty(floats: int) -> Tensor:
 @functools.cache
 def saved_floats_a_row(cell: str, H: int, target: int, layer_norm: bool) -> int:
     """Return the floats that the forward pass saves for one row of one step in one direction."""
-    shape = _SHAPE_ALONE.pack(1, 1, 1, H, 0, 0, 0, native.CELLS[cell], 0, 1, target)
+    shape = _SHAPE_ALONE.pack(1, 1, 1, H, 0, 0, 0, native.LAYER_CELLS[cell], 0, 1, target)
     return int(library.ls_saved_floats(shape, layer_norm))
 
 
@@ -188,7 +211,7 @@ def pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
     target = library.ls_active_target() if call.target < 0 else call.target
     bias_ih, bias_hh = (weights[2], weights[3]) if call.bias else (None, None)
     pointers = (weights[0].data_ptr(), weights[1].data_ptr(), address(bias_ih), address(bias_hh))
-    code = native.CELLS[call.cell]
+    code = native.LAYER_CELLS[call.cell]
     sample = library.ls_sample(code, I, call.H, *pointers)
     key = (target, call.cell, *pointers, sample, *[weight._version for weight in weights])
     found = _packed.get(id(owner))
@@ -242,8 +265,8 @@ def forward(
         call: the layer.
         x: (T, B, I), (B, T, I) or packed (N, I); or a table, as `Call` says.
         state: h_0 and for the LSTM c_0, (D, B, H) and contiguous; zeros if None.
-        weights: of each direction weight_ih, weight_hh, and if there are any the biases and the gains of layer
-            normalisation, contiguous.
+        weights: of each direction weight_ih, weight_hh, and if there are any the biases and the call's vectors,
+            contiguous.
         saved: filled with what `backward` needs: `saved_floats` for each direction; nothing is saved if there are none.
         keep_packed: whether the weights may be packed for later calls too.
 
@@ -254,7 +277,7 @@ def forward(
     T, B = call.size(x)
     y = x.new_empty((T, B, D * H) if call.ids is not None else (*x.shape[:-1], D * H))
     h_n = x.new_empty(D, B, H)
-    c_n = x.new_empty(D, B, H) if call.cell == "lstm" else None
+    c_n = x.new_empty(D, B, H) if call.num_states == 2 else None
     per_direction = len(weights) // D
     x_step, x_row = (0, 0) if call.ids is not None else call.strides(x)
     y_step, y_row = call.strides(y)
@@ -316,8 +339,8 @@ def backward(
     """
     D, H = call.directions, call.H
     _, B = call.size(x)
-    lstm = call.cell == "lstm"
-    num_states = 2 if lstm else 1
+    num_states = call.num_states
+    lstm = num_states == 2
     given = torch.empty(x.shape, dtype=x.dtype) if wanted[0] else None
     dx, dtable = (given, None) if call.ids is None else (None, given)
     dbefore = [x.new_empty(D, B, H) if wanted[1 + i] else None for i in range(num_states)]
@@ -369,7 +392,7 @@ def backward(
             address(down[3]) if call.bias else 0,
             part(dbefore[0], offset),
             part(dbefore[1], offset) if lstm else 0,
-            *(*map(address, down[call.num_plain :]), 0, 0, 0, 0)[:4],
+            *vector_fields(call.vectors, down[call.num_plain :]),
             int(d > 0),
             0,
             *call.tokens(x),
@@ -422,7 +445,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, x: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
-        num_states = 2 if call.cell == "lstm" else 1
+        num_states = call.num_states
         state, weights = rest[:num_states], rest[num_states:]
         given = None if state[0] is None else state
         saved = [Saved(saved_floats(call, x)) for _ in range(call.directions)]
@@ -464,7 +487,7 @@ def by_equations(
         wanted: as in `backward`.
     """
     given: Any = None if state[0] is None else tuple(state)
-    plain, options = part_gains(call, weights)
+    plain, options = part_vectors(call, weights)
     readings: list[Readings] | None = [] if call.shows else None
     if call.ids is not None:
         first = F.embedding(call.ids, x) + plain[2]
@@ -474,7 +497,9 @@ def by_equations(
             cell, first, given, [plain], bias=True, first_is_gates=True, sequences=call.sequences
         )
     else:
-        stack = Stack(call.cell, x.shape[-1], call.H, 1, call.bias, call.directions == 2)
+        coupled = call.cell == native.COUPLED
+        cell_name = "lstm" if coupled else call.cell
+        stack = Stack(cell_name, x.shape[-1], call.H, 1, call.bias, call.directions == 2, coupled=coupled)
         output, after = backends.run_reference(
             stack,
             x,
@@ -497,19 +522,27 @@ def by_equations(
     return [next(found) if want else None for want in wanted]
 
 
-def join_gains(directions: int, weights: Sequence[Tensor], options: Sequence[Options]) -> tuple[list[Tensor], bool]:
-    """Return a layer's weights, each direction's followed by its gains of layer normalisation; whether it has any."""
-    layer_norm = bool(options) and options[0].gamma_ih is not None
-    if layer_norm:
+def cell_of(stack: Stack) -> str:
+    """Return the name of the layers' cell in `native.LAYER_CELLS`."""
+    return native.COUPLED if stack.coupled else stack.cell
+
+
+def join_vectors(
+    directions: int, weights: Sequence[Tensor], options: Sequence[Options]
+) -> tuple[list[Tensor], tuple[str, ...]]:
+    """Return a layer's weights, each direction's followed by its options' vectors, and the names of these."""
+    vectors = [having.vectors for having in options]
+    names = tuple(vectors[0]) if vectors else ()
+    if names:
         n = len(weights) // directions
-        joined = ((*weights[d * n : (d + 1) * n], *having.gains) for d, having in enumerate(options))
+        joined = ((*weights[d * n : (d + 1) * n], *own.values()) for d, own in enumerate(vectors))
         weights = [tensor for own in joined for tensor in own]
-    return [weight.contiguous() for weight in weights], layer_norm
+    return [weight.contiguous() for weight in weights], names
 
 
-def part_gains(call: Call, weights: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Options]]:
-    """Return a layer's weights without gains, and its options with them."""
-    if not call.layer_norm:
+def part_vectors(call: Call, weights: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Options]]:
+    """Return a layer's weights without vectors, and its options with them."""
+    if not call.vectors:
         return list(weights), call.options
     n = len(weights) // call.directions
     plain: list[Tensor] = []
@@ -517,8 +550,8 @@ def part_gains(call: Call, weights: Sequence[Tensor]) -> tuple[list[Tensor], Seq
     for d in range(call.directions):
         own = weights[d * n : (d + 1) * n]
         plain += own[: call.num_plain]
-        gains: dict[str, Any] = dict(zip(GAINS, own[call.num_plain :], strict=False))
-        options.append(replace(call.options[d] if call.options else Options(), **gains))
+        vectors: dict[str, Any] = dict(zip(call.vectors, own[call.num_plain :], strict=True))
+        options.append(replace(call.options[d] if call.options else Options(), **vectors))
     return plain, options
 
 
@@ -546,16 +579,17 @@ def run_native(
     """
     D = 2 if stack.bidirectional else 1
     layers, per_layer = stack.num_layers, len(weights) // stack.num_layers
-    shows = readings is not None and bool(native.SHOWN[stack.cell])
+    cell = cell_of(stack)
+    shows = readings is not None and bool(native.SHOWN[cell])
     if state is not None:
         state = tuple(tensor.contiguous() for tensor in state)
     after: list[State] = []
     for layer in range(layers):
         having = tuple(each.contiguous() for each in options[layer * D : (layer + 1) * D])
-        own, layer_norm = join_gains(D, weights[layer * per_layer : (layer + 1) * per_layer], having)
+        own, vectors = join_vectors(D, weights[layer * per_layer : (layer + 1) * per_layer], having)
         symbols = None if layer or ids is None else ids.contiguous()
-        plain = (stack.cell, stack.hidden_size, D, stack.bias, batch_first, sequences, having, target)
-        call = Call(*plain, layer_norm, symbols, shows)
+        plain = (cell, stack.hidden_size, D, stack.bias, batch_first, sequences, having, target)
+        call = Call(*plain, vectors, symbols, shows)
         x = rows(x) if symbols is None else x.contiguous()
         before = state if state is None or layers == 1 else tuple(t[layer * D : (layer + 1) * D] for t in state)
         num_states = len(stack.state_sizes)
@@ -570,7 +604,7 @@ def run_native(
         after.append(last)
         if readings is not None:
             y_TBH = x.transpose(0, 1) if batch_first else x
-            readings += [_reading(stack.cell, h, gates) for h, gates in zip_longest(y_TBH.chunk(D, -1), shown)]
+            readings += [_reading(stack, h, gates, sequences) for h, gates in zip_longest(y_TBH.chunk(D, -1), shown)]
         if dropout and training and layer + 1 < layers:
             x = backends.drop_between(x, dropout, batch_first, sequences)
     if layers == 1:
@@ -578,10 +612,13 @@ def run_native(
     return x, tuple(torch.cat(tensors) for tensors in zip(*after, strict=True))
 
 
-def _reading(cell: str, h_TBH: Tensor, shown: Tensor | None) -> Readings:
+def _reading(stack: Stack, h_TBH: Tensor, shown: Tensor | None, sequences: Sequences | None) -> Readings:
     """Return what one direction had at every step by name, in the order of `cells`."""
-    values = dict(zip(native.SHOWN[cell], () if shown is None else shown.unbind(), strict=True), h=h_TBH)
-    known = cells.get_cell(cell)
+    values = dict(zip(native.SHOWN[cell_of(stack)], () if shown is None else shown.unbind(), strict=True), h=h_TBH)
+    if stack.coupled:
+        i_TBH = 1 - values["f"]
+        values["i"] = i_TBH if sequences is None else i_TBH.masked_fill(~sequences.valid_TB.unsqueeze(-1), 0)
+    known = cells.get_cell(stack.cell)
     return {name: values[name] for name in (*known.gates, *known.states)}
 
 

@@ -38,6 +38,8 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "layer_norm": {"layer_norm": True},
     "recurrent_dropout": {"recurrent_dropout": _DROPOUT},
     "zoneout": {"zoneout": _ZONEOUT},
+    "peephole": {"peephole": True},
+    "coupled_gates": {"coupled_gates": True},
 }
 GEMM_SIZE = 2048
 """Rows and columns of the matrices whose product tells the machine's rate."""
@@ -122,8 +124,9 @@ def _peer(case: Case, ours: nn.Module) -> nn.Module:
         peer = ScriptedLSTM(case.H, case.option, case.lengths())
     else:
         peer = (_TORCH if case.peer == "torch.nn" else _OURS)[case.cell](case.H, case.H)
-    values = ours.state_dict()
-    peer.load_state_dict({name: values.get(name, value) for name, value in peer.state_dict().items()})
+    values, own = ours.state_dict(), peer.state_dict()
+    shared = {name: values[name] for name in own.keys() & values.keys() if values[name].shape == own[name].shape}
+    peer.load_state_dict(own | shared)
     return peer
 
 
@@ -153,7 +156,7 @@ def _training(run: Run, parameters: Iterable[Tensor], x_TBI: Tensor, dy_TBH: Ten
 # ------------------------------------------------------------------------------------------- the TorchScript loop
 
 
-class ScriptedLSTM(nn.LSTM):
+class ScriptedLSTM(nn.RNNBase):
     """An LSTM layer written as users write one where `nn.LSTM` lacks an option: a compiled loop of steps.
 
     The product of the inputs is taken once for all steps, as a good loop does.
@@ -165,15 +168,18 @@ class ScriptedLSTM(nn.LSTM):
     """
 
     def __init__(self, hidden_size: int, option: str, lengths: list[int]) -> None:
-        super().__init__(hidden_size, hidden_size)
+        # Without i the weights have three blocks of rows, as the GRU's.
+        super().__init__("GRU" if option == "coupled_gates" else "LSTM", hidden_size, hidden_size)
         self.option = option
+        for gate in "ifo" if option == "peephole" else "":
+            self.register_parameter(f"weight_c{gate}_l0", nn.Parameter(torch.zeros(hidden_size)))
         self.lengths = torch.tensor(lengths)
         # Of the input's and the state's share of the gates, which have biases already, and of the cell state.
         G = 4 * hidden_size
         norms = [nn.LayerNorm(G, bias=False), nn.LayerNorm(G, bias=False), nn.LayerNorm(hidden_size)]
         self.norms = nn.ModuleList(norms if option == "layer_norm" else [])
 
-    def forward(self, x_TBI: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # type: ignore[override]
+    def forward(self, x_TBI: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Run the layer over a sequence (T, B, I) from a state of two tensors (1, B, H)."""
         loop = _compiled_loop()
         y_TBH, h_BH, c_BH = loop(
@@ -182,6 +188,7 @@ class ScriptedLSTM(nn.LSTM):
             state[1][0],
             self.all_weights[0],
             list(self.norms.parameters()),
+            [self.weight_ci_l0, self.weight_cf_l0, self.weight_co_l0] if self.option == "peephole" else [],
             self.lengths if self.option == "lengths" else None,
             _DROPOUT if self.option == "recurrent_dropout" and self.training else 0.0,
             _ZONEOUT if self.option == "zoneout" else 0.0,
@@ -204,6 +211,7 @@ def _loop(
     c_BH: Tensor,
     weights: list[Tensor],
     norms: list[Tensor],
+    peepholes: list[Tensor],
     lengths_B: Tensor | None,
     drop: float,
     zoneout: float,
@@ -211,7 +219,7 @@ def _loop(
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     G, H = weight_hh.size(0), weight_hh.size(1)
-    normal = len(norms) > 0
+    normal, looks = len(norms) > 0, len(peepholes) > 0
     if normal:
         x_TBG = F.layer_norm(F.linear(x_TBI, weight_ih), [G], norms[0]) + bias_ih
     else:
@@ -225,8 +233,16 @@ def _loop(
             h_BG = F.layer_norm(F.linear(kept_BH, weight_hh), [G], norms[1]) + bias_hh
         else:
             h_BG = F.linear(kept_BH, weight_hh, bias_hh)
-        i, f, g, o = (x_BG + h_BG).chunk(4, 1)
-        c_new = torch.sigmoid(f) * c_BH + torch.sigmoid(i) * torch.tanh(g)
+        gates = (x_BG + h_BG).chunk(G // H, 1)
+        f, g, o = gates[-3], gates[-2], gates[-1]
+        if looks:
+            f = f + peepholes[1] * c_BH
+        f = torch.sigmoid(f)
+        before_i = gates[0] + peepholes[0] * c_BH if looks else gates[0]
+        i = 1 - f if len(gates) == 3 else torch.sigmoid(before_i)
+        c_new = f * c_BH + i * torch.tanh(g)
+        if looks:
+            o = o + peepholes[2] * c_new
         shown = F.layer_norm(c_new, [H], norms[2], norms[3]) if normal else c_new
         h_new = torch.sigmoid(o) * torch.tanh(shown)
         if zoneout > 0:

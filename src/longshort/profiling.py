@@ -100,7 +100,7 @@ def _share_of_weights(model: LanguageModel, batch: Batch) -> float:
     weights = [weight_hh[:, :0], weight_hh, *biases]
     target = kernels.quick_target()
     assert target is not None
-    call = ops.Call(config.cell, config.hidden, 1, True, False, None, (), target, False, ids)
+    call = ops.Call(config.cell, config.hidden, 1, True, False, None, (), target, (), ids)
     saved = [torch.empty(ops.saved_floats(call, table))]
     with torch.no_grad():
         y, after = ops.forward(call, table, None, weights, saved)

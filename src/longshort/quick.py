@@ -25,9 +25,9 @@ class Quick:
 
     Args:
         stack: one layer, one direction, without projection.
-        names: of its weights among the module's parameters, and of its gains of layer normalisation.
+        names: of its weights among the module's parameters, and of its options' vectors.
         batch_first: as in the layer.
-        options: of the layer: none beyond layer normalisation, recurrent dropout and zoneout.
+        options: of the layer: those that a kernel must know of, and no others.
         training: whether they act as in training.
     """
 
@@ -36,14 +36,14 @@ class Quick:
     ) -> None:
         self._stack, self._names, self._batch_first, self._options = stack, tuple(names), batch_first, options
         self._draws = training and bool(options.recurrent_dropout or options.zoneout)
-        self._fixed = Options(zoneout=0.0 if training else options.zoneout)
-        self._cell, self._code = stack.cell, native.CELLS[stack.cell]
-        self._I, self._H, self._bias, self._lstm = stack.input_size, stack.hidden_size, stack.bias, stack.cell == "lstm"
-        self._num_plain, G = len(stack.weight_shapes), stack.gate_size
-        gains = [(size,) for size in (G, G, self._H, self._H)][: len(names) - self._num_plain]
-        self._normal, self._shapes = bool(gains), (*stack.weight_shapes, *gains)
-        self._plain = not (self._draws or self._fixed.zoneout or self._normal)
-        self._call = Call(stack.cell, self._H, 1, stack.bias, batch_first, None, (self._fixed,), -1, self._normal)
+        self._fixed = Options(zoneout=0.0 if training else options.zoneout, coupled=stack.coupled)
+        self._cell, self._I, self._H, self._bias = ops.cell_of(stack), stack.input_size, stack.hidden_size, stack.bias
+        self._code, self._lstm = native.LAYER_CELLS[self._cell], native.STATES[self._cell] == 2
+        vectors = options.parameter_sizes(stack)
+        self._num_plain, self._vectors = len(stack.weight_shapes), tuple(vectors)
+        self._shapes = (*stack.weight_shapes, *((size,) for size in vectors.values()))
+        self._plain = not (self._draws or self._fixed.zoneout or vectors)
+        self._call = Call(self._cell, self._H, 1, stack.bias, batch_first, None, (self._fixed,), -1, self._vectors)
 
     def __call__(self, parameters: Mapping[str, Tensor | None], x: Any, hx: Any, target: int) -> Any:
         """Return what the layer returns, or None where this is not the usual call."""
@@ -96,9 +96,9 @@ class Quick:
     def _shape(self, target: int, having: Options, T: int, B: int, weights: Sequence[Tensor]) -> tuple[float, ...]:
         """Return the fields of `ls_shape` and `ls_options`."""
         masks = address(having.h_mask_BH), address(having.zoneout_mask_TBH)
-        gains = (*[gain.data_ptr() for gain in weights[self._num_plain :]], 0, 0, 0, 0)[:4]
+        vectors = ops.vector_fields(self._vectors, weights[self._num_plain :])
         sizes = (T, B, self._I, self._H, 0, 0, 0, self._code, 0, torch.get_num_threads(), target)
-        return *sizes, *masks, having.zoneout, 0, 0, *gains
+        return *sizes, *masks, having.zoneout, 0, 0, *vectors
 
     def _places(self, tensor: Tensor) -> tuple[int, int, int]:
         """Return where a tensor laid as the input lies, and the floats from step to step and from row to row."""
@@ -156,8 +156,7 @@ class Quick:
         dx = torch.empty(x.shape) if wanted[0] else None
         dh_0, dc_0 = (torch.empty(1, B, H) if want else None for want in wanted[1:3])
         dweights = [torch.empty_like(w) if want else None for w, want in zip(weights, wanted[3:], strict=True)]
-        of_weights = list(map(address, dweights))
-        plain, gains = of_weights[: self._num_plain], of_weights[self._num_plain :]
+        plain = map(address, dweights[: self._num_plain])
         dy = None if dy is None else ops.rows(dy)
         dh_n, dc_n = (None if each is None else each.contiguous() for each in (dh_n, dc_n))
         fields = BACKWARD.pack(
@@ -177,7 +176,7 @@ class Quick:
             *(*plain, 0, 0)[:4],
             address(dh_0),
             address(dc_0),
-            *(*gains, 0, 0, 0, 0)[:4],
+            *ops.vector_fields(self._vectors, dweights[self._num_plain :]),
             *(0, 0, 0, 0, 0, 0),
         )
         check(library.ls_backward(fields))
@@ -203,7 +202,7 @@ class Quick:
 
     def saved_floats_a_row(self, target: int) -> int:
         """Return the floats that the forward pass saves for one row of one step."""
-        return ops.saved_floats_a_row(self._cell, self._H, target, self._normal)
+        return ops.saved_floats_a_row(self._cell, self._H, target, self._call.layer_norm)
 
 
 class _Trained(torch.autograd.Function):

@@ -92,7 +92,7 @@ class RecurrentLayer(StandIn, nn.RNNBase):
         """The short way of the usual call to the native kernels, in evaluation and in training, where there is one."""
         options, given = self.options, self.options.given.keys()
         single = self.num_layers == 1 and not (self.bidirectional or self.proj_size)
-        if not (single and ops.TARGETS and given <= {"layer_norm", "recurrent_dropout", "zoneout", "forget_bias"}):
+        if not (single and ops.TARGETS and given <= options.needs(training=True) | {"forget_bias"}):
             return None, None
         names = [*self._flat_weights_names, *self._option_names[0].values()]
         quick = Quick(self._stack, names, self.batch_first, options, training=False)
@@ -270,7 +270,7 @@ class RecurrentLayer(StandIn, nn.RNNBase):
         having: list[Options] = []
         if self.options.given or resets_TB is not None:
             state, weights, having = self._with_options(x, state, weights, steps, rows, sequences, resets_TB)
-        inputs = (x, *weights, *(state or ()), *(tensor for each in having for tensor in each.parameters))
+        inputs = (x, *weights, *(state or ()), *(tensor for each in having for tensor in each.vectors.values()))
         grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
         choice = kernels.choose(stack.cell, needs, stack=stack, x=x, steps=steps, rows=rows, grad=grad)
         return kernels.run_layers(
