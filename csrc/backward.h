@@ -8,7 +8,11 @@
 
    dgates are the gradients before the activations. The GRU has two sets: its candidate's input and hidden share differ by
    the factor r. A team divides units; there is one team, since all rows add to the same weights. With layer normalisation
-   a step's dgates need the whole row: rows are divided for them, and all wait once more. */
+   a step's dgates need the whole row: rows are divided for them, and all wait once more. Of an LSTM that projects h, dh is
+   of what is put out, and one more product leads to the cell:
+
+     step:   dh   (own columns)   | all wait |   dm = dh W_hr -> dgates, dc   (own units)   | all wait |
+     chunk:  dW_hr += dh^T m   (own columns) */
 
 #ifndef LONGSHORT_BACKWARD_H
 #define LONGSHORT_BACKWARD_H
@@ -29,21 +33,23 @@ struct Backward {
   const ls_backward_args& a;
   const Steps steps;
   const Sizes<Cell> sizes;
-  int64_t T, B, I, H;
+  int64_t T, B, I, H, P;
   int64_t Bp;             /* rows that a blocked array of states has room for */
   int threads;
   int64_t chunk_rows;
   int64_t U;              /* unit blocks, without those that are all padding */
-  int64_t hidden_panels, input_panels;
+  int64_t h_blocks;       /* of W columns of h */
+  int64_t unit_panels, hidden_panels, input_panels; /* of units, and of columns of h and of x */
   bool options;           /* whether there is anything beside the plain layer; gradients of gates too */
-  bool has_direct, normal, peeps;
+  bool has_direct, normal, peeps, projects;
   int64_t saved_row; /* floats that a row of a unit block has saved */
   bool direct_weights;    /* they are read as they lie; `recurrent` has its rows one after the other then */
-  int64_t r_row, r_block;
+  int64_t r_row, r_block, m_row, m_block;
 
   int64_t* row_offset;
   float* packed_hidden;   /* [panel][(unit block, gate, unit)][kColumns W] */
   float* packed_inputs;
+  float* packed_projection; /* [panel of units][column of h][kColumns W] */
   float* dg;              /* what reached W_hh h: blocked, [(unit block, gate)][row of the chunk][W] */
   float* dg_input;        /* what reached W_ih x; the same but for the GRU and layer normalisation */
   float* left;            /* dg as a left factor, [(unit block, gate)][row of the chunk][S]: itself where factors are floats */
@@ -52,6 +58,11 @@ struct Backward {
   float* right_input;
   float* recurrent;       /* dgates W_hh, blocked [unit block][row][W] */
   float* direct;          /* what reaches h past W_hh: GRU's z, zoneout */
+  float* dh_rows;         /* where h is projected: of what a step puts out, [block][row of the chunk][W], */
+  float* dh_left;         /* as a left factor, */
+  float* dh_right;        /* as the weights' gradients multiply it; */
+  float* dm;              /* dh W_hr, blocked as `recurrent` */
+  float* m_columns;       /* and the chunk's m = o tanh(c), as `x_columns` */
   float* dc;
   float* dx;              /* [panel][row of the chunk][kPanel] */
   float* x_columns;       /* the chunk's x and its h before each step: [panel of columns][row][kOuterVectors W] */
@@ -61,21 +72,24 @@ struct Backward {
   Team::Shared* shared;
 
   Backward(const ls_backward_args& args)
-      : a(args), steps(args.shape), sizes(args.shape.I, args.shape.H), T(args.shape.T), B(args.shape.B),
-        I(args.shape.I), H(args.shape.H), Bp(odd(B)), U(ceil_div(H, W)) {
+      : a(args), steps(args.shape), sizes(args.shape.I, args.shape.H, args.shape.P), T(args.shape.T), B(args.shape.B),
+        I(args.shape.I), H(args.shape.H), P(sizes.P), Bp(odd(B)), U(sizes.unit_blocks()), h_blocks(sizes.hidden_blocks()) {
     const ls_options& o = a.options;
     peeps = o.weight_cf;
     options = o.h_mask || o.resets || o.zoneout_mask || o.zoneout != 0.0f || peeps || a.dgates;
     normal = o.gamma_ih;
+    projects = kLstm && args.shape.P;
     saved_row = saved_vectors<Cell>(normal) * W;
     has_direct = kGru || o.zoneout_mask || o.zoneout != 0.0f;
     direct_weights = reads_direct(a.shape, steps.total_rows(), true);
-    r_row = direct_weights ? U * W + W : W;
-    r_block = direct_weights ? W : Bp * W;
-    hidden_panels = ceil_div(U, kColumns);
+    r_row = direct_weights ? h_blocks * W + W : W;
+    m_row = direct_weights ? U * W + W : W;
+    r_block = m_block = direct_weights ? W : Bp * W;
+    unit_panels = ceil_div(U, kColumns);
+    hidden_panels = ceil_div(h_blocks, kColumns);
     input_panels = ceil_div(sizes.input_blocks, kColumns);
-    double flops = 4.0 * double(steps.total_rows()) * G * double(H) * double(I + H);
-    threads = useful_threads(int(smaller(a.shape.num_threads, hidden_panels)), flops, double(T));
+    double flops = 4.0 * double(steps.total_rows()) * double(H) * double(G * (I + P) + args.shape.P);
+    threads = useful_threads(int(smaller(a.shape.num_threads, unit_panels)), flops, double(T));
     int64_t fitting = (1 << 20) / (U * G * W); /* 4 MB of dgates */
     chunk_rows = larger(larger(B, 1), smaller(steps.total_rows(), smaller(larger(fitting, 64), 512)));
   }
@@ -97,13 +111,22 @@ struct Backward {
       right = arena.array(factors + U * G * W);
       right_input = two ? arena.array(factors + U * G * W) : right;
     }
-    int64_t state = hidden_panels * kColumns * Bp * W;
+    int64_t state = hidden_panels * kColumns * Bp * W, of_units = unit_panels * kColumns * Bp * W;
     recurrent = arena.array(direct_weights ? B * r_row : state);
     direct = has_direct ? arena.array(state) : nullptr;
-    dc = kLstm ? arena.array(state) : nullptr;
+    dc = kLstm ? arena.array(of_units) : nullptr;
+    if (projects) {
+      int64_t of_chunk = h_blocks * odd(chunk_rows) * W;
+      packed_projection = direct_weights ? nullptr : arena.array(unit_panels * h_blocks * S * kPanel);
+      dh_rows = dh_left = dh_right = arena.array(of_chunk);
+      if (kPair > 1 && !direct_weights) dh_left = arena.array(of_chunk / kPair);
+      if (kPair > 1) dh_right = arena.array(of_chunk / kPair + h_blocks * W);
+      dm = arena.array(direct_weights ? B * m_row : of_units);
+      m_columns = a.dweight_hr ? arena.array(ceil_div(H, kOuter) * slots(chunk_rows) * kOuter) : nullptr;
+    }
     dx = a.dx && !direct_weights ? arena.array(input_panels * chunk_rows * kPanel) : nullptr;
     x_columns = a.dweight_ih ? arena.array(ceil_div(I, kOuter) * slots(chunk_rows) * kOuter) : nullptr;
-    h_columns = a.dweight_hh ? arena.array(ceil_div(H, kOuter) * slots(chunk_rows) * kOuter) : nullptr;
+    h_columns = a.dweight_hh ? arena.array(ceil_div(P, kOuter) * slots(chunk_rows) * kOuter) : nullptr;
     symbols = a.dtable ? reinterpret_cast<int64_t*>(arena.array(2 * chunk_rows)) : nullptr;
     parts = normal || peeps ? arena.array(threads * kParts * U * W) : nullptr;
     row_offset = reinterpret_cast<int64_t*>(arena.array(2 * T));
@@ -130,11 +153,12 @@ struct Backward {
   }
 
   void no_steps() {
-    copy_or_clear(a.dh0, a.dh_n, B * H);
+    copy_or_clear(a.dh0, a.dh_n, B * P);
     copy_or_clear(a.dc0, a.dc_n, B * H);
     copy_or_clear(a.dweight_ih, nullptr, G * H * I);
     if (a.tokens.ids) copy_or_clear(a.dtable, nullptr, (a.tokens.V + 1) * G * H);
-    copy_or_clear(a.dweight_hh, nullptr, G * H * H);
+    copy_or_clear(a.dweight_hh, nullptr, G * H * P);
+    copy_or_clear(a.dweight_hr, nullptr, a.shape.P * H);
     copy_or_clear(a.dbias_ih, nullptr, G * H);
     copy_or_clear(a.dbias_hh, nullptr, G * H);
     copy_or_clear(a.dgamma_ih, nullptr, G * H);
@@ -159,10 +183,15 @@ struct Backward {
     FlushSubnormals flush;
     Team team(shared, thread, count);
     for (int64_t panel = team.begin(hidden_panels); panel < team.end(hidden_panels) && packed_hidden; ++panel)
-      pack_columns(a.weight_hh, H, panel, packed_hidden);
+      pack_columns(a.weight_hh, P, panel, packed_hidden);
     if (packed_inputs)
       for (int64_t panel = team.begin(input_panels); panel < team.end(input_panels); ++panel)
         pack_columns(a.weight_ih, I, panel, packed_inputs);
+    if (projects && !direct_weights)
+      for (int64_t panel = team.begin(unit_panels); panel < team.end(unit_panels); ++panel)
+        for (int64_t block = 0; block < h_blocks; ++block)
+          pack_deep_rows(a.weight_hr + block * W * H, sizes.outputs(block), H, panel * kPanel,
+                         packed_projection + (panel * h_blocks + block) * S * kPanel);
     start_state(team);
     float* own_parts = parts ? parts + thread * kParts * U * W : nullptr;
     if (parts) clear(own_parts, kParts * U * W);
@@ -180,6 +209,12 @@ struct Backward {
       for (int64_t step = last - 1; step >= first; --step) {
         int64_t n = steps.rows(step);
         at -= n;
+        if (projects) {
+          reach_outputs(team, step, n, rows, at);
+          if (!team.wait()) return;
+          multiply_projection(team, step, n, rows, at);
+          if (normal && !team.wait()) return;
+        }
         if (normal)
           run_step_normal(team, step, n, rows, at, own_parts);
         else
@@ -208,26 +243,53 @@ struct Backward {
         pack_deep_rows(weight + (gate * H + block * W) * columns, sizes.units(block), columns, panel * kPanel, out);
   }
 
-  int64_t first_block(const Team& team) const { return smaller(team.begin(hidden_panels) * kColumns, U); }
-  int64_t last_block(const Team& team) const { return smaller(team.end(hidden_panels) * kColumns, U); }
+  /* Own blocks of units, and of columns of h. */
+  int64_t first_block(const Team& team) const { return smaller(team.begin(unit_panels) * kColumns, U); }
+  int64_t last_block(const Team& team) const { return smaller(team.end(unit_panels) * kColumns, U); }
+  int64_t first_output(const Team& team) const { return smaller(team.begin(hidden_panels) * kColumns, h_blocks); }
+  int64_t last_output(const Team& team) const { return smaller(team.end(hidden_panels) * kColumns, h_blocks); }
 
   /* Gradients of the states after the last steps; of rows without any step they are those of the states before. */
   void start_state(const Team& team) {
-    for (int64_t block = first_block(team); block < last_block(team); ++block) {
-      int units = sizes.units(block);
+    for (int64_t block = first_output(team); block < last_output(team); ++block) {
+      int columns = sizes.outputs(block);
       for (int64_t row = 0; row < B; ++row) {
-        int64_t at = (block * Bp + row) * W, from = steps.batch_row(row) * H + block * W;
-        V dh = a.dh_n ? load_part(a.dh_n + from, units) : V{};
-        store(recurrent + r_at(block, row), dh);
-        if (has_direct) store(direct + at, V{});
-        if (a.dh0) store_part(a.dh0 + from, dh, units);
-        if (kLstm) {
-          V d = a.dc_n ? load_part(a.dc_n + from, units) : V{};
-          store(dc + at, d);
-          if (a.dc0) store_part(a.dc0 + from, d, units);
-        }
+        int64_t from = steps.batch_row(row) * P + block * W;
+        V d = a.dh_n ? load_part(a.dh_n + from, columns) : V{};
+        store(recurrent + r_at(block, row), d);
+        if (has_direct) store(direct + (block * Bp + row) * W, V{});
+        if (a.dh0) store_part(a.dh0 + from, d, columns);
       }
     }
+    for (int64_t block = first_block(team); block < last_block(team) && kLstm; ++block) {
+      int units = sizes.units(block);
+      for (int64_t row = 0; row < B; ++row) {
+        int64_t from = steps.batch_row(row) * H + block * W;
+        V d = a.dc_n ? load_part(a.dc_n + from, units) : V{};
+        store(dc + (block * Bp + row) * W, d);
+        if (a.dc0) store_part(a.dc0 + from, d, units);
+      }
+    }
+  }
+
+  /* The gradients of what a step puts out, own columns, as the products that follow read them. */
+  void reach_outputs(const Team& team, int64_t step, int64_t n, int64_t rows, int64_t at) {
+    for (int64_t block = first_output(team); block < last_output(team); ++block) {
+      const Units u = {step, steps.time(step), block, 0, sizes.outputs(block), nullptr, nullptr};
+      for (int64_t row = 0; row < n; ++row)
+        put(dh_rows, dh_left, (block * odd(rows) + at + row) * W, options ? reach<true>(u, row) : reach<false>(u, row));
+    }
+  }
+
+  /* dm = dh W_hr, own units. */
+  void multiply_projection(const Team& team, int64_t step, int64_t n, int64_t rows, int64_t at) {
+    if (!direct_weights) {
+      multiply_deep(packed_projection, h_blocks, team.begin(unit_panels), team.end(unit_panels), dh_left + at * S, odd(rows), n,
+                    step, Place{dm, W, Bp * W}, kColumns * Bp * W);
+      return;
+    }
+    int64_t column = first_block(team) * W, columns = smaller(last_block(team) * W, H) - column;
+    multiply_rows_direct(n, dm, m_row, column, columns, dh_rows + at * W, rows, Factors{a.weight_hr, P, H, 1});
   }
 
   int64_t r_at(int64_t block, int64_t row) const { return block * r_block + row * r_row; }
@@ -251,15 +313,15 @@ struct Backward {
       const Units u = units_at(step, block);
       for (int64_t row = 0; row < n; ++row) {
         V gates[G], input[G]; /* their gradients */
-        V dh = reach<kOptions>(u, row);
+        V d = of_output<kOptions>(u, row);
         if constexpr (kLstm) {
           const float* g = u.saved + row * saved_row;
           V o = load(g + L::kO * W), tanh_c = tanh(load(g + L::kC * W));
-          V dc_row = load(dc + (block * Bp + row) * W) + dh * o * (1.0f - tanh_c * tanh_c);
-          gates[L::kO] = with_shown<kOptions>(dh * tanh_c, u, row, L::kO) * o * (1.0f - o);
+          V dc_row = load(dc + (block * Bp + row) * W) + d * o * (1.0f - tanh_c * tanh_c);
+          gates[L::kO] = with_shown<kOptions>(d * tanh_c, u, row, L::kO) * o * (1.0f - o);
           differentiate_lstm<kOptions>(u, row, dc_row, gates, sums);
         } else {
-          differentiate<kOptions>(u, row, dh, gates, input);
+          differentiate<kOptions>(u, row, d, gates, input);
         }
         int64_t to = block * G * next + (at + row) * W;
         for (int gate = 0; gate < G; ++gate) put(dg, left, to + gate * next, gates[gate]);
@@ -275,7 +337,7 @@ struct Backward {
       if (!direct_weights) store_left(factors + to / kPair, v);
   }
 
-  /* A block of units in one step, and what the forward pass saved of it in this step and the one before. */
+  /* A block of units in one step (or of columns of h), and what the forward pass saved of it in this step and the one before. */
   struct Units {
     int64_t step, time, block, n_before;
     int count;
@@ -303,21 +365,28 @@ struct Backward {
   template <bool kOptions>
   V reach(const Units& u, int64_t row) {
     int64_t state = (u.block * Bp + row) * W;
-    V dh = load(recurrent + r_at(u.block, row));
-    if (has_direct) dh += load(direct + state);
-    if (a.dy) dh += load_part(a.dy + steps.offset(u.time, row, a.dy_step, a.dy_row) + u.block * W, u.count);
-    V dh_before{};
+    V d = load(recurrent + r_at(u.block, row));
+    if (has_direct) d += load(direct + state);
+    if (a.dy) d += load_part(a.dy + steps.offset(u.time, row, a.dy_step, a.dy_row) + u.block * W, u.count);
+    V before{};
     if constexpr (kOptions) {
       if (a.options.zoneout_mask || a.options.zoneout != 0.0f) {
         V zoneout = splat(a.options.zoneout);
         if (a.options.zoneout_mask)
-          zoneout = load_part(a.options.zoneout_mask + (u.time * B + steps.batch_row(row)) * H + u.block * W, u.count);
-        dh_before = zoneout * dh;
-        dh -= dh_before;
+          zoneout = load_part(a.options.zoneout_mask + (u.time * B + steps.batch_row(row)) * P + u.block * W, u.count);
+        before = zoneout * d;
+        d -= before;
       }
     }
-    if (has_direct) store(direct + state, kOptions && is_reset(u.step, row) ? V{} : dh_before);
-    return dh;
+    if (has_direct) store(direct + state, kOptions && is_reset(u.step, row) ? V{} : before);
+    return d;
+  }
+
+  /* The gradient of what the cell of a step makes: of h, or of m where that is projected. */
+  template <bool kOptions>
+  V of_output(const Units& u, int64_t row) {
+    if (kLstm && projects) return load(dm + u.block * m_block + row * m_row);
+    return reach<kOptions>(u, row);
   }
 
   /* Of i, f, g from those of c and o; that of c goes on to the step before. */
@@ -417,13 +486,13 @@ struct Backward {
       for (int64_t block = 0; block < U; ++block) {
         const Units u = units_at(step, block);
         const float* saved = u.saved + row * saved_row;
-        V dh = reach<kOptions>(u, row);
+        V of_m = of_output<kOptions>(u, row);
         V c_hat = (load(saved + L::kC * W) - m[2]) * m[3], gamma = load_part(o.gamma_c + block * W, u.count);
         V tanh_c = tanh(c_hat * gamma + load_part(o.beta_c + block * W, u.count)), gate = load(saved + L::kO * W);
-        V d = dh * gate * (1.0f - tanh_c * tanh_c);
+        V d = of_m * gate * (1.0f - tanh_c * tanh_c);
         float* out = dg + block * G * next + at * W;
         store(out, d * gamma); /* until the whole row's are known */
-        store(out + L::kO * next, with_shown<kOptions>(dh * tanh_c, u, row, L::kO) * gate * (1.0f - gate));
+        store(out + L::kO * next, with_shown<kOptions>(of_m * tanh_c, u, row, L::kO) * gate * (1.0f - gate));
         of_c.add(d * gamma, c_hat);
         add_to(part(sums, 4, 0, block), d * c_hat);
         add_to(part(sums, 4, 1, block), d);
@@ -441,7 +510,7 @@ struct Backward {
         gates[L::kO] = load(out + L::kO * next);
         differentiate_lstm<kOptions>(u, row, dc_row, gates, sums);
       } else {
-        differentiate<kOptions>(u, row, reach<kOptions>(u, row), gates, input);
+        differentiate<kOptions>(u, row, of_output<kOptions>(u, row), gates, input);
       }
       for (int gate = 0; gate < G; ++gate) {
         if (!kGru) input[gate] = gates[gate];
@@ -511,44 +580,57 @@ struct Backward {
                     step, Place{recurrent, W, Bp * W}, kColumns * Bp * W);
     bool masked = a.options.h_mask || a.options.resets;
     if (!masked && !(a.dh0 && n > n_before)) return;
-    for (int64_t block = first_block(team); block < last_block(team); ++block) {
-      int units = sizes.units(block);
+    for (int64_t block = first_output(team); block < last_output(team); ++block) {
+      int columns = sizes.outputs(block);
       for (int64_t row = 0; row < n; ++row) {
         float* p = recurrent + r_at(block, row);
-        int64_t to = steps.batch_row(row) * H + block * W;
+        int64_t to = steps.batch_row(row) * P + block * W;
         if (is_reset(step, row)) store(p, V{});
-        if (a.options.h_mask) store(p, load(p) * load_part(a.options.h_mask + to, units));
+        if (a.options.h_mask) store(p, load(p) * load_part(a.options.h_mask + to, columns));
         if (a.dh0 && row >= n_before)
-          store_part(a.dh0 + to, has_direct ? load(p) + load(direct + (block * Bp + row) * W) : load(p), units);
+          store_part(a.dh0 + to, has_direct ? load(p) + load(direct + (block * Bp + row) * W) : load(p), columns);
       }
     }
   }
 
   /* The same with the weights as they lie: rows of them times dgates, added up in place. */
   void multiply_step_direct(const Team& team, int64_t n, int64_t rows, int64_t at) {
-    int64_t column = first_block(team) * W, columns = smaller(last_block(team) * W, H) - column;
+    int64_t column = first_output(team) * W, columns = smaller(last_output(team) * W, P) - column;
+    multiply_rows_direct(n, recurrent, r_row, column, columns, dg + at * W, rows, Factors{a.weight_hh, H, P, G});
+  }
+
+  /* A matrix as it lies, `height` rows for each of `gates`, by which gradients of as many units are multiplied. */
+  struct Factors {
+    const float* weight;
+    int64_t height, width;
+    int gates;
+  };
+
+  /* Columns of a product of n rows of gradients, [(block, gate)][row of the chunk][W]. */
+  void multiply_rows_direct(int64_t n, float* to, int64_t to_row, int64_t column, int64_t columns, const float* from,
+                            int64_t rows, const Factors& factors) {
     if (columns <= 0) return;
-    for (int64_t row = 0; row < n; ++row) clear(recurrent + row * r_row + column, ceil_div(columns, W) * W);
+    for (int64_t row = 0; row < n; ++row) clear(to + row * to_row + column, ceil_div(columns, W) * W);
     for (int64_t row = 0; row < n; row += 2) {
-      float* out[2] = {recurrent + row * r_row + column, recurrent + (row + 1) * r_row + column};
-      add_rows(int(smaller(n - row, 2)), dg + (at + row) * W, rows, a.weight_hh + column, H, columns, out);
+      float* out[2] = {to + row * to_row + column, to + (row + 1) * to_row + column};
+      add_rows(int(smaller(n - row, 2)), from + row * W, rows, factors, column, columns, out);
     }
   }
 
-  /* out[r] += the r-th row of dgates times the weights' columns. */
-  void add_rows(int count, const float* from, int64_t rows, const float* weight, int64_t stride, int64_t columns,
-                float* const* out) {
-    for (int64_t block = 0; block < U; ++block) {
-      int units = sizes.units(block);
-      for (int gate = 0; gate < G; ++gate)
+  /* out[r] += the r-th row of gradients times the columns. */
+  static void add_rows(int count, const float* from, int64_t rows, const Factors& factors, int64_t column, int64_t columns,
+                       float* const* out) {
+    for (int64_t block = 0; block * W < factors.height; ++block) {
+      int units = int(smaller(factors.height - block * W, W));
+      for (int gate = 0; gate < factors.gates; ++gate)
         for (int u = 0; u < units; u += kDepthAtOnce) {
           int depth = units - u < kDepthAtOnce ? units - u : kDepthAtOnce;
-          const float* part = from + (block * G + gate) * odd(rows) * W + u;
-          const float* weights = weight + (gate * H + block * W + u) * stride;
+          const float* part = from + (block * factors.gates + gate) * odd(rows) * W + u;
+          const float* weights = factors.weight + (gate * factors.height + block * W + u) * factors.width + column;
           if (count == 2)
-            add_scaled<2>(depth, part, W, weights, stride, columns, out);
+            add_scaled<2>(depth, part, W, weights, factors.width, columns, out);
           else
-            add_scaled<1>(depth, part, W, weights, stride, columns, out);
+            add_scaled<1>(depth, part, W, weights, factors.width, columns, out);
         }
     }
   }
@@ -565,7 +647,8 @@ struct Backward {
         if (!a.accumulate_dx) clear(to, columns);
         out[waiting++] = to;
         if (waiting == 2 || at + 1 == rows) {
-          add_rows(int(waiting), dg_input + (at + 1 - waiting) * W, rows, a.weight_ih + column, I, columns, out);
+          const float* from = dg_input + (at + 1 - waiting) * W;
+          add_rows(int(waiting), from, rows, Factors{a.weight_ih, H, I, G}, column, columns, out);
           waiting = 0;
         }
       }
@@ -589,7 +672,7 @@ struct Backward {
     }
   }
 
-  /* What the weights' gradients multiply dgates with: x, and h before each step. */
+  /* What the weights' gradients multiply dgates with: x, and h before each step; and dh with: m. */
   void copy_columns(const Team& team, int64_t first, int64_t last, int64_t rows) {
     int64_t at = 0;
     for (int64_t step = first; step < last; ++step) {
@@ -598,16 +681,17 @@ struct Backward {
         if (symbols && team.leads()) symbols[at] = a.tokens.ids[steps.time(step) * B + steps.batch_row(row)];
         if (x_columns)
           copy_row(team, a.x + steps.offset(steps.time(step), row, a.x_step, a.x_row), nullptr, I, at, rows, x_columns);
+        if (projects && a.dweight_hr) copy_m(team, step, row, at, rows);
         if (!h_columns) continue;
         const float* h = nullptr;
         if (!is_reset(step, row)) {
           if (row < n_before)
             h = a.y + steps.offset(steps.time(step - 1), row, a.y_step, a.y_row);
           else if (a.h0)
-            h = a.h0 + steps.batch_row(row) * H;
+            h = a.h0 + steps.batch_row(row) * P;
         }
-        const float* mask = a.options.h_mask ? a.options.h_mask + steps.batch_row(row) * H : nullptr;
-        copy_row(team, h, mask, H, at, rows, h_columns);
+        const float* mask = a.options.h_mask ? a.options.h_mask + steps.batch_row(row) * P : nullptr;
+        copy_row(team, h, mask, P, at, rows, h_columns);
       }
     }
   }
@@ -619,7 +703,26 @@ struct Backward {
     store_columns(from, mask, columns, at, rows, team.begin(panels), team.end(panels), out);
   }
 
-  /* Own units' rows of dW_ih, dW_hh and of the biases. */
+  /* Own panels of m of one row. */
+  void copy_m(const Team& team, int64_t step, int64_t row, int64_t at, int64_t rows) {
+    const float* moments = a.saved + steps.total_rows() * sizes.U * saved_row + (row_offset[step] + row) * kRowMoments;
+    int64_t panels = ceil_div(H, kOuter);
+    for (int64_t panel = team.begin(panels); panel < team.end(panels); ++panel) {
+      int vectors = vectors_at(panel * kOuter, H);
+      float* to = m_columns + panel * slots(rows) * kOuter + at / kPair * vectors * W;
+      for (int i = 0; i < vectors; ++i) {
+        const Units u = units_at(step, panel * kOuterVectors + i);
+        const float* saved = u.saved + row * saved_row;
+        V read = load(saved + L::kC * W);
+        if (normal)
+          read = (read - moments[2]) * moments[3] * load_part(a.options.gamma_c + u.block * W, u.count) +
+                 load_part(a.options.beta_c + u.block * W, u.count);
+        store_right(to + i * W, at, first_lanes(load(saved + L::kO * W) * tanh(read), u.count));
+      }
+    }
+  }
+
+  /* Own units' rows of dW_ih, dW_hh and of the biases; own rows of dW_hr. */
   void weight_gradients(const Team& team, int64_t rows, bool add) {
     int64_t group = larger(kGroup / (G * W * rows), 1);
     for (int64_t block = first_block(team); block < last_block(team); block += group) {
@@ -628,7 +731,17 @@ struct Backward {
       if (a.dweight_ih || a.dweight_hh) turn_rows(block, end, dg, rows, right);
       if (a.dweight_ih && right_input != right) turn_rows(block, end, dg_input, rows, right_input);
       if (a.dweight_ih) outer_columns(block, end, right_input, rows, x_columns, I, a.dweight_ih, add);
-      if (a.dweight_hh) outer_columns(block, end, right, rows, h_columns, H, a.dweight_hh, add);
+      if (a.dweight_hh) outer_columns(block, end, right, rows, h_columns, P, a.dweight_hh, add);
+    }
+    if (projects && a.dweight_hr) {
+      int64_t begin = first_output(team), end = last_output(team);
+      const int64_t height = kPair > 1 ? slots(rows) : odd(rows);
+      for (int64_t block = begin; kPair > 1 && block < end; ++block)
+        store_rows(dh_rows + block * odd(rows) * W, rows, dh_right + block * height * W);
+      for (int64_t column = 0; column < H; column += kOuter)
+        for (int64_t block = begin; block < end; ++block)
+          multiply_outer_block(rows, dh_right + block * height * W, m_columns + column * slots(rows),
+                               a.dweight_hr + block * W * H, column, H, sizes.outputs(block), add);
     }
     if (normal) return; /* sum_parts has the biases' */
     if (a.dbias_ih) sum_rows(team, dg_input, rows, a.dbias_ih, add);

@@ -10,6 +10,10 @@
 
      step:   hg = h W_hh   (own panels)   | all wait |   gates = norm(xg) + norm(hg) -> ... (own rows)   | all wait |
 
+   An LSTM that projects makes h of m = o tanh(c), which is put out otherwise, in one more part:
+
+     step:   ... -> c, m   | all wait |   h = m W_hr -> y   (own columns)   | all wait |
+
    A team divides the panels; several teams divide the batch's rows and never wait for each other. */
 
 #ifndef LONGSHORT_FORWARD_H
@@ -32,30 +36,35 @@ struct Forward {
   const ls_forward_args& a;
   const Steps steps;
   const Sizes<Cell> sizes;
-  int64_t T, B, H;
+  int64_t T, B, H, P;
+  const Projection projection;
+  int64_t h_blocks;   /* of W columns of h; where h is not projected those that only fill a panel too */
   int64_t Bp;         /* rows that a blocked array of states has room for */
   int threads, teams, team_size;
   int64_t chunk_rows; /* rows of a chunk, over all its steps */
-  bool options, raw_differs, normal;
+  bool options, raw_differs, normal, projects;
   int64_t saved_row; /* floats that a row of a unit block saves */
   bool direct;        /* the weights are read as they lie; h has its rows one after the other then */
-  int64_t h_row, h_block;
+  int64_t h_row, h_block, m_row;
   const float* packed;
   int64_t* row_offset;
 
   /* Shared scratch. */
   float* own_packed;
+  const float* packed_projection;
   float* h[2];   /* what W_hh reads, as a left factor [U][Bp][S], or [B][h_row]: of this step and of the next */
   float* raw[2]; /* h before mask, reset and rounding, [U][Bp][W]; what W_hh reads where there are none */
   float* c;      /* blocked [U][Bp][W] */
+  float* m;      /* where h is projected, o tanh(c): as a left factor [U][Bp][S], or [B][m_row] */
+  float* hr;     /* and m W_hr, [block][Bp][W] */
   float* x;      /* a team's chunk, as a left factor [input block][row][S] */
   float* xg;     /* a team's chunk [panel][row][N W] */
   float* hg;     /* with layer normalisation, W_hh h of a step [panel][row][N W] */
   Team::Shared* shared;
 
   Forward(const ls_forward_args& args)
-      : a(args), steps(args.shape), sizes(args.shape.I, args.shape.H), T(args.shape.T), B(args.shape.B), H(args.shape.H),
-        Bp(odd(B)) {
+      : a(args), steps(args.shape), sizes(args.shape.I, args.shape.H, args.shape.P), T(args.shape.T), B(args.shape.B),
+        H(args.shape.H), P(sizes.P), projection{H, args.shape.P}, Bp(odd(B)) {
     const ls_options& o = a.options;
     raw_differs = o.h_mask || o.resets;
     options = raw_differs || o.zoneout_mask || o.zoneout != 0.0f || o.weight_cf;
@@ -64,9 +73,12 @@ struct Forward {
     /* Sums have another order then, so only where no call without gradients must give the same bits. */
     direct = a.saved && !a.packed && reads_direct(a.shape, steps.total_rows(), false);
     raw_differs = raw_differs || (kPair > 1 && !direct);
-    h_row = direct ? sizes.U * W + W : W;
+    projects = kLstm && args.shape.P;
+    h_blocks = projects ? sizes.hidden_blocks() : sizes.U;
+    h_row = direct ? h_blocks * W + W : W;
+    m_row = sizes.U * W + W;
     h_block = direct ? W : Bp * W;
-    double flops = 2.0 * double(steps.total_rows()) * Cell::kGates * double(H) * double(sizes.I + H);
+    double flops = 2.0 * double(steps.total_rows()) * double(H) * double(Cell::kGates * (sizes.I + P) + args.shape.P);
     threads = useful_threads(int(smaller(a.shape.num_threads, sizes.panels * larger(B, 1))), flops, double(T));
     plan_teams();
     int64_t group = ceil_div(B, teams);
@@ -77,7 +89,7 @@ struct Forward {
 
   void plan_teams() {
     /* Rows are divided where all weights fit into every core's cache and each team has full tiles; else panels. */
-    int64_t weight_bytes = sizes.panels * sizes.panel_floats() * 4;
+    int64_t weight_bytes = (sizes.panels * sizes.panel_floats() + projection.floats()) * 4;
     bool by_rows = !direct && !a.shape.counts && weight_bytes <= (3 << 18) && B >= threads * max_rows<N>();
     teams = by_rows ? threads : 1;
     team_size = by_rows ? 1 : int(smaller(threads, sizes.panels));
@@ -86,12 +98,16 @@ struct Forward {
 
   int64_t carve(float* memory) {
     Arena arena(memory);
-    own_packed = a.packed ? nullptr : arena.array(sizes.panels * (direct ? sizes.bias_floats() : sizes.panel_floats()));
+    int64_t panels_end = sizes.panels * sizes.panel_floats();
+    own_packed = a.packed ? nullptr : arena.array(direct ? sizes.panels * sizes.bias_floats() : panels_end + projection.floats());
     packed = a.packed ? a.packed : own_packed;
-    int64_t state = sizes.U * Bp * W;
+    packed_projection = packed + panels_end;
+    int64_t state = h_blocks * Bp * W, of_units = sizes.U * Bp * W;
     for (int i = 0; i < 2; ++i) h[i] = arena.array(direct ? B * h_row : state / kPair);
     for (int i = 0; i < 2; ++i) raw[i] = raw_differs ? arena.array(direct ? B * h_row : state) : h[i];
-    c = kLstm ? arena.array(state) : nullptr;
+    c = kLstm ? arena.array(of_units) : nullptr;
+    m = projects ? arena.array(direct ? B * m_row : of_units / kPair) : nullptr;
+    hr = projects ? arena.array(projection.panels() * kColumns * Bp * W) : nullptr;
     x = direct ? nullptr : arena.array(teams * sizes.input_blocks * odd(chunk_rows) * S);
     xg = arena.array(teams * sizes.panels * chunk_rows * NW);
     hg = normal ? arena.array(sizes.panels * Bp * NW) : nullptr;
@@ -103,7 +119,7 @@ struct Forward {
   int32_t run() {
     if (steps.total_rows() == 0) {
       copy_state();
-      clear_past_ends(steps, 0, T, a.y, a.y_step, a.y_row, H);
+      clear_past_ends(steps, 0, T, a.y, a.y_step, a.y_row, P);
       return LS_OK;
     }
     int64_t floats = carve(nullptr);
@@ -119,8 +135,8 @@ struct Forward {
   }
 
   void copy_state() {
-    size_t bytes = size_t(B * H) * sizeof(float);
     for (int i = 0; i < (kLstm ? 2 : 1); ++i) {
+      size_t bytes = size_t(B * (i ? H : P)) * sizeof(float);
       const float* from = i ? a.c0 : a.h0;
       float* to = i ? a.c_n : a.h_n;
       if (!to || to == from) continue;
@@ -153,6 +169,8 @@ struct Forward {
         pack_biases<Cell>(sizes, panel, a.bias_ih, a.bias_hh, own_packed + panel * sizes.bias_floats());
       else
         pack_panel<Cell>(sizes, panel, a.weight_ih, a.weight_hh, a.bias_ih, a.bias_hh, own_packed);
+    for (int64_t panel = team.begin(projection.panels()); panel < team.end(projection.panels()) && !direct; ++panel)
+      projection.pack(a.weight_hr, panel, own_packed + sizes.panels * sizes.panel_floats());
   }
 
   void run_rows(Team team, int64_t row0, int64_t row1, int64_t index) {
@@ -188,6 +206,10 @@ struct Forward {
           if (!team.wait()) return;
           finish_rows(team, step, row0, n, rows, xg_chunk + row_in_chunk * NW);
         }
+        if (projects) {
+          if (!team.wait()) return;
+          project(team, step, row0, n);
+        }
         row_in_chunk += n;
         if (!team.wait()) return;
       }
@@ -201,18 +223,22 @@ struct Forward {
   }
 
   void start_state(const Team& team, int64_t row0, int64_t row1) {
-    for (int64_t block = team.begin(sizes.panels) * Cell::kUnits; block < team.end(sizes.panels) * Cell::kUnits; ++block) {
-      int units = sizes.units(block);
+    for (int64_t block = team.begin(h_blocks); block < team.end(h_blocks); ++block) {
+      int columns = sizes.outputs(block);
       for (int64_t row = row0; row < row1; ++row) {
-        int64_t from = steps.batch_row(row) * H + block * W, to = (block * Bp + row) * W;
-        V start = a.h0 && units ? load_part(a.h0 + from, units) : V{};
-        V read = options ? seen(start, steps.first_step(row), row, block, units) : start;
+        V start = a.h0 && columns ? load_part(a.h0 + steps.batch_row(row) * P + block * W, columns) : V{};
+        V read = options ? seen(start, steps.first_step(row), row, block, columns) : start;
         for (int i = 0; i < 2; ++i) {
           store_h(i, block, row, read);
           if (raw_differs) store(raw[i] + h_at(block, row), start);
         }
-        if (kLstm) store(c + to, a.c0 && units ? load_part(a.c0 + from, units) : V{});
       }
+    }
+    for (int64_t block = team.begin(sizes.U); block < team.end(sizes.U) && kLstm; ++block) {
+      int units = sizes.units(block);
+      for (int64_t row = row0; row < row1; ++row)
+        store(c + (block * Bp + row) * W,
+              a.c0 && units ? load_part(a.c0 + steps.batch_row(row) * H + block * W, units) : V{});
     }
   }
 
@@ -231,10 +257,10 @@ struct Forward {
   }
 
   /* h as W_hh reads it at `step`. */
-  V seen(V value, int64_t step, int64_t row, int64_t block, int units) const {
+  V seen(V value, int64_t step, int64_t row, int64_t block, int columns) const {
     if (is_reset(step, row)) return V{};
-    if (a.options.h_mask && units)
-      value *= load_part(a.options.h_mask + steps.batch_row(row) * H + block * W, units);
+    if (a.options.h_mask && columns)
+      value *= load_part(a.options.h_mask + steps.batch_row(row) * P + block * W, columns);
     return value;
   }
 
@@ -329,8 +355,8 @@ struct Forward {
         for (int n = 0; n < N; ++n) {
           int64_t block = panel * Cell::kUnits + n % Cell::kUnits;
           int units = sizes.units(block);
-          const float* weight = a.weight_hh + (n / Cell::kUnits * H + block * W) * H;
-          if (units) dot_rows(rows, H, h[step & 1] + (row0 + row) * h_row, h_row, weight, H, units, sums + n * W, NW);
+          const float* weight = a.weight_hh + (n / Cell::kUnits * H + block * W) * P;
+          if (units) dot_rows(rows, P, h[step & 1] + (row0 + row) * h_row, h_row, weight, P, units, sums + n * W, NW);
         }
         if (normal)
           __builtin_memcpy(hg_at(panel, row0 + row), sums, size_t(rows * NW) * sizeof(float));
@@ -414,10 +440,13 @@ struct Forward {
           hidden = gates[2];
           gates[2] = load_part(xg_tile + r * NW + 2 * W, units);
         }
-        V before = h_before<kOptions>(step, row + r, block);
+        V before = kLstm && projects ? V{} : h_before<kOptions>(step, row + r, block);
         V after = run_cell<kOptions>(step, row + r, block, gates, hidden, before, saved);
         if constexpr (kLstm) after = gates[L::kO] * tanh(after);
-        put<kOptions>(step, row + r, block, units, before, after);
+        if (kLstm && projects)
+          store_m(block, row + r, after);
+        else
+          put<kOptions>(step, row + r, block, units, before, after);
         if (saved) saved += saved_row;
       }
     }
@@ -476,23 +505,52 @@ struct Forward {
     }
   }
 
+  void store_m(int64_t block, int64_t row, V value) {
+    if (direct)
+      store(m + row * m_row + block * W, value);
+    else
+      store_left(m + (block * Bp + row) * S, value);
+  }
+
+  /* h = m W_hr of a step, own columns. */
+  void project(const Team& team, int64_t step, int64_t row0, int64_t n) {
+    int64_t first = team.begin(projection.panels()), last = team.end(projection.panels());
+    if (!direct) /* in ascending order of k at every step, as all products that a forward pass makes */
+      multiply_deep(packed_projection, sizes.unit_blocks(), first, last, m + row0 * S, Bp, n, 0, Place{hr + row0 * W, W, Bp * W},
+                    kColumns * Bp * W);
+    for (int64_t block = first * kColumns; block < smaller(last * kColumns, h_blocks); ++block) {
+      float* sums = hr + (block * Bp + row0) * W;
+      if (direct) {
+        clear(sums, n * W);
+        for (int64_t row = 0; row < n; row += kDotRows)
+          dot_rows(int(smaller(n - row, kDotRows)), H, m + (row0 + row) * m_row, m_row, a.weight_hr + block * W * H, H,
+                   sizes.outputs(block), sums + row * W, W);
+      }
+      for (int64_t row = 0; row < n; ++row)
+        if (options)
+          put<true>(step, row0 + row, block, sizes.outputs(block), h_before<true>(step, row0 + row, block), load(sums + row * W));
+        else
+          put<false>(step, row0 + row, block, sizes.outputs(block), V{}, load(sums + row * W));
+    }
+  }
+
   /* Hands on what a step made of h. */
   template <bool kOptions>
-  void put(int64_t step, int64_t row, int64_t block, int units, V before, V after) {
+  void put(int64_t step, int64_t row, int64_t block, int columns, V before, V after) {
     int64_t t = steps.time(step);
     if constexpr (kOptions) {
       const ls_options& o = a.options;
       V zoneout = splat(o.zoneout);
       if (o.zoneout_mask)
-        zoneout = load_part(o.zoneout_mask + (t * B + steps.batch_row(row)) * H + block * W, units);
+        zoneout = load_part(o.zoneout_mask + (t * B + steps.batch_row(row)) * P + block * W, columns);
       after = after + zoneout * (before - after);
       if (raw_differs) store(raw[(step + 1) & 1] + h_at(block, row), after);
-      store_h(step + 1, block, row, seen(after, step + 1, row, block, units));
+      store_h(step + 1, block, row, seen(after, step + 1, row, block, columns));
     } else {
       if constexpr (kPair > 1) store(raw[(step + 1) & 1] + h_at(block, row), after);
       store_h(step + 1, block, row, after);
     }
-    store_part(a.y + steps.offset(t, row, a.y_step, a.y_row) + block * W, after, units);
+    store_part(a.y + steps.offset(t, row, a.y_step, a.y_row) + block * W, after, columns);
   }
 
   /* Own rows of a step whose products are ready, with layer normalisation. */
@@ -540,7 +598,7 @@ struct Forward {
             gates[gate] = from_x + from_h;
           }
         }
-        V before = h_before<kOptions>(step, row, block);
+        V before = kLstm ? V{} : h_before<kOptions>(step, row, block);
         V after = run_cell<kOptions>(step, row, block, gates, hidden, before, saved);
         if constexpr (kLstm)
           store(h_gates + panel * h_panel, gates[L::kO]); /* the output waits for the whole row's c */
@@ -555,7 +613,10 @@ struct Forward {
         V c_hat = of_c.normalise(load(c_row + block * Bp * W));
         V read = c_hat * load_part(o.gamma_c + block * W, units) + load_part(o.beta_c + block * W, units);
         V after = load(h_gates + block * h_panel) * tanh(read);
-        put<kOptions>(step, row, block, units, h_before<kOptions>(step, row, block), after);
+        if (projects)
+          store_m(block, row, after);
+        else
+          put<kOptions>(step, row, block, units, h_before<kOptions>(step, row, block), after);
       }
     }
     if (a.saved) {
@@ -570,19 +631,18 @@ struct Forward {
   /* States after the last steps, and zeros past the ends. */
   void finish(const Team& team, int64_t row0, int64_t row1) {
     const ls_shape& s = a.shape;
-    for (int64_t block = team.begin(sizes.panels) * Cell::kUnits; block < team.end(sizes.panels) * Cell::kUnits; ++block) {
-      int units = sizes.units(block);
-      if (!units) continue;
+    for (int64_t block = team.begin(sizes.hidden_blocks()); block < team.end(sizes.hidden_blocks()) && a.h_n; ++block) {
       int64_t run = T; /* steps that a row has run */
       for (int64_t row = row0; row < row1; ++row) {
         if (s.counts && !s.reverse)
           while (run && s.counts[run - 1] <= row) --run;
-        int64_t from = (block * Bp + row) * W, to = steps.batch_row(row) * H + block * W;
-        if (a.h_n) store_part(a.h_n + to, load(raw[run & 1] + h_at(block, row)), units);
-        if (kLstm && a.c_n) store_part(a.c_n + to, load(c + from), units);
+        store_part(a.h_n + steps.batch_row(row) * P + block * W, load(raw[run & 1] + h_at(block, row)), sizes.outputs(block));
       }
     }
-    if (row1 == B) clear_past_ends(steps, team.begin(T), team.end(T), a.y, a.y_step, a.y_row, H);
+    for (int64_t block = team.begin(sizes.unit_blocks()); block < team.end(sizes.unit_blocks()) && kLstm && a.c_n; ++block)
+      for (int64_t row = row0; row < row1; ++row)
+        store_part(a.c_n + steps.batch_row(row) * H + block * W, load(c + (block * Bp + row) * W), sizes.units(block));
+    if (row1 == B) clear_past_ends(steps, team.begin(T), team.end(T), a.y, a.y_step, a.y_row, P);
   }
 };
 

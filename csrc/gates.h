@@ -28,7 +28,7 @@ static void lay_out_gates(const ls_shape& s, bool normal, const float* saved, fl
     for (int64_t row = 0; row < s.B; ++row) {
       float* to = of_step + steps.batch_row(row) * s.H;
       for (int vector = 0; vector < shown_vectors<Cell>(); ++vector, to += whole)
-        for (int64_t block = 0; block < sizes.hidden_blocks(); ++block) {
+        for (int64_t block = 0; block < sizes.unit_blocks(); ++block) {
           const float* from = saved + saved_offset(sizes, saved_row, rows_before, n, block, row) + vector * W;
           store_part(to + block * W, row < n ? load(from) : V{}, sizes.units(block));
         }

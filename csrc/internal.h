@@ -17,9 +17,9 @@ struct Target {
   int32_t (*backward)(const ls_backward_args*);
   int64_t (*saved_floats)(const ls_shape*, bool layer_norm);
   void (*gates)(const ls_shape*, bool layer_norm, const float* saved, float* gates);
-  int64_t (*packed_floats)(int32_t cell, int64_t I, int64_t H);
-  void (*pack)(int32_t cell, int64_t I, int64_t H, const float* weight_ih, const float* weight_hh, const float* bias_ih,
-               const float* bias_hh, float* packed);
+  int64_t (*packed_floats)(int32_t cell, int64_t I, int64_t H, int64_t P);
+  void (*pack)(int32_t cell, int64_t I, int64_t H, int64_t P, const float* weight_ih, const float* weight_hh,
+               const float* bias_ih, const float* bias_hh, const float* weight_hr, float* packed);
   int32_t (*decode)(const ls_decode_args*);
   int32_t (*read)(const ls_read_args*);
   int64_t (*table_floats)(int32_t cell, int64_t symbols, int64_t H);

@@ -45,20 +45,23 @@ static void gates(const ls_shape* shape, bool normal, const float* saved, float*
   of_layer(shape->cell, [=](auto cell) { lay_out_gates<decltype(cell)>(*shape, normal, saved, out); });
 }
 
-static int64_t packed_floats(int32_t cell, int64_t I, int64_t H) {
+static int64_t packed_floats(int32_t cell, int64_t I, int64_t H, int64_t P) {
   return of_layer(cell, [=](auto cell) {
-    Sizes<decltype(cell)> sizes(I, H);
-    return sizes.panels * sizes.panel_floats();
+    Sizes<decltype(cell)> sizes(I, H, P);
+    return sizes.panels * sizes.panel_floats() + Projection{H, P}.floats();
   });
 }
 
-static void pack(int32_t cell, int64_t I, int64_t H, const float* weight_ih, const float* weight_hh, const float* bias_ih,
-                 const float* bias_hh, float* packed) {
+static void pack(int32_t cell, int64_t I, int64_t H, int64_t P, const float* weight_ih, const float* weight_hh,
+                 const float* bias_ih, const float* bias_hh, const float* weight_hr, float* packed) {
   FlushSubnormals flush;
+  const Projection projection{H, P};
   of_layer(cell, [=](auto cell) {
-    Sizes<decltype(cell)> sizes(I, H);
+    Sizes<decltype(cell)> sizes(I, H, P);
     for (int64_t panel = 0; panel < sizes.panels; ++panel)
       pack_panel<decltype(cell)>(sizes, panel, weight_ih, weight_hh, bias_ih, bias_hh, packed);
+    for (int64_t panel = 0; panel < projection.panels(); ++panel)
+      projection.pack(weight_hr, panel, packed + sizes.panels * sizes.panel_floats());
   });
 }
 

@@ -51,22 +51,28 @@ template <class Cell>
 struct Sizes {
   static constexpr int N = panel_vectors<Cell>();
   int64_t I, H;
+  int64_t P;            /* width of h: H, or what it is projected to */
   int64_t input_blocks; /* of W columns of x */
   int64_t panels;
   int64_t U; /* unit blocks, those that only fill the last panel included */
-  Sizes(int64_t I, int64_t H)
-      : I(I), H(H), input_blocks(ceil_div(I, W)), panels(ceil_div(H, W * Cell::kUnits)), U(panels * Cell::kUnits) {}
+  Sizes(int64_t I, int64_t H, int64_t projected = 0)
+      : I(I), H(H), P(projected ? projected : H), input_blocks(ceil_div(I, W)), panels(ceil_div(H, W * Cell::kUnits)),
+        U(panels * Cell::kUnits) {}
 
-  /* A packed panel: biases, W_ih, W_hh. The recurrent product skips unit blocks that are all padding. */
+  /* A packed panel: biases, W_ih, W_hh. The recurrent product skips blocks that are all padding. */
   int64_t bias_floats() const { return Cell::kBiases * Cell::kUnits * W; }
-  int64_t hidden_blocks() const { return ceil_div(H, W); }
+  int64_t unit_blocks() const { return ceil_div(H, W); }
+  int64_t hidden_blocks() const { return ceil_div(P, W); } /* of W columns of h */
   int64_t input_floats() const { return input_blocks * S * N * W; }
   int64_t hidden_floats() const { return hidden_blocks() * S * N * W; }
   int64_t panel_floats() const { return bias_floats() + input_floats() + hidden_floats(); }
   int units(int64_t unit_block) const { /* of it that are not padding */
-    int64_t left = H - unit_block * W;
-    return left > W ? W : left > 0 ? int(left) : 0;
+    return part_of(H - unit_block * W);
   }
+  int outputs(int64_t block) const { return part_of(P - block * W); } /* columns of a block of h, likewise */
+
+ private:
+  static int part_of(int64_t left) { return left > W ? W : left > 0 ? int(left) : 0; }
 };
 
 /* Steps in the order in which they are run, and where their rows lie. */
@@ -214,7 +220,7 @@ template <class Cell>
 static void pack_panel(const Sizes<Cell>& sizes, int64_t panel, const float* weight_ih, const float* weight_hh,
                        const float* bias_ih, const float* bias_hh, float* packed) {
   constexpr int N = Sizes<Cell>::N;
-  const int64_t I = sizes.I, H = sizes.H;
+  const int64_t I = sizes.I, H = sizes.H, P = sizes.P;
   float* out = packed + panel * sizes.panel_floats();
   float* inputs = out + sizes.bias_floats();
   float* hidden = inputs + sizes.input_floats();
@@ -226,7 +232,7 @@ static void pack_panel(const Sizes<Cell>& sizes, int64_t panel, const float* wei
       int n = gate * Cell::kUnits + unit;
       int64_t row = gate * H + block * W;
       transpose_block(weight_ih + (units ? row : 0) * I, I, units, I, inputs + n * W, N * W);
-      transpose_block(weight_hh + (units ? row : 0) * H, H, units, H, hidden + n * W, N * W);
+      transpose_block(weight_hh + (units ? row : 0) * P, P, units, P, hidden + n * W, N * W);
     }
   }
 }
@@ -240,6 +246,22 @@ static void pack_deep_rows(const float* rows, int count, int64_t columns, int64_
       store_right(panel + row / kPair * kPanel + i * W, row, v);
     }
 }
+
+/* The projection of an LSTM's h: P rows of W_hr side by side in panels for `multiply_deep`, behind the other panels. */
+struct Projection {
+  int64_t H, P; /* P: 0 for none */
+  int64_t panels() const { return ceil_div(P, kPanel); }
+  int64_t panel_floats() const { return ceil_div(H, W) * S * kPanel; }
+  int64_t floats() const { return panels() * panel_floats(); }
+
+  void pack(const float* weight_hr, int64_t panel, float* packed) const {
+    for (int i = 0; i < kColumns; ++i) {
+      int64_t row = panel * kPanel + i * W;
+      int rows = int(larger(smaller(P - row, W), 0));
+      transpose_block(weight_hr + (rows ? row : 0) * H, H, rows, H, packed + panel * panel_floats() + i * W, kPanel);
+    }
+  }
+};
 
 /* Block `block` of W columns of a row. */
 static inline V row_block(const float* row, int64_t columns, int64_t block) {

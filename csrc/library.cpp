@@ -90,9 +90,16 @@ bool is_permutation(const int64_t* order, int64_t B) {
   return good;
 }
 
+/* Whether a layer of the cell may have an h that is P wide. */
+bool is_projection(int32_t cell, int64_t H, int64_t P) { return P == 0 || (cell >= LS_LSTM && are_widths(P, H)); }
+
+bool is_layer(int32_t cell, int64_t I, int64_t H, int64_t P) {
+  return is_cell(cell) && are_widths(I, H) && is_projection(cell, H, P);
+}
+
 bool is_shape(const ls_shape& s) {
-  if (!is_cell(s.cell) || !are_widths(s.I, s.H) || !is_size(s.T) || !is_size(s.B)) return false;
-  if (!fits(s.T, s.B) || !fits(s.T * s.B, s.I + 8 * s.H + 64)) return false;
+  if (!is_layer(s.cell, s.I, s.H, s.P) || !is_size(s.T) || !is_size(s.B)) return false;
+  if (!fits(s.T, s.B) || !fits(s.T * s.B, s.I + 8 * s.H + s.P + 64)) return false;
   if (s.counts)
     for (int64_t t = 0; t < s.T; ++t)
       if (s.counts[t] < 0 || s.counts[t] > (t ? s.counts[t - 1] : s.B)) return false;
@@ -182,25 +189,26 @@ int64_t ls_saved_floats(const ls_shape* shape, int32_t layer_norm) {
   return target ? target->saved_floats(shape, layer_norm != 0) : -1;
 }
 
-int64_t ls_packed_floats(int32_t cell, int64_t I, int64_t H, int32_t target) {
-  const Target* found = is_cell(cell) && are_widths(I, H) ? find(target) : nullptr;
-  return found ? found->packed_floats(cell, I, H) : -1;
+int64_t ls_packed_floats(int32_t cell, int64_t I, int64_t H, int64_t P, int32_t target) {
+  const Target* found = is_layer(cell, I, H, P) ? find(target) : nullptr;
+  return found ? found->packed_floats(cell, I, H, P) : -1;
 }
 
-int32_t ls_pack(int32_t cell, int64_t I, int64_t H, int32_t target, const float* weight_ih, const float* weight_hh,
-                const float* bias_ih, const float* bias_hh, float* packed) {
-  const Target* found = is_cell(cell) && are_widths(I, H) ? find(target) : nullptr;
-  if (!found || (!weight_ih && I) || !weight_hh || !packed) return LS_BAD_ARGUMENT;
-  found->pack(cell, I, H, weight_ih, weight_hh, bias_ih, bias_hh, packed);
+int32_t ls_pack(int32_t cell, int64_t I, int64_t H, int64_t P, int32_t target, const float* weight_ih, const float* weight_hh,
+                const float* bias_ih, const float* bias_hh, const float* weight_hr, float* packed) {
+  const Target* found = is_layer(cell, I, H, P) ? find(target) : nullptr;
+  if (!found || (!weight_ih && I) || !weight_hh || (!weight_hr && P) || !packed) return LS_BAD_ARGUMENT;
+  found->pack(cell, I, H, P, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, packed);
   return LS_OK;
 }
 
-uint64_t ls_sample(int32_t cell, int64_t I, int64_t H, const float* weight_ih, const float* weight_hh, const float* bias_ih,
-                   const float* bias_hh) {
-  if (!is_cell(cell) || !are_widths(I, H) || (!weight_ih && I) || !weight_hh) return 0;
+uint64_t ls_sample(int32_t cell, int64_t I, int64_t H, int64_t P, const float* weight_ih, const float* weight_hh,
+                   const float* bias_ih, const float* bias_hh, const float* weight_hr) {
+  if (!is_layer(cell, I, H, P) || (!weight_ih && I) || !weight_hh || (!weight_hr && P)) return 0;
   int64_t rows = (cell == LS_LSTM ? 4 : cell >= LS_GRU ? 3 : 1) * H;
   uint64_t sum = sample(weight_ih, rows * I, 64, 1);
-  sum = sample(weight_hh, rows * H, 64, sum);
+  sum = sample(weight_hh, rows * (P ? P : H), 64, sum);
+  sum = sample(weight_hr, P * H, 64, sum);
   sum = sample(bias_ih, bias_ih ? rows : 0, 8, sum);
   return sample(bias_hh, bias_hh ? rows : 0, 8, sum);
 }
@@ -210,7 +218,7 @@ int32_t ls_forward(const ls_forward_args* args) {
   const Target* target = find(args->shape.target);
   bool empty = is_empty(args->shape);
   if (!are_tokens(args->tokens, args->shape, args->tokens.table)) return LS_BAD_ARGUMENT;
-  bool weights = args->packed || ((args->weight_ih || !args->shape.I) && args->weight_hh);
+  bool weights = args->packed || ((args->weight_ih || !args->shape.I) && args->weight_hh && (args->weight_hr || !args->shape.P));
   if (!target || (!empty && (!weights || (!args->x && args->shape.I) || !args->y))) return LS_BAD_ARGUMENT;
   return target->forward(args);
 }
@@ -221,7 +229,7 @@ int32_t ls_backward(const ls_backward_args* args) {
   bool empty = is_empty(args->shape);
   if (!are_tokens(args->tokens, args->shape, args->dtable)) return LS_BAD_ARGUMENT;
   bool inputs = args->saved && args->y && (args->x || !args->shape.I) && (args->weight_ih || !args->shape.I || !args->dx) &&
-                args->weight_hh;
+                args->weight_hh && (args->weight_hr || !args->shape.P);
   if (!target || (!empty && !inputs)) return LS_BAD_ARGUMENT;
   return target->backward(args);
 }

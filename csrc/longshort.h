@@ -6,11 +6,12 @@
    few rows that read the weights as they lie have factors of float32 there too.
 
      T  steps   B  sequences (rows)   I  input width   H  hidden units   G  gates: RNN 1, GRU 3 (r, z, n), LSTM 4 (i, f, g, o);
-     of an LSTM whose gates are coupled 3 (f, g, o)
+     of an LSTM whose gates are coupled 3 (f, g, o)   P  width of h: H, or what an LSTM projects it to
 
      RNN   h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or max(0, ...)
      GRU   r, z = sigmoid(...)    n = tanh(W_in x + b_in + r * (W_hn h + b_hn))    h' = (1 - z) n + z h
-     LSTM  i, f, o = sigmoid(...)   g = tanh(...)   c' = f c + i g   h' = o tanh(c')        coupled: i = 1 - f
+     LSTM  i, f, o = sigmoid(...)   g = tanh(...)   c' = f c + i g   h' = o tanh(c')        coupled: i = 1 - f;
+           projected: h' = W_hr (o tanh(c'))
 
    Errors. exp, tanh and sigmoid are within 4 ULP where the exact result is a normal number, else within 2^-126.
    Inside a call subnormal numbers count as zero; the caller's floating-point mode is restored. A product sums over k in
@@ -56,6 +57,7 @@ enum ls_status {
    step t has are the first counts[t]. The reversed direction starts each row at its own last step. */
 typedef struct {
   int64_t T, B, I, H;
+  int64_t P;             /* of an LSTM that projects h; 0: H, and h is not projected. Below, P is H then */
   const int64_t* counts; /* T, descending, each 0..B; NULL: B at every step */
   const int64_t* starts; /* T; NULL: by step */
   const int64_t* order;  /* B, a permutation of 0..B-1; NULL: as they are */
@@ -75,8 +77,8 @@ typedef struct {
 
 /* What a direction may have beside its weights. All NULL or 0: a plain layer. */
 typedef struct {
-  const float* h_mask;       /* B x H: what h is multiplied by where W_hh reads it (recurrent dropout); NULL: 1 */
-  const float* zoneout_mask; /* T x B x H, in the order of (T, B): h' = h' + mask (h - h'); NULL: the number below */
+  const float* h_mask;       /* B x P: what h is multiplied by where W_hh reads it (recurrent dropout); NULL: 1 */
+  const float* zoneout_mask; /* T x B x P, in the order of (T, B): h' = h' + mask (h - h'); NULL: the number below */
   float zoneout;             /* the same for every unit and step, from 0 to 1 */
   int32_t reserved;
   const uint8_t* resets;     /* T x B: where not 0, the row's state is zero before step t; NULL: nowhere */
@@ -99,15 +101,16 @@ typedef struct {
   const float* x;
   int64_t x_step, x_row;
   const float* weight_ih; /* G H x I */
-  const float* weight_hh; /* G H x H */
+  const float* weight_hh; /* G H x P */
   const float* bias_ih;   /* G H; NULL: none */
   const float* bias_hh;   /* G H; NULL: none */
-  const float* packed;    /* what ls_pack made of the four above, which are not read then; NULL: packed in the call */
-  const float* h0;        /* B x H, rows as in the batch; NULL: zeros */
+  const float* weight_hr; /* P x H, where h is projected */
+  const float* packed;    /* what ls_pack made of the five above, which are not read then; NULL: packed in the call */
+  const float* h0;        /* B x P, rows as in the batch; NULL: zeros */
   const float* c0;        /* B x H, LSTM; NULL: zeros */
-  float* y;               /* rows past the end of a sequence are set to 0 unless there are `starts` */
+  float* y;               /* P wide; rows past the end of a sequence are set to 0 unless there are `starts` */
   int64_t y_step, y_row;
-  float* h_n;             /* B x H, after each row's last step; may be h0 itself; NULL: not wanted */
+  float* h_n;             /* B x P, after each row's last step; may be h0 itself; NULL: not wanted */
   float* c_n;             /* B x H, LSTM; may be c0 itself; NULL: not wanted */
   float* saved;           /* ls_saved_floats of them, for ls_backward; NULL: nothing is saved */
   ls_tokens tokens;
@@ -120,6 +123,7 @@ typedef struct {
   int64_t x_step, x_row;
   const float* weight_ih;
   const float* weight_hh;
+  const float* weight_hr;
   const float* h0;
   const float* c0;
   const float* y; /* what the forward call gave */
@@ -127,16 +131,17 @@ typedef struct {
   const float* saved;
   const float* dy; /* NULL: zeros */
   int64_t dy_step, dy_row;
-  const float* dh_n; /* B x H; NULL: zeros */
+  const float* dh_n; /* B x P; NULL: zeros */
   const float* dc_n; /* B x H; NULL: zeros */
   const float* dgates; /* of what ls_gates lays out, laid out so; NULL: zeros */
   float* dx;         /* NULL: not wanted; past the end of a sequence set to 0 as y is */
   int64_t dx_step, dx_row;
   float* dweight_ih; /* G H x I; NULL: not wanted, as all below */
-  float* dweight_hh; /* G H x H */
+  float* dweight_hh; /* G H x P */
   float* dbias_ih;   /* G H */
   float* dbias_hh;   /* G H */
-  float* dh0;        /* B x H */
+  float* dweight_hr; /* P x H */
+  float* dh0;        /* B x P */
   float* dc0;        /* B x H */
   float* dgamma_ih;  /* G H; of layer normalisation, as the three below */
   float* dgamma_hh;  /* G H */
@@ -240,12 +245,12 @@ LS_API int32_t ls_threading(void);
 /* Floats that the forward pass saves for the backward pass, without or with layer normalisation; that ls_pack writes.
    -1: a bad argument. */
 LS_API int64_t ls_saved_floats(const ls_shape* shape, int32_t layer_norm);
-LS_API int64_t ls_packed_floats(int32_t cell, int64_t I, int64_t H, int32_t target);
+LS_API int64_t ls_packed_floats(int32_t cell, int64_t I, int64_t H, int64_t P, int32_t target);
 
 /* Lay out weights as the forward pass reads them: of use where the same weights serve many calls. `packed` is valid for the
    target it was made for; 64-byte alignment is faster. */
-LS_API int32_t ls_pack(int32_t cell, int64_t I, int64_t H, int32_t target, const float* weight_ih, const float* weight_hh,
-                       const float* bias_ih, const float* bias_hh, float* packed);
+LS_API int32_t ls_pack(int32_t cell, int64_t I, int64_t H, int64_t P, int32_t target, const float* weight_ih,
+                       const float* weight_hh, const float* bias_ih, const float* bias_hh, const float* weight_hr, float* packed);
 
 /* The same for what ls_decode reads. `rows`: (V + 1) x G H, the product of each symbol's input with W_ih and the biases (of the
    GRU's n only b_ih; b_hh belongs to ls_pack's). `weight`: V x H, `bias`: V. Floats that they write; -1: a bad argument. */
@@ -261,8 +266,8 @@ LS_API int32_t ls_round(int32_t cell, int64_t I_or_V, int64_t H, int32_t target,
 
 /* A number that changes when the weights do, if more than a few of them: from 64 values of each matrix and 8 of each bias.
    For who keeps packed weights and cannot be told of changes. 0: a bad argument. */
-LS_API uint64_t ls_sample(int32_t cell, int64_t I, int64_t H, const float* weight_ih, const float* weight_hh,
-                          const float* bias_ih, const float* bias_hh);
+LS_API uint64_t ls_sample(int32_t cell, int64_t I, int64_t H, int64_t P, const float* weight_ih, const float* weight_hh,
+                          const float* bias_ih, const float* bias_hh, const float* weight_hr);
 
 LS_API int32_t ls_forward(const ls_forward_args* args);
 LS_API int32_t ls_backward(const ls_backward_args* args);

@@ -105,15 +105,15 @@ class Reference:
         peepholes: Sequence[Array] = (),
     ) -> None:
         T, B, _ = x_TBI.shape
-        H = weights[1].shape[1]
+        H, P = weights[0].shape[0] // native.GATES[cell], weights[1].shape[1]
         kind = np.result_type(x_TBI, *weights, *state)
         self.cell, self.x, self.weights, self.reverse, self.lengths = cell, x_TBI, weights, reverse, lengths
-        self.h_mask = np.ones((B, H)) if h_mask is None else h_mask
-        self.zoneout = np.zeros((T, B, H)) if zoneout is None else zoneout
+        self.h_mask = np.ones((B, P)) if h_mask is None else h_mask
+        self.zoneout = np.zeros((T, B, P)) if zoneout is None else zoneout
         self.resets = np.zeros((T, B), bool) if resets is None else resets
         self.gains, self.peepholes = gains, peepholes
         self.looks = peepholes or [np.zeros(H)] * (native.GATES[cell] - 1)
-        self.y = np.zeros((T, B, H), kind)
+        self.y = np.zeros((T, B, P), kind)
         self.shown = {name: np.zeros((T, B, H), kind) for name in native.SHOWN[cell]}
         self.after = [np.array(s, kind) for s in state]
         self.tape: dict[tuple[int, int], tuple[Any, ...]] = {}
@@ -121,7 +121,7 @@ class Reference:
             now = tuple(s[b] for s in state)
             for t in self.steps(b):
                 if self.resets[t, b]:
-                    now = tuple(np.zeros(H) for _ in now)
+                    now = tuple(np.zeros(len(part)) for part in now)
                 now = self.step(t, b, now)
                 self.y[t, b] = now[0]
             for whole, part in zip(self.after, now, strict=True):
@@ -132,7 +132,7 @@ class Reference:
         return steps[::-1] if self.reverse else steps
 
     def step(self, t: int, b: int, now: tuple[Array, ...]) -> tuple[Array, ...]:
-        weight_ih, weight_hh, bias_ih, bias_hh = self.weights
+        weight_ih, weight_hh, bias_ih, bias_hh, *weight_hr = self.weights
         h, read = now[0], now[0] * self.h_mask[b]
         x_G, h_G = weight_ih @ self.x[t, b], weight_hh @ read
         hats: list[tuple[Array, Any]] = []
@@ -159,6 +159,8 @@ class Reference:
                 hats.append(normal(c[0]))
                 shown = self.gains[2] * hats[2][0] + self.gains[3]
             new, gates = o * np.tanh(shown), (i, f, g, o, shown)
+            if weight_hr:
+                new = weight_hr[0] @ new
         else:
             total = x_G + h_G
             new = np.tanh(total) if self.cell == "rnn" else np.where(total.real > 0, total, 0)
@@ -171,8 +173,8 @@ class Reference:
         return (new + mask * (h - new), *c)
 
     def gradients(self, dy: Array, dstate: Sequence[Array], dgates: Mapping[str, Array]) -> list[Array]:
-        """Return the gradients of x, the four weights, the states, the gains and the peepholes."""
-        weight_ih, weight_hh = self.weights[:2]
+        """Return the gradients of x, the weights, the states, the gains and the peepholes."""
+        weight_ih, weight_hh, _, _, *weight_hr = self.weights
         dx, *dweights = (np.zeros(w.shape) for w in (self.x, *self.weights))
         dbefore = [np.array(d, np.float64) for d in dstate]
         dgains, dpeepholes = ([np.zeros(v.shape) for v in vectors] for vectors in (self.gains, self.peepholes))
@@ -192,6 +194,9 @@ class Reference:
                     dx_G, dh_G = np.concatenate([dr, dz, dn]), np.concatenate([dr, dz, dn * r])
                 elif native.STATES[self.cell] == 2:
                     i, f, g, o, shown = gates
+                    if weight_hr:
+                        dweights[4] += np.outer(dnew, o * np.tanh(shown))
+                        dnew = weight_hr[0].T @ dnew
                     *look_i, look_f, look_o = self.looks
                     do = (dnew * np.tanh(shown) + d["o"]) * o * (1 - o)
                     dshown = dnew * o * (1 - np.tanh(shown) ** 2)
@@ -236,17 +241,19 @@ class Reference:
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_the_reference_has_the_gradients_of_complex_steps(cell: str, reverse: bool, layer_norm: bool) -> None:
     rng = np.random.default_rng(0)
-    case = Case(rng, cell, T=4, B=3, I=2, H=3, lengths=(2, 4, 0), everything=True, layer_norm=layer_norm)
+    P = 2 if native.STATES[cell] == 2 and not reverse else 0
+    case = Case(rng, cell, T=4, B=3, I=2, H=3, P=P, lengths=(2, 4, 0), everything=True, layer_norm=layer_norm)
     inputs = (case.x, *case.filled_weights(), *case.state, *case.gains(), *case.peepholes())
     arrays = [a.astype(np.float64) for a in inputs]
-    after = 5 + len(case.state)
+    weights = 1 + len(case.filled_weights())
+    after = weights + len(case.state)
     vectors = after + len(case.gains())
-    dy, dstate = rng.normal(size=(4, 3, 3)), [rng.normal(size=s.shape) for s in case.state]
+    dy, dstate = rng.normal(size=(4, 3, P or 3)), [rng.normal(size=s.shape) for s in case.state]
     dgates = {name: rng.normal(size=(4, 3, 3)) for name in native.SHOWN[cell]}
 
     def run(arrays: Sequence[Array]) -> Reference:
         settings = case.reference_options() | {"gains": arrays[after:vectors], "peepholes": arrays[vectors:]}
-        return Reference(cell, arrays[0], arrays[1:5], arrays[5:after], case.lengths, reverse, **settings)
+        return Reference(cell, arrays[0], arrays[1:weights], arrays[weights:after], case.lengths, reverse, **settings)
 
     gradients = run(arrays).gradients(dy, dstate, dgates)
     directions = [rng.normal(size=a.shape) for a in arrays]
@@ -279,6 +286,7 @@ class Case:
         B: int,
         I: int,
         H: int,
+        P: int = 0,
         lengths: Sequence[int] | None = None,
         everything: bool = False,
         layer_norm: bool = False,
@@ -292,11 +300,12 @@ class Case:
             return array
 
         G = native.GATES[cell] * H
-        self.cell, self.T, self.B, self.I, self.H = cell, T, B, I, H
+        self.cell, self.T, self.B, self.I, self.H, self.P = cell, T, B, I, H, P or H
         self.x = draw(T, B, I)
         biases = (draw(G, scale=0.5), draw(G, scale=0.5)) if bias else (None, None)
-        self.weights = Weights(draw(G, I, scale=(I + 1) ** -0.5), draw(G, H, scale=H**-0.5), *biases)
-        self.state = tuple(draw(B, H) for _ in range(native.STATES[cell]))
+        of_h, projection = draw(G, self.P, scale=self.P**-0.5), draw(P, H, scale=H**-0.5) if P else None
+        self.weights = Weights(draw(G, I, scale=(I + 1) ** -0.5), of_h, biases[0], biases[1], projection)
+        self.state = tuple(draw(B, width) for width in (self.P, H)[: native.STATES[cell]])
         lstm = native.STATES[cell] == 2
         self.ragged = lengths is not None
         self.lengths = [T] * B if lengths is None else list(lengths)
@@ -310,19 +319,20 @@ class Case:
         if everything:
             self.options = Options(
                 **vectors,
-                h_mask=(rng.random((B, H)) < 0.7).astype(np.float32) / np.float32(0.7),
-                zoneout_mask=(rng.random((T, B, H)) < 0.3).astype(np.float32),
+                h_mask=(rng.random((B, self.P)) < 0.7).astype(np.float32) / np.float32(0.7),
+                zoneout_mask=(rng.random((T, B, self.P)) < 0.3).astype(np.float32),
                 resets=rng.random((T, B)) < 0.3,
             )
 
     def filled_weights(self) -> list[Array]:
-        rows = len(self.weights.weight_hh)
-        return [np.zeros(rows, np.float32) if w is None else w for w in self.weights]
+        *weights, weight_hr = self.weights
+        found = [np.zeros(len(self.weights.weight_hh), np.float32) if w is None else w for w in weights]
+        return found if weight_hr is None else [*found, weight_hr]
 
     def reference_options(self) -> dict[str, Any]:
         zoneout = self.options.zoneout_mask
         if zoneout is None:
-            zoneout = np.full((self.T, self.B, self.H), self.options.zoneout)
+            zoneout = np.full((self.T, self.B, self.P), self.options.zoneout)
         options = {"h_mask": self.options.h_mask, "zoneout": zoneout, "resets": self.options.resets}
         vectors = {"gains": self.gains(), "peepholes": self.peepholes()}
         return options | {name: [each.astype(np.float64) for each in found] for name, found in vectors.items()}
@@ -342,10 +352,9 @@ class Case:
         return Sequences(counts=counts, order=order, reverse=reverse)
 
     def reference(self, reverse: bool, dtype: Any = np.float64) -> Reference:
-        arrays = [a.astype(dtype) for a in (self.x, *self.filled_weights(), *self.state)]
-        return Reference(
-            self.cell, arrays[0], arrays[1:5], arrays[5:], self.lengths, reverse, **self.reference_options()
-        )
+        x, weights, state = self.x.astype(dtype), self.filled_weights(), [part.astype(dtype) for part in self.state]
+        given = (x, [weight.astype(dtype) for weight in weights], state, self.lengths, reverse)
+        return Reference(self.cell, *given, **self.reference_options())
 
     def forward(self, reverse: bool = False, **more: Any) -> Output:
         more = {"sequences": self.sequences(reverse), "options": self.options, "state": self.state, **more}
@@ -360,7 +369,8 @@ class Case:
         expected = self.reference(reverse)
         dy = rng.normal(size=output.y.shape).astype(np.float32)
         dstate = [rng.normal(size=s.shape).astype(np.float32) for s in self.state]
-        dgates = {name: rng.normal(size=output.y.shape).astype(np.float32) for name in native.SHOWN[self.cell]}
+        of_units = (self.T, self.B, self.H)
+        dgates = {name: rng.normal(size=of_units).astype(np.float32) for name in native.SHOWN[self.cell]}
         wanted = expected.gradients(dy, dstate, dgates)
         forward, backward = [1e-5] * (1 + len(self.state)), [1e-4] * len(wanted)
         if self.options.gains is not None:
@@ -384,8 +394,10 @@ class Case:
         arguments = (self.cell, self.x, self.weights, output, dy, self.state, dstate, dgates)
         settings["threads"] = threads
         gradients = native_layers.backward(*arguments, **settings)
-        names = Gradients._fields[: 5 + len(self.state)]
-        present = [(name, getattr(gradients, name)) for name in names]
+        names = [*Gradients._fields[:6], *Gradients._fields[6 : 6 + len(self.state)]]
+        found_of = {name: getattr(gradients, name) for name in names}
+        assert (found_of["weight_hr"] is None) == (self.weights.weight_hr is None)
+        present = [(name, gradient) for name, gradient in found_of.items() if gradient is not None]
         for vectors in (gradients.gains, gradients.peepholes):
             present += [(n, v) for n, v in ({} if vectors is None else vectors._asdict()).items() if v is not None]
         assert len(present) == len(wanted)
@@ -548,6 +560,26 @@ def test_peepholes(target: str, cell: str, reverse: bool) -> None:
 
 
 @DIRECTIONS
+@pytest.mark.parametrize("cell", ["lstm", native.COUPLED])
+def test_projections(target: str, cell: str, reverse: bool) -> None:
+    rng, W = np.random.default_rng(0), LANES[target]
+    shapes = [(1, 1, 3, 5, 2), (2, 3, 4, 2 * W, W), (4, 5, 6, 2 * W - 1, W + 1), (3, W + 3, 3, 3 * W + 2, 2 * W + 1)]
+    shapes += [(T, B, I, H, P) for (T, B, I, H), P in zip(LARGER, (2 * W + 3, 24, 5), strict=True)]
+    for (T, B, I, H, P), bias in zip(shapes, itertools.cycle((True, False)), strict=False):
+        for threads in {1, 1 + (B > 9), 1 + 2 * (B > 30)}:
+            Case(rng, cell, T=T, B=B, I=I, H=H, P=P, bias=bias, offset=1).check(target, reverse, threads)
+        lengths = [int(n) for n in rng.integers(0, T + 1, size=B)]
+        for everything, layer_norm in ((True, False), (False, True), (True, True)):
+            case = Case(
+                rng, cell, T=T, B=B, I=I, H=H, P=P, lengths=lengths, everything=everything, layer_norm=layer_norm
+            )
+            case.check(target, reverse, 1 + (B > 9))
+    Case(rng, cell, T=3, B=12, I=2, H=1100, P=3).check(target, reverse)  # the product with W_hr in two parts
+    for T, B in ((0, 3), (2, 0)):
+        Case(rng, cell, T=T, B=B, I=2, H=5, P=3).check(target, reverse)
+
+
+@DIRECTIONS
 @EVERY_CELL
 def test_packed_sequences_are_padded_ones(target: str, cell: str, reverse: bool) -> None:
     rng = np.random.default_rng(0)
@@ -596,6 +628,7 @@ def test_inference_gives_the_same_bits_for_any_threads_and_batch(target: str, ce
             Case(rng, cell, T=T, B=B, I=I, H=H),
             Case(rng, cell, T=T, B=B, I=I, H=H, lengths=lengths),
             Case(rng, cell, T=T, B=B, I=I, H=H, lengths=lengths, layer_norm=True, peepholes=True),
+            *(Case(rng, cell, T=T, B=B, I=I, H=H, P=H // 2, lengths=lengths) for _ in range(native.STATES[cell] - 1)),
         ):
             whole = case.forward(reverse, target=target)
             packed = native_layers.pack(cell, case.weights, target)
@@ -724,13 +757,13 @@ def arguments_of(case: Case, output: Output) -> tuple[ForwardArgs, BackwardArgs,
     assert output.saved is not None
     arrays = {"y": output.y, "saved": output.saved, "x": case.x}
     arrays |= {"dy": np.ones_like(output.y), "dx": np.zeros_like(case.x)}
-    arrays |= dict(zip(native_layers.Weights._fields, case.filled_weights(), strict=True))
+    arrays |= dict(zip(native_layers.Weights._fields, case.filled_weights(), strict=False))
     arrays |= {name: np.zeros((B, H), np.float32) for name in ("h0", "c0", "h_n", "c_n", "dh0", "dc0", "dh_n", "dc_n")}
     arrays |= {"dweight_ih": np.zeros((G, I), np.float32), "dweight_hh": np.zeros((G, H), np.float32)}
     arrays |= {name: np.zeros(G, np.float32) for name in ("dbias_ih", "dbias_hh")}
     forward, backward = ForwardArgs(), BackwardArgs()
     for args in (forward, backward):
-        args.shape = Shape(T, B, I, H, None, None, None, native.LAYER_CELLS[case.cell], 0, 1, -1)
+        args.shape = Shape(T, B, I, H, 0, None, None, None, native.LAYER_CELLS[case.cell], 0, 1, -1)
         for name, kind, *_ in args._fields_:
             if name in arrays and kind is ctypes.c_void_p:
                 setattr(args, name, arrays[name].ctypes.data)
@@ -756,6 +789,7 @@ def test_arguments_that_cannot_be_are_refused(cell: str) -> None:
     bad: list[dict[str, Any]] = [
         *({name: value} for name in "TBI" for value in (-1, largest + 1, -(2**63))),
         *({"H": value} for value in (0, -1, largest + 1)),
+        *({"P": value} for value in (-1, largest + 1, *((3,) if native.STATES[cell] == 1 else ()))),
         *({"cell": value} for value in (-1, 5)),
         *({"target": value} for value in (-2, library.ls_num_targets(), 1000)),
         *({name: array.ctypes.data} for name, arrays in held.items() for array in arrays),
@@ -780,6 +814,11 @@ def test_arguments_that_cannot_be_are_refused(cell: str) -> None:
         wanted = native.OK if given == every else native.BAD_ARGUMENT
         assert library.ls_forward(ctypes.byref(forward)) == wanted, given
     forward, backward, _arrays = arguments_of(case, output)
+    if native.STATES[cell] == 2:  # a projection without its weights
+        forward.shape.P = backward.shape.P = 5
+        assert library.ls_forward(ctypes.byref(forward)) == native.BAD_ARGUMENT
+        assert library.ls_backward(ctypes.byref(backward)) == native.BAD_ARGUMENT
+    forward, backward, _arrays = arguments_of(case, output)
     saved, backward.saved = backward.saved, None
     assert library.ls_backward(ctypes.byref(backward)) == native.BAD_ARGUMENT
     backward.saved = saved
@@ -797,18 +836,19 @@ def test_arguments_that_cannot_be_are_refused(cell: str) -> None:
 def test_sizes_and_names_that_cannot_be_are_refused() -> None:
     library = native.library()
     assert library is not None
-    good = Shape(3, 2, 4, 5, None, None, None, 3, 0, 1, -1)
+    good = Shape(3, 2, 4, 5, 0, None, None, None, 3, 0, 1, -1)
     assert library.ls_saved_floats(ctypes.byref(good), 0) > 0
     assert library.ls_saved_floats(ctypes.byref(good), 1) > library.ls_saved_floats(ctypes.byref(good), 0)
     for name, value in (("T", -1), ("H", 0), ("cell", 9), ("target", 99)):
-        shape = Shape(3, 2, 4, 5, None, None, None, 3, 0, 1, -1)
+        shape = Shape(3, 2, 4, 5, 0, None, None, None, 3, 0, 1, -1)
         setattr(shape, name, value)
         assert library.ls_saved_floats(ctypes.byref(shape), 0) == -1
     assert library.ls_saved_floats(None, 0) == -1
-    assert library.ls_packed_floats(3, 4, 5, -1) > 0
-    for bad in ((5, 4, 5, -1), (3, -1, 5, -1), (3, 4, 0, -1), (3, 4, 2**40, -1), (3, 4, 5, 99)):
+    assert library.ls_packed_floats(3, 4, 5, 2, -1) > library.ls_packed_floats(3, 4, 2, 0, -1) > 0
+    widths = ((3, -1, 5, 0, -1), (3, 4, 0, 0, -1), (3, 4, 2**40, 0, -1), (3, 4, 5, -1, -1), (2, 4, 5, 3, -1))
+    for bad in ((5, 4, 5, 0, -1), *widths, (3, 4, 5, 0, 99)):
         assert library.ls_packed_floats(*bad) == -1
-        assert library.ls_pack(*bad, None, None, None, None, None) == native.BAD_ARGUMENT
+        assert library.ls_pack(*bad, None, None, None, None, None, None) == native.BAD_ARGUMENT
     assert library.ls_apply(3, -1, 0, None, None) == native.BAD_ARGUMENT
     assert library.ls_apply(0, 99, 0, None, None) == native.BAD_ARGUMENT
     assert library.ls_apply(0, -1, -1, None, None) == native.BAD_ARGUMENT
@@ -861,6 +901,11 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         ("layer normalisation of an LSTM needs gamma_c", lambda: run("lstm", x, weights, options=short)),
         ("gamma_c and beta_c are the LSTM's", lambda: run("gru", x, of_gru, options=long)),
         ("gamma_hh must have the shape", lambda: run("gru", x, of_gru, options=Options(gains=Gains(gain, gain[1:])))),
+        ("weight_hr is the LSTM's", lambda: run("gru", x, of_gru._replace(weight_hr=np.ones((5, 5), np.float32)))),
+        (
+            "weight_hr must have the shape",
+            lambda: run("lstm", x, weights._replace(weight_hr=np.ones((5, 4), np.float32))),
+        ),
         ("peepholes are the LSTM's, not the gru's", lambda: run("gru", x, of_gru, options=Options(peepholes=looks))),
         ("weight_ci is of the gate i", lambda: run("lstm", x, weights, options=Options(peepholes=looks))),
         ("weight_cf must have the shape", lambda: run("lstm_coupled", x, of_gru, options=Options(peepholes=wide))),

@@ -89,6 +89,8 @@ QUICK = [
         ({}, {"layer_norm": True}, {"zoneout": 0.2, "recurrent_dropout": 0.1}),
     ),
     (longshort.LSTM, {"peephole": True}),
+    (longshort.LSTM, {"proj_size": 5}),
+    (longshort.LSTM, {"proj_size": 16, "layer_norm": True, "recurrent_dropout": 0.1}),
     (longshort.LSTM, {"coupled_gates": True, "zoneout": 0.2}),
     (longshort.LSTM, {"coupled_gates": True, "peephole": True, "layer_norm": True}),
 ]
@@ -111,7 +113,8 @@ def test_the_short_way_gives_the_same_bits(
     assert layer._quick[training] is not None
     x = torch.randn(*((B, T) if batch_first else (T, B)), 3, requires_grad=True)
     state = torch.randn(1, B, 17, requires_grad=True)
-    hx = ((state, state + 1) if make is longshort.LSTM else state) if with_state else None
+    h_0 = state[..., : layer.proj_size or 17].contiguous()
+    hx = ((h_0, state + 1) if make is longshort.LSTM else state) if with_state else None
     for mode in (torch.no_grad(), torch.enable_grad()):
         with mode:
             short, general = seeded(0, layer, x, hx), seeded(0, layer._call, x, hx)
@@ -189,16 +192,19 @@ def arguments_of(
     options = LayerOptions(layer_norm=vectors, peephole=vectors and lstm, coupled_gates=coupled)
     sizes = options.parameter_sizes(Stack("lstm" if lstm else cell, I, H, coupled=coupled))
     of_vectors = [(size,) for size in sizes.values()]
-    shapes = [shape for _ in range(D) for shape in ((G * H, I), (G * H, H), (G * H,), (G * H,), *of_vectors)]
+    projected = 2 if vectors and lstm else 0
+    P, projection = (projected, [(projected, H)]) if projected else (H, [])
+    own = ((G * H, I), (G * H, P), (G * H,), (G * H,), *projection, *of_vectors)
+    shapes = [shape for _ in range(D) for shape in own]
     weights = [torch.randn(shape).mul(0.3).requires_grad_(grad) for shape in shapes]
-    x, h_0 = torch.randn(T, B, I).requires_grad_(grad), torch.randn(D, B, H).requires_grad_(grad)
+    x, h_0 = torch.randn(T, B, I).requires_grad_(grad), torch.randn(D, B, P).requires_grad_(grad)
     c_0 = torch.randn(D, B, H).requires_grad_(grad) if lstm else None
     counts, order = (torch.tensor([2, 2, 1, 0]), torch.tensor([1, 0])) if lengths else (None, None)
-    h_masks: list[Tensor | None] = [torch.rand(B, H) for _ in range(D)] if masks else []
-    zoneout: list[Tensor | None] = [torch.rand(T, B, H) for _ in range(D)] if masks else []
+    h_masks: list[Tensor | None] = [torch.rand(B, P) for _ in range(D)] if masks else []
+    zoneout: list[Tensor | None] = [torch.rand(T, B, P) for _ in range(D)] if masks else []
     resets: list[Tensor | None] = [torch.rand(T, B) < 0.3 for _ in range(D)] if masks else []
     rest = (cell, H, D, True, False, counts, order, B if lengths else 0, False, h_masks, zoneout, 0.0, resets, -1)
-    return (x, h_0, c_0, weights, *rest, list(sizes), grad)
+    return (x, h_0, c_0, weights, *rest, list(sizes), projected, grad)
 
 
 @pytest.mark.parametrize("vectors", [False, True])

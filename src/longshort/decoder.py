@@ -86,6 +86,8 @@ class ArrayCell(NamedTuple):
     states: tuple[str, ...] = ("h",)
 
 
+LAYER_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+"""Names of the weights of a model's layer, which has biases and no projection."""
 CELLS = {
     "rnn": ArrayCell(_rnn_step, ("h",)),
     "rnn_relu": ArrayCell(_rnn_relu_step, ("h",)),
@@ -154,7 +156,7 @@ class Decoder:
 
     def _layer_weights(self, layer: int) -> Weights:
         """Return a layer's weights as the native kernels take them."""
-        return Weights(*(self._weights[f"recurrent.{name}_l{layer}"] for name in Weights._fields))
+        return Weights(*(self._weights[f"recurrent.{name}_l{layer}"] for name in LAYER_WEIGHTS))
 
     def _gains(self, layer: int) -> list[Array]:
         """Return a layer's gains of layer normalisation, as `NativeModel` takes them."""

@@ -22,9 +22,9 @@ from longshort.cells import Options, Readings, Sequences, Stack, State
 _LAYER = (
     "Tensor x, Tensor? h_0, Tensor? c_0, Tensor[] weights, str cell, int hidden_size, int directions, bool bias, "
     "bool batch_first, Tensor? counts, Tensor? order, SymInt batch_size, bool packed, Tensor?[] h_masks, "
-    "Tensor?[] zoneout_masks, float zoneout, Tensor?[] resets, int target, str[] vectors"
+    "Tensor?[] zoneout_masks, float zoneout, Tensor?[] resets, int target, str[] vectors, int projected"
 )
-_NUM_LAYER = 19
+_NUM_LAYER = 20
 _library: Any = torch.library.Library("longshort", "DEF")  # type: ignore[no-untyped-call]
 _library.define(f"layer({_LAYER}, bool save) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
@@ -36,7 +36,7 @@ _library.define(
 def _call(arguments: Sequence[Any]) -> tuple[Tensor, State | None, list[Tensor], ops.Call]:
     """Return x, state, weights and the rest, from the arguments that both operations share."""
     x, h_0, c_0, weights, cell, hidden_size, directions, bias, batch_first, counts, order, batch_size = arguments[:12]
-    packed, h_masks, zoneout_masks, zoneout, resets, target, vectors = arguments[12:_NUM_LAYER]
+    packed, h_masks, zoneout_masks, zoneout, resets, target, vectors, projected = arguments[12:_NUM_LAYER]
     state = None if h_0 is None else (h_0,) if c_0 is None else (h_0, c_0)
     sequences = None if counts is None else Sequences(counts, order, batch_size, packed)
     options: tuple[Options, ...] = ()
@@ -45,7 +45,8 @@ def _call(arguments: Sequence[Any]) -> tuple[Tensor, State | None, list[Tensor],
             Options(h_mask_BH=h_mask, zoneout_mask_TBH=zoneout_mask, zoneout=zoneout, resets_TB=reset).contiguous()
             for h_mask, zoneout_mask, reset in zip(h_masks, zoneout_masks, resets, strict=True)
         )
-    call = ops.Call(cell, hidden_size, directions, bias, batch_first, sequences, options, target, tuple(vectors))
+    plain = (cell, hidden_size, directions, bias, batch_first, sequences, options, target)
+    call = ops.Call(*plain, tuple(vectors), projected=projected)
     state = None if state is None else tuple(tensor.contiguous() for tensor in state)
     return ops.rows(x), state, [weight.contiguous() for weight in weights], call
 
@@ -74,12 +75,13 @@ def _layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _layer_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, _, _, _, cell, H, D, _, batch_first, counts, _, batch_size = arguments[:12]
-    target, vectors, save = arguments[_NUM_LAYER - 2 : _NUM_LAYER + 1]
+    target, vectors, projected, save = arguments[_NUM_LAYER - 3 : _NUM_LAYER + 1]
+    P = projected or H
     T, B = _size(x, batch_first, counts, batch_size)
-    state = x.new_empty(D, B, H)
+    state = x.new_empty(D, B, P)
     floats = _saved_floats(cell, H, T, B, target, "gamma_ih" in vectors) if save else 0
     c_n = state.new_empty(D, B, H) if native.STATES[cell] == 2 else x.new_empty(0)
-    return x.new_empty(*x.shape[:-1], D * H), state, c_n, x.new_empty(D, floats)
+    return x.new_empty(*x.shape[:-1], D * P), state, c_n, x.new_empty(D, floats)
 
 
 def _layer_backward(*arguments: Any) -> list[Tensor]:
@@ -93,9 +95,10 @@ def _layer_backward(*arguments: Any) -> list[Tensor]:
 
 def _layer_backward_fake(*arguments: Any) -> list[Tensor]:
     x, _, _, weights, cell, H, D, _, batch_first, counts, _, batch_size = arguments[:12]
-    wanted = arguments[-1]
+    projected, wanted = arguments[_NUM_LAYER - 1], arguments[-1]
     _, B = _size(x, batch_first, counts, batch_size)
-    shapes = [x.shape, *[(D, B, H)] * native.STATES[cell], *[weight.shape for weight in weights]]
+    states = [(D, B, projected or H), (D, B, H)][: native.STATES[cell]]
+    shapes = [x.shape, *states, *[weight.shape for weight in weights]]
     return [x.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True)]
 
 
@@ -194,6 +197,7 @@ def run_graph(
             [each.resets_TB for each in having],
             target,
             vectors,
+            stack.proj_size,
             grad,
         )
         h_n.append(h)

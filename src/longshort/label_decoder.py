@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from longshort import machine, native, native_layers
 from longshort.config import LabelModelConfig
-from longshort.decoder import CELLS, Array, State, look_up, normalised, step_of
+from longshort.decoder import CELLS, LAYER_WEIGHTS, Array, State, look_up, normalised, step_of
 from longshort.errors import CheckpointError
 from longshort.examples import Batch
 from longshort.labelling import LabelModel, read_saved
@@ -84,7 +84,7 @@ class LabelDecoder(LabelModel):
     def _run_native(self, of: str, x_TBI: Array, lengths_B: NDArray[np.int64]) -> tuple[Array, Array]:
         """Return what one layer puts out in one direction, (T, B, H), and what it has after its last step, (B, H)."""
         w, steps = self._weights, np.arange(len(x_TBI))[:, None]
-        weights = Weights(*(w[f"recurrent.{name}_{of}"] for name in Weights._fields))
+        weights = Weights(*(w[f"recurrent.{name}_{of}"] for name in LAYER_WEIGHTS))
         gains = Gains(*(w[name] for name in _gains(self.config, of))) if self.config.layer_norm else None
         sequences = Sequences(
             counts=(lengths_B > steps).sum(1),

@@ -1,6 +1,6 @@
 """Single layers of the kernel library on NumPy arrays: forward, backward, what a forward pass shows. Needs no PyTorch.
 
-    T  steps   B  rows   I  input width   H  hidden units   N  rows in all
+    T  steps   B  rows   N  rows in all   I  input width   H  hidden units   P  width of h: H, unless it is projected
     G  gates: rnn and rnn_relu 1, gru and lstm_coupled 3, lstm 4
 
 What the functions mean is written in `csrc/longshort.h`; here the structures are declared once more, and every shape
@@ -46,7 +46,7 @@ class Shape(ctypes.Structure):
     """`ls_shape`."""
 
     _fields_ = (
-        *((name, _i64) for name in ("T", "B", "I", "H")),
+        *((name, _i64) for name in ("T", "B", "I", "H", "P")),
         *((name, _pointer) for name in ("counts", "starts", "order")),
         *((name, _i32) for name in ("cell", "reverse", "num_threads", "target")),
     )
@@ -80,7 +80,8 @@ class ForwardArgs(ctypes.Structure):
         ("x", _pointer),
         ("x_step", _i64),
         ("x_row", _i64),
-        *((name, _pointer) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "packed", "h0", "c0", "y")),
+        *((name, _pointer) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")),
+        *((name, _pointer) for name in ("packed", "h0", "c0", "y")),
         ("y_step", _i64),
         ("y_row", _i64),
         *((name, _pointer) for name in ("h_n", "c_n", "saved")),
@@ -97,7 +98,7 @@ class BackwardArgs(ctypes.Structure):
         ("x", _pointer),
         ("x_step", _i64),
         ("x_row", _i64),
-        *((name, _pointer) for name in ("weight_ih", "weight_hh", "h0", "c0", "y")),
+        *((name, _pointer) for name in ("weight_ih", "weight_hh", "weight_hr", "h0", "c0", "y")),
         ("y_step", _i64),
         ("y_row", _i64),
         ("saved", _pointer),
@@ -108,7 +109,10 @@ class BackwardArgs(ctypes.Structure):
         ("dx", _pointer),
         ("dx_step", _i64),
         ("dx_row", _i64),
-        *((name, _pointer) for name in ("dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh", "dh0", "dc0")),
+        *(
+            (name, _pointer)
+            for name in ("dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh", "dweight_hr", "dh0", "dc0")
+        ),
         *((name, _pointer) for name in ("dgamma_ih", "dgamma_hh", "dgamma_c", "dbeta_c")),
         *((name, _pointer) for name in ("dweight_ci", "dweight_cf", "dweight_co")),
         ("accumulate_dx", _i32),
@@ -127,11 +131,13 @@ class Weights(NamedTuple):
     weight_ih: Array
     """(G H, I)."""
     weight_hh: Array
-    """(G H, H)."""
+    """(G H, P)."""
     bias_ih: Array | None = None
     """(G H)."""
     bias_hh: Array | None = None
     """(G H)."""
+    weight_hr: Array | None = None
+    """(P, H), of an LSTM that projects h; None: it does not, and P is H."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,9 +183,9 @@ class Options:
     """What a layer may have beside its weights."""
 
     h_mask: Array | None = None
-    """(B, H): what h is multiplied by where W_hh reads it."""
+    """(B, P): what h is multiplied by where W_hh reads it."""
     zoneout_mask: Array | None = None
-    """(T, B, H): 1 keeps the old h, 0 takes the new one."""
+    """(T, B, P): 1 keeps the old h, 0 takes the new one."""
     zoneout: float = 0.0
     """The same for every unit and step, from 0 to 1."""
     resets: NDArray[np.bool_] | None = None
@@ -194,9 +200,9 @@ class Output(NamedTuple):
     """What `forward` returns."""
 
     y: Array
-    """(T, B, H), or (N, H) where there are `starts`; 0 past the end of a row."""
+    """(T, B, P), or (N, P) where there are `starts`; 0 past the end of a row."""
     h_n: Array
-    """(B, H)."""
+    """(B, P)."""
     c_n: Array | None
     """(B, H) for an LSTM."""
     saved: Array | None
@@ -211,6 +217,8 @@ class Gradients(NamedTuple):
     weight_hh: Array
     bias_ih: Array
     bias_hh: Array
+    weight_hr: Array | None
+    """Where h is projected."""
     h0: Array
     c0: Array | None
     """For an LSTM."""
@@ -236,17 +244,17 @@ def saved_floats(shape: Shape, layer_norm: bool = False) -> int:
     return count
 
 
-def packed_floats(cell: str, I: int, H: int, target: str | None = None) -> int:
-    """Return how many floats `pack` makes of a layer's weights.
+def packed_floats(cell: str, I: int, H: int, target: str | None = None, projected: int = 0) -> int:
+    """Return how many floats `pack` makes of a layer's weights; `projected` is P where h is projected.
 
     Raises:
         ValueError: a size that cannot be.
         UsageError: there is no such target.
     """
     found = need()
-    count: int = found.ls_packed_floats(_cell(cell), I, H, index_of(found, target))
+    count: int = found.ls_packed_floats(_cell(cell), I, H, projected, index_of(found, target))
     if count < 0:
-        raise ValueError(f"I, H cannot be {I}, {H}")
+        raise ValueError(f"I, H, P cannot be {I}, {H}, {projected or H}")
     return count
 
 
@@ -258,9 +266,10 @@ def pack(cell: str, weights: Weights, target: str | None = None) -> Array:
         UsageError: there is no such target.
     """
     found = need()
-    checked, I, H = _check_weights(cell, weights)
-    packed = aligned(packed_floats(cell, I, H, target))
-    status = found.ls_pack(_cell(cell), I, H, index_of(found, target), *map(address, checked), address(packed))
+    checked, I, H, projected = _check_weights(cell, weights)
+    packed = aligned(packed_floats(cell, I, H, target, projected))
+    sizes = (_cell(cell), I, H, projected, index_of(found, target))
+    status = found.ls_pack(*sizes, *map(address, checked), address(packed))
     check_status(status)
     return packed
 
@@ -304,7 +313,7 @@ def forward(
         cell: one of `LAYER_CELLS`.
         x: (T, B, I), in any order in memory whose last axis is contiguous; (N, I) where there are `starts`.
         weights: of the layer.
-        state: h0, or h0 and c0, each (B, H); empty: zeros.
+        state: h0 (B, P), or h0 and c0 (B, H); empty: zeros.
         sequences: which steps there are.
         options: what the layer has beside its weights.
         packed: what `pack` made of the weights for this target.
@@ -322,15 +331,15 @@ def forward(
     found = need()
     call = _Call(cell, x, weights, state, sequences, options, threads, index_of(found, target))
     y = np.empty(call.y_shape, dtype=np.float32) if out is None else _writable("out", out, call.y_shape)
-    h_n = np.empty((call.B, call.H), np.float32)
-    c_n = np.empty_like(h_n) if STATES[cell] == 2 else None
+    h_n = np.empty((call.B, call.P), np.float32)
+    c_n = np.empty((call.B, call.H), np.float32) if STATES[cell] == 2 else None
     saved = aligned(saved_floats(call.shape, options.gains is not None)) if save else None
     if packed is not None:
-        wanted = packed_floats(cell, call.I, call.H, target)
+        wanted = packed_floats(cell, call.I, call.H, target, call.shape.P)
         packed = float_array("packed", packed, (wanted,))
     args = ForwardArgs(shape=call.shape, options=call.options)
     args.x, args.x_step, args.x_row = call.strided(call.x)
-    args.weight_ih, args.weight_hh, args.bias_ih, args.bias_hh = map(address, call.weights)
+    args.weight_ih, args.weight_hh, args.bias_ih, args.bias_hh, args.weight_hr = map(address, call.weights)
     args.packed = address(packed)
     args.h0, args.c0 = map(address, call.state)
     args.y, args.y_step, args.y_row = call.strided(y)
@@ -400,7 +409,7 @@ def backward(
         output: what it returned, with `save`.
         dy: gradient of y; None: zeros.
         state: as in the forward call.
-        dstate: gradients of h_n, or of h_n and c_n, each (B, H) or None; empty: zeros.
+        dstate: gradients of h_n, or of h_n and c_n, or None; empty: zeros.
         dgates: gradients of all that `gates` returned; None: zeros.
         sequences: as in the forward call.
         options: as in the forward call.
@@ -429,12 +438,13 @@ def backward(
     accumulate = dx is not None
     dx = np.zeros(call.x.shape, np.float32) if dx is None else _writable("dx", dx, call.x.shape)
     G = GATES[cell] * call.H
-    shapes = ((G, call.I), (G, call.H), (G,), (G,), (call.B, call.H))
+    shapes = ((G, call.I), (G, call.P), (G,), (G,), (call.B, call.P))
     weight_ih, weight_hh, bias_ih, bias_hh, h0 = (np.empty(shape, np.float32) for shape in shapes)
-    c0 = np.empty_like(h0) if STATES[cell] == 2 else None
+    c0 = np.empty((call.B, call.H), np.float32) if STATES[cell] == 2 else None
+    weight_hr = _like(call.weights[4])
     args = BackwardArgs(shape=call.shape, options=call.options, accumulate_dx=accumulate)
     args.x, args.x_step, args.x_row = call.strided(call.x)
-    args.weight_ih, args.weight_hh = map(address, call.weights[:2])
+    args.weight_ih, args.weight_hh, args.weight_hr = (address(call.weights[i]) for i in (0, 1, 4))
     args.h0, args.c0 = map(address, call.state)
     args.y, args.y_step, args.y_row = call.strided(y)
     args.saved = address(saved)
@@ -443,7 +453,7 @@ def backward(
     args.dh_n, args.dc_n, args.dgates = address(dh_n), address(dc_n), address(shown)
     args.dx, args.dx_step, args.dx_row = call.strided(dx)
     args.dweight_ih, args.dweight_hh = address(weight_ih), address(weight_hh)
-    args.dbias_ih, args.dbias_hh = address(bias_ih), address(bias_hh)
+    args.dbias_ih, args.dbias_hh, args.dweight_hr = address(bias_ih), address(bias_hh), address(weight_hr)
     args.dh0, args.dc0 = address(h0), address(c0)
     gains: Gains | None = None
     if options.gains is not None:
@@ -454,7 +464,7 @@ def backward(
         peepholes = Peepholes(*map(_like, call.peepholes))
         args.dweight_ci, args.dweight_cf, args.dweight_co = map(address, peepholes)
     check_status(found.ls_backward(ctypes.byref(args)))
-    return Gradients(dx, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, gains, peepholes)
+    return Gradients(dx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, gains, peepholes)
 
 
 class _Call:
@@ -472,15 +482,16 @@ class _Call:
         target: int,
     ) -> None:
         self.cell = cell
-        self.weights, self.I, self.H = _check_weights(cell, weights)
+        self.weights, self.I, self.H, projected = _check_weights(cell, weights)
+        self.P = projected or self.H
         if threads < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")
         self._place(x, sequences)
         self.state = self.states("state", state)
-        B, H = self.B, self.H
+        B, P = self.B, self.P
         self._masks = (
-            None if options.h_mask is None else float_array("h_mask", options.h_mask, (B, H)),
-            None if options.zoneout_mask is None else float_array("zoneout_mask", options.zoneout_mask, (self.T, B, H)),
+            None if options.h_mask is None else float_array("h_mask", options.h_mask, (B, P)),
+            None if options.zoneout_mask is None else float_array("zoneout_mask", options.zoneout_mask, (self.T, B, P)),
             None if options.resets is None else _resets(options.resets, (self.T, B)),
         )
         if not 0 <= options.zoneout <= 1:
@@ -490,7 +501,8 @@ class _Call:
         h_mask, zoneout_mask, resets = map(address, self._masks)
         vectors = (*self.gains, *self.peepholes)
         self.options = LayerOptions(h_mask, zoneout_mask, options.zoneout, 0, resets, *map(address, vectors))
-        self.shape = Shape(self.T, B, self.I, H, *map(address, self._indices), _cell(cell), sequences.reverse)
+        sizes = (self.T, B, self.I, self.H, projected)
+        self.shape = Shape(*sizes, *map(address, self._indices), _cell(cell), sequences.reverse)
         self.shape.num_threads, self.shape.target = min(threads, 2**31 - 1), target
 
     def _place(self, x: Array, sequences: Sequences) -> None:
@@ -521,7 +533,7 @@ class _Call:
             ends = starts + np.where(counts > 0, last[np.maximum(counts, 1) - 1] + 1, 0) if self.B else starts
             if starts.min() < 0 or ends.max() > len(self.x):
                 raise ValueError(f"starts and counts must lie inside of the {len(self.x)} rows of x")
-        self.y_shape = (*self.x.shape[:-1], self.H)
+        self.y_shape = (*self.x.shape[:-1], self.P)
 
     def _check_gains(self, gains: Gains | None) -> tuple[Array | None, ...]:
         """Return the contiguous gains of layer normalisation, all None where there are none."""
@@ -550,11 +562,14 @@ class _Call:
         return tuple(None if given is None else float_array(name, given, (self.H,)) for name, given in pairs)
 
     def states(self, name: str, given: Sequence[Array | None]) -> tuple[Array | None, Array | None]:
-        """Return the two states or their gradients, each (B, H) or None."""
+        """Return the two states or their gradients, (B, P) and (B, H) or None."""
         wanted = STATES[self.cell]
         if given and len(given) != wanted:
             raise ValueError(f"{name} must hold {wanted} arrays, not {len(given)}")
-        found = [None if s is None else float_array(f"{name}[{i}]", s, (self.B, self.H)) for i, s in enumerate(given)]
+        found = [
+            None if part is None else float_array(f"{name}[{i}]", part, (self.B, width))
+            for i, (part, width) in enumerate(zip(given, (self.P, self.H), strict=False))
+        ]
         h, c = (*found, None, None)[:2]
         return h, c
 
@@ -580,19 +595,25 @@ def _like(array: Any) -> Any:
     return None if array is None else np.empty_like(array)
 
 
-def _check_weights(cell: str, weights: Weights) -> tuple[tuple[Array | None, ...], int, int]:
-    """Return contiguous weights, I and H."""
+def _check_weights(cell: str, weights: Weights) -> tuple[tuple[Array | None, ...], int, int, int]:
+    """Return contiguous weights, I, H, and P where h is projected, else 0."""
     _cell(cell)
-    rows, H = float_array("weight_hh", weights.weight_hh, (None, None)).shape
-    if H < 1 or rows != GATES[cell] * H:
-        raise ValueError(f"weight_hh must have the shape ({GATES[cell]} H, H), not {(rows, H)}")
+    rows, P = float_array("weight_hh", weights.weight_hh, (None, None)).shape
+    H, projected = (P, 0) if weights.weight_hr is None else (rows // GATES[cell], P)
+    if H < 1 or P < 1 or rows != GATES[cell] * H:
+        raise ValueError(
+            f"weight_hh must have the shape ({GATES[cell]} H, {'P' if projected else 'H'}), not {(rows, P)}"
+        )
+    if projected and STATES[cell] != 2:
+        raise ValueError(f"weight_hr is the LSTM's, not the {cell}'s")
     checked = (
         float_array("weight_ih", weights.weight_ih, (rows, None)),
-        float_array("weight_hh", weights.weight_hh, (rows, H)),
+        float_array("weight_hh", weights.weight_hh, (rows, P)),
         None if weights.bias_ih is None else float_array("bias_ih", weights.bias_ih, (rows,)),
         None if weights.bias_hh is None else float_array("bias_hh", weights.bias_hh, (rows,)),
+        None if weights.weight_hr is None else float_array("weight_hr", weights.weight_hr, (P, H)),
     )
-    return checked, weights.weight_ih.shape[1], H
+    return checked, weights.weight_ih.shape[1], H, projected
 
 
 def _rows(name: str, array: Array, shape: tuple[int | None, ...]) -> Array:

@@ -1,6 +1,7 @@
 """The native kernels as PyTorch operations: tensors in and out, gradients, packed weights that are kept.
 
     T  steps   B  rows   N  steps of all rows   I  input width   H  hidden units   G  gates times H   D  directions
+    P  width of h: H, or what it is projected to
 
 A call runs one layer after the other, each direction of a layer by one call of the library (`csrc/longshort.h`). Eager
 calls go straight to it; under torch.compile and torch.export the layer is the registered operation
@@ -27,15 +28,15 @@ from longshort.cells import VECTORS, Options, Readings, Sequences, Stack, State
 from longshort.native_model import LossArgs
 
 CAN = frozenset(
-    {"packed", "lengths", "resets", "return_gates"}
+    {"packed", "lengths", "resets", "return_gates", "proj_size"}
     | {"recurrent_dropout", "zoneout", "layer_norm", "peephole", "coupled_gates"}
 )
 """What a call may have beyond a plain layer."""
 
 # The library's structures, written by one call: ctypes fields cost 60 ns each, and there are forty.
-_SHAPE, _OPTIONS = "4q3P4i", "PPfi8P"
-FORWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq8Pqq3PPPq")
-BACKWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq5PqqPPqq4Pqq13PiiPPqP")
+_SHAPE, _OPTIONS = "5q3P4i", "PPfi8P"
+FORWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq9Pqq3PPPq")
+BACKWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq6PqqPPqq4Pqq14PiiPPqP")
 _SHAPE_ALONE = struct.Struct(f"@{_SHAPE}")
 
 
@@ -81,6 +82,8 @@ class Call(NamedTuple):
     """(T, B), int64, contiguous."""
     shows: bool = False
     """Whether the gates are wanted too."""
+    projected: int = 0
+    """P, where an LSTM projects h; 0 where it does not."""
 
     def size(self, x: Tensor) -> tuple[int, int]:
         """Return T and B."""
@@ -106,7 +109,7 @@ class Call(NamedTuple):
             starts = sequences.starts.data_ptr() if sequences.packed else 0
         code, threads = native.LAYER_CELLS[self.cell], torch.get_num_threads()
         I = 0 if self.ids is not None else x.shape[-1]
-        return T, B, I, self.H, counts, starts, order, code, direction, threads, self.target
+        return T, B, I, self.H, self.projected, counts, starts, order, code, direction, threads, self.target
 
     def tokens(self, table: Tensor) -> tuple[int, int, int]:
         """Return the fields of `ls_tokens`."""
@@ -115,7 +118,12 @@ class Call(NamedTuple):
     @property
     def num_plain(self) -> int:
         """Return the number of a direction's weights, without the vectors that may follow them."""
-        return 4 if self.bias else 2
+        return (4 if self.bias else 2) + (self.projected > 0)
+
+    @property
+    def P(self) -> int:
+        """Return the width of h."""
+        return self.projected or self.H
 
     @property
     def num_states(self) -> int:
@@ -141,6 +149,19 @@ class Call(NamedTuple):
 def address(tensor: Tensor | None) -> int:
     """Return where a tensor's memory is, as the library takes it: 0 of None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def weight_fields(bias: bool, tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+    """Return where weight_ih, weight_hh, bias_ih, bias_hh and weight_hr lie; 0 of those that there are not.
+
+    Args:
+        bias: whether there are biases.
+        tensors: those that there are, or their gradients, in PyTorch's order, which is this one.
+    """
+    places = tuple(map(address, tensors))
+    if not bias:
+        places = (*places[:2], 0, 0, *places[2:])
+    return places if len(places) == 5 else (*places, 0)
 
 
 def vector_fields(names: Sequence[str], tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
@@ -178,7 +199,7 @@ def _empty(floats: int) -> Tensor:
 @functools.cache
 def saved_floats_a_row(cell: str, H: int, target: int, layer_norm: bool) -> int:
     """Return the floats that the forward pass saves for one row of one step in one direction."""
-    shape = _SHAPE_ALONE.pack(1, 1, 1, H, 0, 0, 0, native.LAYER_CELLS[cell], 0, 1, target)
+    shape = _SHAPE_ALONE.pack(1, 1, 1, H, 0, 0, 0, 0, native.LAYER_CELLS[cell], 0, 1, target)
     return int(library.ls_saved_floats(shape, layer_norm))
 
 
@@ -209,17 +230,16 @@ def pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
     if any(weight.is_inference() for weight in weights):
         return None  # they do not tell of changes
     target = library.ls_active_target() if call.target < 0 else call.target
-    bias_ih, bias_hh = (weights[2], weights[3]) if call.bias else (None, None)
-    pointers = (weights[0].data_ptr(), weights[1].data_ptr(), address(bias_ih), address(bias_hh))
-    code = native.LAYER_CELLS[call.cell]
-    sample = library.ls_sample(code, I, call.H, *pointers)
+    pointers = weight_fields(call.bias, weights)
+    sizes = (native.LAYER_CELLS[call.cell], I, call.H, call.projected)
+    sample = library.ls_sample(*sizes, *pointers)
     key = (target, call.cell, *pointers, sample, *[weight._version for weight in weights])
     found = _packed.get(id(owner))
     if found is not None and found.key == key:
         return found.tensor
-    floats = library.ls_packed_floats(code, I, call.H, target)
+    floats = library.ls_packed_floats(*sizes, target)
     packed = _empty(floats)
-    check(library.ls_pack(code, I, call.H, target, *pointers, packed.data_ptr()))
+    check(library.ls_pack(*sizes, target, *pointers, packed.data_ptr()))
     if found is None:
         weakref.finalize(owner, _packed.pop, id(owner), None)
     _packed[id(owner)] = _Packed(key, packed)
@@ -264,19 +284,19 @@ def forward(
     Args:
         call: the layer.
         x: (T, B, I), (B, T, I) or packed (N, I); or a table, as `Call` says.
-        state: h_0 and for the LSTM c_0, (D, B, H) and contiguous; zeros if None.
-        weights: of each direction weight_ih, weight_hh, and if there are any the biases and the call's vectors,
-            contiguous.
+        state: h_0 (D, B, P) and for the LSTM c_0 (D, B, H), contiguous; zeros if None.
+        weights: of each direction weight_ih, weight_hh, and if there are any the biases, weight_hr and the call's
+            vectors, contiguous.
         saved: filled with what `backward` needs: `saved_floats` for each direction; nothing is saved if there are none.
         keep_packed: whether the weights may be packed for later calls too.
 
     Returns:
-        y, (T, B, D H) or as `x`, and the state after.
+        y, (T, B, D P) or as `x`, and the state after.
     """
-    D, H = call.directions, call.H
+    D, H, P = call.directions, call.H, call.P
     T, B = call.size(x)
-    y = x.new_empty((T, B, D * H) if call.ids is not None else (*x.shape[:-1], D * H))
-    h_n = x.new_empty(D, B, H)
+    y = x.new_empty((T, B, D * P) if call.ids is not None else (*x.shape[:-1], D * P))
+    h_n = x.new_empty(D, B, P)
     c_n = x.new_empty(D, B, H) if call.num_states == 2 else None
     per_direction = len(weights) // D
     x_step, x_row = (0, 0) if call.ids is not None else call.strides(x)
@@ -285,25 +305,22 @@ def forward(
         own = weights[d * per_direction : (d + 1) * per_direction]
         shape = call.shape(x, d)
         packed = pack(call, own, x.shape[-1]) if keep_packed else None
-        offset = 4 * d * B * H
+        of_h, of_c = 4 * d * B * P, 4 * d * B * H
         fields = FORWARD.pack(
             *shape,
             *call.option_fields(d, own),
             x.data_ptr(),
             x_step,
             x_row,
-            own[0].data_ptr(),
-            own[1].data_ptr(),
-            own[2].data_ptr() if call.bias else 0,
-            own[3].data_ptr() if call.bias else 0,
+            *weight_fields(call.bias, own[: call.num_plain]),
             0 if packed is None else packed.data_ptr(),
-            0 if state is None else state[0].data_ptr() + offset,
-            0 if state is None or c_n is None else state[1].data_ptr() + offset,
-            y.data_ptr() + 4 * d * H,
+            0 if state is None else state[0].data_ptr() + of_h,
+            0 if state is None or c_n is None else state[1].data_ptr() + of_c,
+            y.data_ptr() + 4 * d * P,
             y_step,
             y_row,
-            h_n.data_ptr() + offset,
-            0 if c_n is None else c_n.data_ptr() + offset,
+            h_n.data_ptr() + of_h,
+            0 if c_n is None else c_n.data_ptr() + of_c,
             saved[d].data_ptr() if saved else 0,
             *call.tokens(x),
         )
@@ -337,13 +354,13 @@ def backward(
         wanted: one entry for each gradient, in the order in which they are returned.
         dgates: of what `show` gave, an entry a direction; zeros if there are none.
     """
-    D, H = call.directions, call.H
+    D, H, P = call.directions, call.H, call.P
     _, B = call.size(x)
     num_states = call.num_states
     lstm = num_states == 2
     given = torch.empty(x.shape, dtype=x.dtype) if wanted[0] else None
     dx, dtable = (given, None) if call.ids is None else (None, given)
-    dbefore = [x.new_empty(D, B, H) if wanted[1 + i] else None for i in range(num_states)]
+    dbefore = [x.new_empty(D, B, width) if wanted[1 + i] else None for i, width in enumerate((P, H)[:num_states])]
     dweights = [
         torch.empty_like(w) if want else None for w, want in zip(weights, wanted[1 + num_states :], strict=True)
     ]
@@ -362,7 +379,8 @@ def backward(
     for d in range(D):
         own = weights[d * per_direction : (d + 1) * per_direction]
         down = dweights[d * per_direction : (d + 1) * per_direction]
-        offset = 4 * d * B * H
+        of_h, of_c = 4 * d * B * P, 4 * d * B * H
+        of_weights = weight_fields(call.bias, down[: call.num_plain])
         fields = BACKWARD.pack(
             *call.shape(x, d),
             *call.option_fields(d, own),
@@ -371,27 +389,25 @@ def backward(
             x_row,
             own[0].data_ptr(),
             own[1].data_ptr(),
-            0 if state is None else state[0].data_ptr() + offset,
-            0 if state is None or not lstm else state[1].data_ptr() + offset,
-            y.data_ptr() + 4 * d * H,
+            own[call.num_plain - 1].data_ptr() if call.projected else 0,
+            0 if state is None else state[0].data_ptr() + of_h,
+            0 if state is None or not lstm else state[1].data_ptr() + of_c,
+            y.data_ptr() + 4 * d * P,
             y_step,
             y_row,
             saved[d].data_ptr(),
-            part(dy, 4 * d * H),
+            part(dy, 4 * d * P),
             dy_step,
             dy_row,
-            part(dstate[0], offset),
-            part(dstate[1], offset) if lstm else 0,
+            part(dstate[0], of_h),
+            part(dstate[1], of_c) if lstm else 0,
             address(dgates[d]),
             address(dx),
             dx_step,
             dx_row,
-            address(down[0]),
-            address(down[1]),
-            address(down[2]) if call.bias else 0,
-            address(down[3]) if call.bias else 0,
-            part(dbefore[0], offset),
-            part(dbefore[1], offset) if lstm else 0,
+            *of_weights,
+            part(dbefore[0], of_h),
+            part(dbefore[1], of_c) if lstm else 0,
             *vector_fields(call.vectors, down[call.num_plain :]),
             int(d > 0),
             0,
@@ -499,7 +515,7 @@ def by_equations(
     else:
         coupled = call.cell == native.COUPLED
         cell_name = "lstm" if coupled else call.cell
-        stack = Stack(cell_name, x.shape[-1], call.H, 1, call.bias, call.directions == 2, coupled=coupled)
+        stack = Stack(cell_name, x.shape[-1], call.H, 1, call.bias, call.directions == 2, call.projected, coupled)
         output, after = backends.run_reference(
             stack,
             x,
@@ -589,7 +605,7 @@ def run_native(
         own, vectors = join_vectors(D, weights[layer * per_layer : (layer + 1) * per_layer], having)
         symbols = None if layer or ids is None else ids.contiguous()
         plain = (cell, stack.hidden_size, D, stack.bias, batch_first, sequences, having, target)
-        call = Call(*plain, vectors, symbols, shows)
+        call = Call(*plain, vectors, symbols, shows, stack.proj_size)
         x = rows(x) if symbols is None else x.contiguous()
         before = state if state is None or layers == 1 else tuple(t[layer * D : (layer + 1) * D] for t in state)
         num_states = len(stack.state_sizes)

@@ -1,6 +1,7 @@
 """One layer in one direction by the native kernels, with as little Python as can be.
 
     T  steps   B  rows   I  input width   H  hidden units   G  gates times H
+    P  width of h: H, or what it is projected to
 
 A step from Python costs more in checks than in arithmetic. What is written out here is what `ops` does for the usual
 call: one layer, one direction, float32 on a CPU, all rows of one length.
@@ -24,7 +25,7 @@ class Quick:
     """The short way of one layer: makes the usual call, and leaves every other to the general path.
 
     Args:
-        stack: one layer, one direction, without projection.
+        stack: one layer, one direction.
         names: of its weights among the module's parameters, and of its options' vectors.
         batch_first: as in the layer.
         options: of the layer: those that a kernel must know of, and no others.
@@ -40,14 +41,16 @@ class Quick:
         self._cell, self._I, self._H, self._bias = ops.cell_of(stack), stack.input_size, stack.hidden_size, stack.bias
         self._code, self._lstm = native.LAYER_CELLS[self._cell], native.STATES[self._cell] == 2
         vectors = options.parameter_sizes(stack)
+        self._P, self._projected = stack.output_size, stack.proj_size
         self._num_plain, self._vectors = len(stack.weight_shapes), tuple(vectors)
         self._shapes = (*stack.weight_shapes, *((size,) for size in vectors.values()))
         self._plain = not (self._draws or self._fixed.zoneout or vectors)
-        self._call = Call(self._cell, self._H, 1, stack.bias, batch_first, None, (self._fixed,), -1, self._vectors)
+        plain = (self._cell, self._H, 1, stack.bias, batch_first, None, (self._fixed,), -1, self._vectors)
+        self._call = Call(*plain, projected=stack.proj_size)
 
     def __call__(self, parameters: Mapping[str, Tensor | None], x: Any, hx: Any, target: int) -> Any:
         """Return what the layer returns, or None where this is not the usual call."""
-        H = self._H
+        H, P = self._H, self._P
         if type(x) is not Tensor or x.dtype is not torch.float32 or x.dim() != 3 or not x.is_cpu or x.stride(2) != 1:
             return None
         T, B, I = x.shape
@@ -60,8 +63,8 @@ class Quick:
             state = hx if self._lstm else (hx,)
             if type(state) is not tuple or len(state) != 1 + self._lstm:
                 return None
-            for tensor in state:
-                if type(tensor) is not Tensor or tensor.dtype is not torch.float32 or tensor.shape != (1, B, H):
+            for tensor, width in zip(state, (P, H), strict=False):
+                if type(tensor) is not Tensor or tensor.dtype is not torch.float32 or tensor.shape != (1, B, width):
                     return None
                 if not (tensor.is_cpu and tensor.is_contiguous()):
                     return None
@@ -97,7 +100,7 @@ class Quick:
         """Return the fields of `ls_shape` and `ls_options`."""
         masks = address(having.h_mask_BH), address(having.zoneout_mask_TBH)
         vectors = ops.vector_fields(self._vectors, weights[self._num_plain :])
-        sizes = (T, B, self._I, self._H, 0, 0, 0, self._code, 0, torch.get_num_threads(), target)
+        sizes = (T, B, self._I, self._H, self._projected, 0, 0, 0, self._code, 0, torch.get_num_threads(), target)
         return *sizes, *masks, having.zoneout, 0, 0, *vectors
 
     def _places(self, tensor: Tensor) -> tuple[int, int, int]:
@@ -118,12 +121,12 @@ class Quick:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return y, h_n and of an LSTM c_n; arguments as of `ops.forward`, and checked before."""
         H, (T, B) = self._H, (x.shape[1], x.shape[0]) if self._batch_first else (x.shape[0], x.shape[1])
-        y, h_n = torch.empty(*x.shape[:2], H), torch.empty(1, B, H)
+        y, h_n = torch.empty(*x.shape[:2], self._P), torch.empty(1, B, self._P)
         c_n = torch.empty(1, B, H) if self._lstm else None
         fields = FORWARD.pack(
             *self._shape(target, having, T, B, weights),
             *self._places(x),
-            *(*[weight.data_ptr() for weight in weights[: self._num_plain]], 0, 0)[:4],
+            *ops.weight_fields(self._bias, weights[: self._num_plain]),
             address(packed),
             address(h_0),
             address(c_0),
@@ -154,9 +157,8 @@ class Quick:
         """Return the gradients of x, h_0, c_0 and the weights, those that are `wanted`; the others None."""
         H, (T, B) = self._H, (x.shape[1], x.shape[0]) if self._batch_first else (x.shape[0], x.shape[1])
         dx = torch.empty(x.shape) if wanted[0] else None
-        dh_0, dc_0 = (torch.empty(1, B, H) if want else None for want in wanted[1:3])
+        dh_0, dc_0 = (torch.empty(1, B, n) if want else None for want, n in zip(wanted[1:3], (self._P, H), strict=True))
         dweights = [torch.empty_like(w) if want else None for w, want in zip(weights, wanted[3:], strict=True)]
-        plain = map(address, dweights[: self._num_plain])
         dy = None if dy is None else ops.rows(dy)
         dh_n, dc_n = (None if each is None else each.contiguous() for each in (dh_n, dc_n))
         fields = BACKWARD.pack(
@@ -164,6 +166,7 @@ class Quick:
             *self._places(x),
             weights[0].data_ptr(),
             weights[1].data_ptr(),
+            weights[self._num_plain - 1].data_ptr() if self._projected else 0,
             address(h_0),
             address(c_0),
             *self._places(y),
@@ -173,7 +176,7 @@ class Quick:
             address(dc_n),
             0,
             *((0, 0, 0) if dx is None else self._places(dx)),
-            *(*plain, 0, 0)[:4],
+            *ops.weight_fields(self._bias, dweights[: self._num_plain]),
             address(dh_0),
             address(dc_0),
             *ops.vector_fields(self._vectors, dweights[self._num_plain :]),

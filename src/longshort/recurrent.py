@@ -91,7 +91,7 @@ class RecurrentLayer(StandIn, nn.RNNBase):
     def _quick(self) -> tuple[Quick | None, Quick | None]:
         """The short way of the usual call to the native kernels, in evaluation and in training, where there is one."""
         options, given = self.options, self.options.given.keys()
-        single = self.num_layers == 1 and not (self.bidirectional or self.proj_size)
+        single = self.num_layers == 1 and not self.bidirectional
         if not (single and ops.TARGETS and given <= options.needs(training=True) | {"forget_bias"}):
             return None, None
         names = [*self._flat_weights_names, *self._option_names[0].values()]
