@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+import longshort
 from longshort import benchmarks, grids, kernels, ledger, machine, peers, timing
 from longshort.benchmarks import Settings
 from longshort.errors import LongshortError, UsageError
@@ -131,7 +132,7 @@ def test_stolen_time_is_a_part_of_all_time() -> None:
 
 def test_the_grids_are_those_that_were_agreed_on() -> None:
     sizes = {name: len(grid.shapes) * len(grid.threads) for name, grid in GRIDS.items() if name != "quick"}
-    assert sizes == {"marks": 48, "full": 240, "options": 9}
+    assert sizes == {"marks": 48, "full": 240, "options": 9, "projection": 36}
     assert len(Settings(grid="marks").resolved().cases()) == 48 * 3 * 2
 
 
@@ -144,6 +145,28 @@ def test_operations_are_those_of_the_weights(cell: str) -> None:
     assert replace(case, mode="train").operations() == 6 * 5 * 3 * weights
     assert replace(case, option="lengths").lengths() == [3, 4, 5]
     assert replace(case, option="lengths").operations() == 2 * 12 * weights
+
+
+@pytest.mark.parametrize("option", ["proj_size", "coupled_gates"])
+def test_operations_of_options_that_have_other_weights(option: str) -> None:
+    layer = longshort.LSTM(8, 8, proj_size=4) if option == "proj_size" else longshort.LSTM(8, 8, coupled_gates=True)
+    weights = sum(w.numel() for name, w in layer.named_parameters() if "weight" in name)
+    assert Case("lstm", "infer", 5, 3, 8, threads=1, option=option).operations() == 2 * 5 * 3 * weights
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("mode", grids.MODES)
+def test_projections_compute_the_same(mode: str, seen: list[tuple[str, torch.Tensor]]) -> None:
+    case = Case("lstm", mode, 4, 3, 8, threads=1, option="proj_size", peer="torch.nn")
+    ours, other, kernel = peers.contestants(case)
+    with peers.gradients(case):
+        for side in (ours, other):
+            side.prepare()
+            side.call()
+    (_, found), (_, expected) = seen
+    assert kernel in kernels.available()
+    assert found.shape == (4, 3, 4)
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_summary_by_hand() -> None:

@@ -67,7 +67,7 @@ class Settings:
         """
         _check_names("grid", (self.grid,), tuple(GRIDS))
         grid = GRIDS[self.grid]
-        if grid.options == ("none",) and self.options:
+        if grid.options != OPTIONS and self.options:
             raise UsageError("--options goes with --grid options.")
         full = replace(
             self,
@@ -79,7 +79,7 @@ class Settings:
         cells = grid.cells if grid.options != ("none",) else CELLS
         for kind, chosen, known in (("cell", full.cells, cells), ("mode", full.modes, MODES)):
             _check_names(kind, chosen, known)
-        _check_names("option", full.options, (*OPTIONS, "none"))
+        _check_names("option", full.options, grid.options)
         _check_names("kernel", (full.kernel,), ("auto", *kernels.available(), kernels.BFLOAT16))
         for number in full.threads:
             if not 1 <= number <= 1024:

@@ -16,6 +16,8 @@ from typing import Any
 CELLS = ("lstm", "gru", "rnn")
 MODES = ("train", "infer")
 OPTIONS = ("layer_norm", "recurrent_dropout", "zoneout", "lengths", "peephole", "coupled_gates")
+PROJECTION = "proj_size"
+"""An option that PyTorch's layer has too: h is projected to H / 2."""
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 
 
@@ -30,8 +32,9 @@ class Case:
         B: rows.
         H: hidden units, and the width of the input.
         threads: of PyTorch and of ours.
-        option: of our layer, one of `OPTIONS`, or `none`.
-        peer: `torch.nn`; for an option `plain` (our layer without it), `eager` or `torchscript` (a loop of steps).
+        option: of our layer, one of `OPTIONS`, `PROJECTION` or `none`.
+        peer: `torch.nn`; for one of `OPTIONS` `plain`, our layer without it, or a loop of steps, `eager` or
+            `torchscript`.
     """
 
     cell: str
@@ -53,10 +56,16 @@ class Case:
             return [self.T] * self.B
         return [self.T - (self.B - 1 - row) * (self.T // 2) // max(self.B - 1, 1) for row in range(self.B)]
 
+    @property
+    def width(self) -> int:
+        """Return the width of h."""
+        return self.H // 2 if self.option == PROJECTION else self.H
+
     def operations(self) -> int:
         """Return the multiplications and additions of the matrix products; training takes three times the forward's."""
         gates = GATES[self.cell] - (self.option == "coupled_gates")
-        forward = 2 * sum(self.lengths()) * gates * self.H * (self.H + self.H)
+        of_gates, of_h = gates * self.H * (self.H + self.width), self.H * self.width * (self.option == PROJECTION)
+        forward = 2 * sum(self.lengths()) * (of_gates + of_h)
         return forward * (3 if self.mode == "train" else 1)
 
 
@@ -127,6 +136,11 @@ GRIDS = {
         peers=("plain", "eager", "torchscript"),
         bands=_OF_OPTIONS,
         marks=_MARKS_OF_OPTIONS,
+    ),
+    "projection": Grid(
+        _every((1, 35, 128), (1, 3, 20, 64), (64, 256, 650)),
+        cells=("lstm",),
+        options=(PROJECTION,),
     ),
 }
 

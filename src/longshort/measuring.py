@@ -11,6 +11,7 @@ from longshort import console, durable
 from longshort.config import TrainConfig
 from longshort.errors import UsageError
 from longshort.flags import Corpus, DataDir, Int, Json
+from longshort.grids import OPTIONS
 
 
 def compare(
@@ -133,16 +134,18 @@ def bench(
     /,
     *,
     grid: Annotated[
-        str, Parameter(help="quick (a minute), marks (the project's own), full (hours), or options (of our LSTM).")
+        str,
+        Parameter(
+            help="quick (a minute), marks (the project's own), full (hours), options (of our LSTM), "
+            "or projection (LSTMs with proj_size)."
+        ),
     ] = "quick",
     cells: Annotated[str | None, Parameter(help="Cells, separated by commas (default: lstm,gru,rnn).")] = None,
     modes: Annotated[str | None, Parameter(help="train, infer, or both (default: train,infer).")] = None,
     threads: Annotated[
         str | None, Parameter(help="Numbers of threads, separated by commas (default: 2; of full: 1,2).")
     ] = None,
-    options: Annotated[
-        str | None, Parameter(help="With --grid options, some of: layer_norm,recurrent_dropout,zoneout,lengths.")
-    ] = None,
+    options: Annotated[str | None, Parameter(help=f"With --grid options, some of: {','.join(OPTIONS)}.")] = None,
     kernel: Annotated[str, Parameter(help="Force one of our kernels; doctor lists them.")] = "auto",
     precision: Annotated[
         Literal["float32", "bfloat16"],

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from longshort import kernels, layers
 from longshort.errors import UsageError
-from longshort.grids import Case
+from longshort.grids import PROJECTION, Case
 from longshort.timing import Side
 
 Run = Callable[[Tensor], Tensor]
@@ -41,6 +41,13 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "peephole": {"peephole": True},
     "coupled_gates": {"coupled_gates": True},
 }
+
+
+def _arguments(case: Case) -> dict[str, Any]:
+    """Return the keyword arguments of our layer."""
+    return {PROJECTION: case.width} if case.option == PROJECTION else _ARGUMENTS.get(case.option, {})
+
+
 GEMM_SIZE = 2048
 """Rows and columns of the matrices whose product tells the machine's rate."""
 
@@ -61,7 +68,7 @@ def check_option(cell: str, option: str) -> None:
     layer = _OURS[cell]
     case = Case(cell, "infer", 1, 1, 2, threads=1, option=option)
     try:
-        layer(2, 2, **_ARGUMENTS.get(option, {}))(torch.zeros(1, 1, 2), **_call_arguments(case))
+        layer(2, 2, **_arguments(case))(torch.zeros(1, 1, 2), **_call_arguments(case))
     except TypeError:
         raise UsageError(
             f"longshort.{layer.__name__} has no option {option!r} yet.",
@@ -78,12 +85,13 @@ def contestants(case: Case, kernel: str = "auto") -> tuple[Side, Side, str]:
     """
     torch.manual_seed(0)
     T, B, H = case.T, case.B, case.H
-    x_TBI, dy_TBH = torch.randn(T, B, H), torch.randn(T, B, H)
+    x_TBI, dy_TBH = torch.randn(T, B, H), torch.randn(T, B, case.width)
     # Not one tensor twice: a kernel may treat that as a case of its own.
-    states = [torch.randn(1, B, H) * 0.1 for _ in range(2 if case.cell == "lstm" else 1)]
+    widths = (case.width, H)[: 2 if case.cell == "lstm" else 1]
+    states = [torch.randn(1, B, width) * 0.1 for width in widths]
     hx: Any = tuple(states) if len(states) == 2 else states[0]
     given = _call_arguments(case)
-    ours = _OURS[case.cell](H, H, **_ARGUMENTS.get(case.option, {}))
+    ours = _OURS[case.cell](H, H, **_arguments(case))
     peer = _peer(case, ours)
     runs = [_run(ours, hx, **given), _run(peer, hx, **(given if case.peer == "eager" else {}))]
     if case.peer == "eager":
@@ -123,7 +131,8 @@ def _peer(case: Case, ours: nn.Module) -> nn.Module:
     if case.peer == "torchscript":
         peer = ScriptedLSTM(case.H, case.option, case.lengths())
     else:
-        peer = (_TORCH if case.peer == "torch.nn" else _OURS)[case.cell](case.H, case.H)
+        arguments = _arguments(case) if case.option == PROJECTION else {}
+        peer = (_TORCH if case.peer == "torch.nn" else _OURS)[case.cell](case.H, case.H, **arguments)
     values, own = ours.state_dict(), peer.state_dict()
     shared = {name: values[name] for name in own.keys() & values.keys() if values[name].shape == own[name].shape}
     peer.load_state_dict(own | shared)
