@@ -151,14 +151,17 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def weight_fields(bias: bool, tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+NO_VECTORS = (0,) * len(VECTORS)
+"""What `vector_fields` returns where there are none."""
+
+
+def weight_fields(bias: bool, places: Sequence[int]) -> Sequence[int]:
     """Return where weight_ih, weight_hh, bias_ih, bias_hh and weight_hr lie; 0 of those that there are not.
 
     Args:
         bias: whether there are biases.
-        tensors: those that there are, or their gradients, in PyTorch's order, which is this one.
+        places: of those that there are, in PyTorch's order, which is this one.
     """
-    places = tuple(map(address, tensors))
     if not bias:
         places = (*places[:2], 0, 0, *places[2:])
     return places if len(places) == 5 else (*places, 0)
@@ -167,12 +170,9 @@ def weight_fields(bias: bool, tensors: Sequence[Tensor | None]) -> tuple[int, ..
 def vector_fields(names: Sequence[str], tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
     """Return where the tensors of these names lie, in the order of `cells.VECTORS`; 0 of those that there are not."""
     if not names:
-        return _NO_VECTORS
+        return NO_VECTORS
     places = dict(zip(names, map(address, tensors), strict=True))
     return tuple(places.get(name, 0) for name in VECTORS)
-
-
-_NO_VECTORS = (0,) * len(VECTORS)
 
 
 def check(status: int) -> None:
@@ -230,7 +230,7 @@ def pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
     if any(weight.is_inference() for weight in weights):
         return None  # they do not tell of changes
     target = library.ls_active_target() if call.target < 0 else call.target
-    pointers = weight_fields(call.bias, weights)
+    pointers = weight_fields(call.bias, [weight.data_ptr() for weight in weights])
     sizes = (native.LAYER_CELLS[call.cell], I, call.H, call.projected)
     sample = library.ls_sample(*sizes, *pointers)
     key = (target, call.cell, *pointers, sample, *[weight._version for weight in weights])
@@ -312,7 +312,7 @@ def forward(
             x.data_ptr(),
             x_step,
             x_row,
-            *weight_fields(call.bias, own[: call.num_plain]),
+            *weight_fields(call.bias, [weight.data_ptr() for weight in own[: call.num_plain]]),
             0 if packed is None else packed.data_ptr(),
             0 if state is None else state[0].data_ptr() + of_h,
             0 if state is None or c_n is None else state[1].data_ptr() + of_c,
@@ -380,7 +380,7 @@ def backward(
         own = weights[d * per_direction : (d + 1) * per_direction]
         down = dweights[d * per_direction : (d + 1) * per_direction]
         of_h, of_c = 4 * d * B * P, 4 * d * B * H
-        of_weights = weight_fields(call.bias, down[: call.num_plain])
+        of_weights = weight_fields(call.bias, list(map(address, down[: call.num_plain])))
         fields = BACKWARD.pack(
             *call.shape(x, d),
             *call.option_fields(d, own),

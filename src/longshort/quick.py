@@ -99,7 +99,7 @@ class Quick:
     def _shape(self, target: int, having: Options, T: int, B: int, weights: Sequence[Tensor]) -> tuple[float, ...]:
         """Return the fields of `ls_shape` and `ls_options`."""
         masks = address(having.h_mask_BH), address(having.zoneout_mask_TBH)
-        vectors = ops.vector_fields(self._vectors, weights[self._num_plain :])
+        vectors = ops.vector_fields(self._vectors, weights[self._num_plain :]) if self._vectors else ops.NO_VECTORS
         sizes = (T, B, self._I, self._H, self._projected, 0, 0, 0, self._code, 0, torch.get_num_threads(), target)
         return *sizes, *masks, having.zoneout, 0, 0, *vectors
 
@@ -126,7 +126,7 @@ class Quick:
         fields = FORWARD.pack(
             *self._shape(target, having, T, B, weights),
             *self._places(x),
-            *ops.weight_fields(self._bias, weights[: self._num_plain]),
+            *ops.weight_fields(self._bias, [weight.data_ptr() for weight in weights[: self._num_plain]]),
             address(packed),
             address(h_0),
             address(c_0),
@@ -176,7 +176,7 @@ class Quick:
             address(dc_n),
             0,
             *((0, 0, 0) if dx is None else self._places(dx)),
-            *ops.weight_fields(self._bias, dweights[: self._num_plain]),
+            *ops.weight_fields(self._bias, list(map(address, dweights[: self._num_plain]))),
             address(dh_0),
             address(dc_0),
             *ops.vector_fields(self._vectors, dweights[self._num_plain :]),
