@@ -199,6 +199,80 @@ def test_training_loses_nothing_that_three_seeds_would_show(tmp_path: Path) -> N
 
 
 @needs_target
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("LSTM", {}),
+        ("GRU", {}),
+        ("RNN", {}),
+        ("LSTM", {"proj_size": 4}),
+        ("GRU", {"num_layers": 2, "bidirectional": True}),
+    ],
+)
+def test_autocast_is_these_products_with_the_types_of_pytorch(
+    name: str, given: dict[str, Any], with_state: bool, kind: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    layer, peer = getattr(longshort, name)(8, 16, **given), getattr(torch.nn, name)(8, 16, **given)
+    peer.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 12, 8, dtype=kind)
+    state = [torch.randn(layer.num_layers * (1 + layer.bidirectional), 12, n) for n in (layer.proj_size or 16, 16)]
+    hx: Any = (tuple(state) if name == "LSTM" else state[0]) if with_state else None
+
+    def run(layer: Any, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        output, after = layer(x, hx)
+        found = [output, *(after if name == "LSTM" else [after])]
+        loss = sum((each.float().square().sum() for each in found), torch.zeros(()))
+        return found, list(torch.autograd.grad(loss, list(layer.parameters())))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        choice = kernels.explain(layer, x)
+        assert (choice.name, "autocast" in choice.reason) == (native.BFLOAT16, True)
+        found, gradients = run(layer, x)
+        expected, _ = run(peer, x)
+    with kernels.use("bfloat16"):
+        exact, of_exact = run(layer, x.float())
+    assert [each.dtype for each in found] == [each.dtype for each in expected]
+    for each, wanted, same in zip(found, expected, exact, strict=True):
+        assert torch.equal(each, same.to(each.dtype))
+        torch.testing.assert_close(each.float(), wanted.float(), rtol=0, atol=0.05)
+    for gradient, wanted in zip(gradients, of_exact, strict=True):  # the loss saw outputs of fewer digits
+        torch.testing.assert_close(gradient, wanted, rtol=0, atol=0.02 * float(wanted.abs().max()))
+
+
+@needs_target
+def test_autocast_with_options_and_lengths_stays_near_float32() -> None:
+    torch.manual_seed(0)
+    layer = longshort.LSTM(8, 16, layer_norm=True, recurrent_dropout=0.2, zoneout=0.1, peephole=True)
+    x, given = torch.randn(5, 12, 8), {"lengths": [5, 4, 3] * 4}
+    torch.manual_seed(1)
+    exact = layer(x, **given)[0]
+    for kind in (torch.float32, torch.bfloat16):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert kernels.explain(layer, x, **given).name == native.BFLOAT16
+            output = layer(x.to(kind), **given)[0]
+        assert output.dtype is torch.bfloat16
+        torch.testing.assert_close(output.float(), exact, rtol=0, atol=0.1 if kind is torch.bfloat16 else 0.05)
+
+
+def test_autocast_goes_elsewhere_where_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = longshort.LSTM(8, 16), torch.randn(5, 3, 8)
+    rnn = longshort.RNN(8, 16)
+    with torch.autocast("cpu", torch.float16):
+        assert kernels.explain(layer, x).name == "torch"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.explain(rnn, x[:1]).name == "torch"  # one step is too short for the casts
+        assert kernels.explain(layer, x.double()).name == "torch"
+        assert kernels.explain(longshort.LSTMCell(8, 16), x[0]).name == "torch"
+        monkeypatch.setattr(native, "has_bfloat16", lambda: False)
+        assert kernels.explain(layer, x).name == "torch"
+
+
+@needs_target
 def test_what_is_forced_is_told() -> None:
     layer, x = longshort.LSTM(4, 5), torch.zeros(2, 3, 4)
     assert kernels.explain(layer, x).name in kernels.available()

@@ -291,6 +291,11 @@ class Options:
             return self
         return replace(self, **{name: tensor.contiguous() for name, tensor in given.items()})
 
+    def in_float32(self) -> Options:
+        """Return the same with masks and parameters of float32."""
+        kinds = {name: getattr(self, name) for name in ("h_mask_BH", "zoneout_mask_TBH", *VECTORS)}
+        return replace(self, **{name: tensor.float() for name, tensor in kinds.items() if tensor is not None})
+
     @property
     def vectors(self) -> dict[str, Tensor]:
         """The parameters that there are, by name, in the order of `VECTORS`."""

@@ -45,6 +45,8 @@ class Choice(NamedTuple):
     reason: str
     grad: bool = False
     """Whether gradients are wanted."""
+    autocast: bool = False
+    """Whether they run in the place of what autocast to bfloat16 would have."""
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
@@ -124,6 +126,7 @@ def choose(
     steps: int | None = None,
     rows: int | None = None,
     grad: bool = False,
+    casts: bool = False,
 ) -> Choice:
     """Return the implementation that a call runs.
 
@@ -136,6 +139,7 @@ def choose(
         steps: T, where it is known.
         rows: B, where it is known.
         grad: whether gradients are wanted.
+        casts: whether the caller hands the call to `run_layers`, which does what autocast asks for.
 
     Raises:
         UsageError: the forced implementation cannot run the call.
@@ -143,11 +147,15 @@ def choose(
     forced = _forced
     if forced == "reference":
         return Choice("reference", "forced by kernels.use")
+    slower = stack is not None and ops.is_slower(cell, steps, stack.hidden_size, grad)
+    if casts and forced in (None, native.BFLOAT16) and _stands_in(cell, needs, x):
+        soon_done = steps == 1 and cell in ("rnn", "rnn_relu")  # the casts around it would take as long
+        if not (needs <= _TORCH_CAN and (slower or soon_done)):
+            return Choice(native.BFLOAT16, "autocast asks for bfloat16, which our products can have", grad, True)
     if forced != "torch":
         lacks = _native_lacks(cell, needs, x)
         if not lacks and forced:
             return Choice(forced, "forced by kernels.use", grad)
-        slower = stack is not None and ops.is_slower(cell, steps, stack.hidden_size, grad)
         if not lacks and slower and needs <= _TORCH_CAN:
             return Choice("torch", "for one step of so many units with gradients PyTorch's kernel is the faster one")
         if not lacks:
@@ -173,7 +181,9 @@ def _active_target() -> str:
     return native.active_target() or NATIVE
 
 
-def _native_lacks(cell: str, needs: frozenset[str], x: Tensor | None) -> str:
+def _native_lacks(
+    cell: str, needs: frozenset[str], x: Tensor | None, kinds: Sequence[torch.dtype] = (torch.float32,)
+) -> str:
     """Return why the native kernels cannot run a call; empty if they can."""
     if cell not in native.CELLS:
         return f"they have no cell {cell!r}"
@@ -185,7 +195,7 @@ def _native_lacks(cell: str, needs: frozenset[str], x: Tensor | None) -> str:
         return "as a node of a graph they do not give their gates"
     if x is None:
         return ""
-    if x.dtype is not torch.float32 or not x.is_cpu:
+    if x.dtype not in kinds or not x.is_cpu:
         return f"they run float32 on a CPU, not {str(x.dtype).removeprefix('torch.')} on {x.device.type}"
     if exporting():
         return "PyTorch is tracing or exporting, and sees no more than its own operations"
@@ -198,6 +208,16 @@ def _native_lacks(cell: str, needs: frozenset[str], x: Tensor | None) -> str:
     if type(x) not in (Tensor, torch.nn.Parameter) and not torch._C._len_torch_dispatch_stack():
         return f"they run dense tensors, not {type(x).__name__}"
     return "" if x.layout is torch.strided else f"they run dense tensors, not {x.layout}"
+
+
+def _stands_in(cell: str, needs: frozenset[str], x: Tensor | None) -> bool:
+    """Return whether autocast to bfloat16 is on and our kernels with such products can run a call in its place."""
+    if x is None or torch.compiler.is_compiling() or not torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.get_autocast_dtype("cpu") is not torch.bfloat16 or not native.has_bfloat16():
+        return False
+    with torch.autocast("cpu", enabled=False):
+        return not _native_lacks(cell, needs, x, kinds=(torch.float32, torch.bfloat16))
 
 
 def _graphed() -> bool:
@@ -242,6 +262,20 @@ def run_layers(
     Returns:
         The outputs, laid as `x` is, and the state after, each tensor (layers * directions, B, H).
     """
+    if choice.autocast:
+        return _run_autocast(
+            choice,
+            stack,
+            x,
+            state,
+            weights,
+            batch_first=batch_first,
+            dropout=dropout,
+            training=training,
+            sequences=sequences,
+            options=options,
+            readings=readings,
+        )
     run: Any = backends.run_torch if choice.name == "torch" else backends.run_reference
     if choice.name not in ("torch", "reference"):
         run = _run_native(choice)
@@ -265,6 +299,34 @@ def run_layers(
         return backends.drop_between(x, dropout, batch_first, sequences) if dropout and training else x
 
     return add_up(run_layer, drop, stack.num_layers, x)
+
+
+def _run_autocast(
+    choice: Choice,
+    stack: Stack,
+    x: Tensor,
+    state: State | None,
+    weights: Sequence[Tensor],
+    *,
+    options: Sequence[Options],
+    **rest: Any,
+) -> tuple[Tensor, State]:
+    """Run what autocast to bfloat16 asks for: float32 inside, and outside the types that PyTorch's layers give."""
+    given = x.dtype if state is None else state[-1].dtype
+    # A GRU's state keeps its type there, and so does the c of an LSTM that projects h.
+    of_h = given if stack.cell == "gru" else torch.bfloat16
+    kinds = (of_h, given if stack.proj_size else torch.bfloat16)
+    with torch.autocast("cpu", enabled=False):
+        y, after = run_layers(
+            choice._replace(autocast=False),
+            stack,
+            x.float(),
+            state and tuple(tensor.float() for tensor in state),
+            [weight.float() for weight in weights],
+            options=[each.in_float32() for each in options],
+            **rest,
+        )
+    return y.to(of_h), tuple(tensor.to(kind) for tensor, kind in zip(after, kinds, strict=False))
 
 
 def add_up(
