@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import longshort
-from longshort import benchmarks, grids, kernels, ledger, machine, peers, timing
+from longshort import benchmarks, grids, kernels, ledger, machine, native, peers, timing
 from longshort.benchmarks import Settings
 from longshort.errors import LongshortError, UsageError
 from longshort.grids import GRIDS, Case, Grid
@@ -411,6 +411,24 @@ def test_noisy_rows_are_measured_again_at_the_end_and_the_quieter_is_kept() -> N
     assert found["noisy"] == 1
 
 
+def test_autocast_is_of_both_sides() -> None:
+    def measure(ours: Side, peer: Side, gemm: Side) -> Timing:
+        under.append(torch.is_autocast_enabled("cpu"))
+        for side in (ours, peer):
+            side.prepare()
+            side.call()
+        return quiet(ours, peer, gemm)
+
+    for autocast in (False, True):
+        under: list[bool] = []
+        settings = Settings(cells=("lstm",), autocast=autocast)
+        found = benchmarks.result(settings, measure=measure)
+        assert set(under) == {autocast}
+        assert found["command"].endswith("--autocast") == autocast
+        if native.has_bfloat16():
+            assert ({row["kernel"] for row in found["rows"]} == {native.BFLOAT16}) == autocast
+
+
 def test_beside_a_neighbour_a_varying_product_is_no_noise() -> None:
     def measure(ours: Side, peer: Side, gemm: Side) -> Timing:
         return replace(quiet(ours, peer, gemm), gemm=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
@@ -523,6 +541,11 @@ def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
         (["layers", "--threads", "0"], "--threads must be from 1 to 1024, not 0"),
         (["layers", "--kernel", "fast"], "no kernel called 'fast'"),
         (["layers", "--options", "zoneout"], "goes with --grid options"),
+        (
+            ["layers", "--grid", "options", "--autocast"],
+            "is measured beside torch.nn, and --grid options has other peers",
+        ),
+        (["train", "--autocast"], "--autocast goes with bench layers"),
         (["layers", "--grid", "options", "--cells", "gru"], "no cell called 'gru' here; there are lstm"),
         (["layers", "--grid", "options", "--options", "peepholes"], "no option called 'peepholes'"),
         (["layers", "--isa", "avx9"], "--isa"),

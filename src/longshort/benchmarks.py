@@ -48,6 +48,7 @@ class Settings:
         kernel: of ours, a name that `kernels.use` takes.
         isa: `avx2` where both sides are held to it.
         neighbour: whether another process keeps one core busy meanwhile.
+        autocast: whether both sides run under autocast to bfloat16.
     """
 
     grid: str = "quick"
@@ -58,6 +59,7 @@ class Settings:
     kernel: str = "auto"
     isa: str | None = None
     neighbour: bool = False
+    autocast: bool = False
 
     def resolved(self) -> Settings:
         """Return the settings with what was left to the grid filled in.
@@ -69,6 +71,8 @@ class Settings:
         grid = GRIDS[self.grid]
         if grid.options != OPTIONS and self.options:
             raise UsageError("--options goes with --grid options.")
+        if self.autocast and grid.peers != ("torch.nn",):
+            raise UsageError(f"--autocast is measured beside torch.nn, and --grid {self.grid} has other peers.")
         full = replace(
             self,
             cells=self.cells or grid.cells,
@@ -165,9 +169,10 @@ def result(
 def _measure(case: Case, settings: Settings, attempt: int, gemm: Side, measure: Measure) -> Row:
     torch.set_num_threads(case.threads)
     gc.collect()
-    ours, peer, kernel = peers.contestants(case, settings.kernel)
-    with kernels.use(settings.kernel), peers.gradients(case):
-        timing = measure(ours, peer, gemm)
+    with torch.autocast("cpu", torch.bfloat16, enabled=settings.autocast):
+        ours, peer, kernel = peers.contestants(case, settings.kernel)
+        with kernels.use(settings.kernel), peers.gradients(case):
+            timing = measure(ours, peer, gemm)
     # Beside a busy process the product is bound to vary; only what the host took is a disturbance then.
     most = {"most_gemm_spread": float("inf")} if settings.neighbour else {}
     return Row.of(case, timing, kernel=kernel, attempts=attempt, gemm_size=peers.GEMM_SIZE, **most)

@@ -155,6 +155,9 @@ def bench(
     neighbour: Annotated[
         bool, Parameter(help="Measure beside a process that keeps a core busy.", negative="", show_default=False)
     ] = False,
+    autocast: Annotated[
+        bool, Parameter(help="Both sides under PyTorch's autocast to bfloat16.", negative="", show_default=False)
+    ] = False,
     worst: Annotated[Int | None, Parameter(help="Show only this many cases, those where we do worst.")] = None,
     profile: Annotated[
         bool, Parameter(help="Of train: where the time of our step goes.", negative="", show_default=False)
@@ -173,7 +176,7 @@ def bench(
     if profile:
         if what != "train" or out is not None:
             raise UsageError("--profile is for bench train, and prints a table: --out does not go with it.")
-        if grid != "quick" or cells or modes or options or isa or worst or neighbour or kernel != "auto":
+        if grid != "quick" or cells or modes or options or isa or worst or neighbour or autocast or kernel != "auto":
             raise UsageError("--profile goes with --threads, --precision and --json only.")
         _profile(_threads_of_workloads(threads), precision, json)
         return
@@ -186,7 +189,7 @@ def bench(
             "isa": isa,
             "worst": worst,
         }
-        given |= {"kernel": kernel != "auto", "neighbour": neighbour}
+        given |= {"kernel": kernel != "auto", "neighbour": neighbour, "autocast": autocast}
         _bench_workloads(what, [name for name, value in given.items() if value], threads, precision, out, json)
         return
     if precision != "float32":
@@ -206,7 +209,13 @@ def bench(
         machine.hold_to(isa)
     from longshort import benchmarks, screen, tables
 
-    how: dict[str, Any] = {"threads": numbers, "kernel": kernel, "isa": isa, "neighbour": neighbour}
+    how: dict[str, Any] = {
+        "threads": numbers,
+        "kernel": kernel,
+        "isa": isa,
+        "neighbour": neighbour,
+        "autocast": autocast,
+    }
     settings = benchmarks.Settings(grid=grid, **named, **how)
     with screen.Ticker() as ticker:
         result = benchmarks.result(settings, console.path(out), ticker.report_case)
