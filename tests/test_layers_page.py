@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -66,3 +68,10 @@ def test_what_runs_where(constructor: str, call: str, native: str, torchs: str) 
 def test_what_is_refused(constructor: str) -> None:
     with pytest.raises(ConfigError):
         eval(constructor, dict(NAMES))
+
+
+@pytest.mark.parametrize("measured", ["projection", "autocast"])
+def test_the_tables_of_figures_are_the_result_files(measured: str) -> None:
+    result = f"benchmarks/results/2026-11-26-layers-{measured}.json"
+    script = [sys.executable, "benchmarks/layers_table.py", result]
+    assert subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True).stdout in PAGE

@@ -256,7 +256,7 @@ def test_gradients_of_every_option_match_finite_differences_twice(name: str, opt
 
     with kernels.use("reference"):
         assert torch.autograd.gradcheck(run, (x, *layer.parameters()))
-        assert torch.autograd.gradgradcheck(run, (x, *layer.parameters()))
+        assert torch.autograd.gradgradcheck(run, (x, *layer.parameters()), fast_mode=True)  # in random directions
 
 
 @pytest.mark.parametrize("name", LAYERS)
