@@ -28,7 +28,15 @@ def call(pick: random.Random) -> bool:
     I, H = pick.choice([1, 2, 3, 17]), pick.choice([1, 4, 17])
     options: dict[str, Any] = {}
     if pick.random() < 0.3:
-        options = pick.choice([{"layer_norm": H > 1}, {"zoneout": 0.2}, {"recurrent_dropout": 0.2}])
+        of_lstm: list[dict[str, Any]] = [
+            {"peephole": True},
+            {"coupled_gates": True},
+            {"coupled_gates": True, "peephole": True, "layer_norm": H > 1},
+        ]
+        every: list[dict[str, Any]] = [{"layer_norm": H > 1}, {"zoneout": 0.2}, {"recurrent_dropout": 0.2}]
+        options = pick.choice(every + (of_lstm if name == "LSTM" else []))
+    if name == "LSTM" and H > 1 and pick.random() < 0.3:
+        given["proj_size"] = pick.randrange(1, H)
     layer = getattr(longshort, name)(I, H, **given, **options)
     shape = [pick.choice(SIZES) for _ in range(pick.choice([1, 2, 3, 3, 3, 3, 4]))]
     if pick.random() < 0.8:
@@ -41,8 +49,9 @@ def call(pick: random.Random) -> bool:
     hx: Any = None
     if pick.random() < 0.4:
         L, B = given["num_layers"] * (1 + given["bidirectional"]), x.shape[0 if given["batch_first"] else 1 % x.dim()]
-        sizes = ([L, L, L, 1], [B, B, B, 2], [H, H, 5])
-        states = [torch.randn([pick.choice(each) for each in sizes]) for _ in "hc"]
+        widths = (given.get("proj_size", H), H)
+        sizes = [([L, L, L, 1], [B, B, B, 2], [width, width, 5]) for width in widths]
+        states = [torch.randn([pick.choice(each) for each in of_state]) for of_state in sizes]
         hx = pick.choice([tuple(states), states[0], states, (states[0],), 5])
     beyond: dict[str, Any] = {}
     if pick.random() < 0.3:
