@@ -261,11 +261,11 @@ def test_autocast_with_options_and_lengths_stays_near_float32() -> None:
 
 def test_autocast_goes_elsewhere_where_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = longshort.LSTM(8, 16), torch.randn(5, 3, 8)
-    rnn = longshort.RNN(8, 16)
+    large = longshort.GRU(8, 512)
     with torch.autocast("cpu", torch.float16):
         assert kernels.explain(layer, x).name == "torch"
     with torch.autocast("cpu", torch.bfloat16):
-        assert kernels.explain(rnn, x[:1]).name == "torch"  # one step is too short for the casts
+        assert kernels.explain(large, x[:1]).name == "torch"  # one step of so many units: PyTorch is faster
         assert kernels.explain(layer, x.double()).name == "torch"
         assert kernels.explain(longshort.LSTMCell(8, 16), x[0]).name == "torch"
         monkeypatch.setattr(native, "has_bfloat16", lambda: False)

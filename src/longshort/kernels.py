@@ -147,16 +147,14 @@ def choose(
     forced = _forced
     if forced == "reference":
         return Choice("reference", "forced by kernels.use")
-    slower = stack is not None and ops.is_slower(cell, steps, stack.hidden_size, grad)
-    if casts and forced in (None, native.BFLOAT16) and _stands_in(cell, needs, x):
-        soon_done = steps == 1 and cell in ("rnn", "rnn_relu")  # the casts around it would take as long
-        if not (needs <= _TORCH_CAN and (slower or soon_done)):
-            return Choice(native.BFLOAT16, "autocast asks for bfloat16, which our products can have", grad, True)
+    slower = needs <= _TORCH_CAN and stack is not None and ops.is_slower(cell, steps, stack.hidden_size, grad)
+    if casts and forced in (None, native.BFLOAT16) and not slower and _stands_in(cell, needs, x):
+        return Choice(native.BFLOAT16, "autocast asks for bfloat16, which our products can have", grad, True)
     if forced != "torch":
         lacks = _native_lacks(cell, needs, x)
         if not lacks and forced:
             return Choice(forced, "forced by kernels.use", grad)
-        if not lacks and slower and needs <= _TORCH_CAN:
+        if not lacks and slower:
             return Choice("torch", "for one step of so many units with gradients PyTorch's kernel is the faster one")
         if not lacks:
             return Choice(_active_target(), "the native kernels run this call", grad)
@@ -181,10 +179,8 @@ def _active_target() -> str:
     return native.active_target() or NATIVE
 
 
-def _native_lacks(
-    cell: str, needs: frozenset[str], x: Tensor | None, kinds: Sequence[torch.dtype] = (torch.float32,)
-) -> str:
-    """Return why the native kernels cannot run a call; empty if they can."""
+def _native_lacks(cell: str, needs: frozenset[str], x: Tensor | None, casts: bool = False) -> str:
+    """Return why the native kernels cannot run a call, as it is or with what it is given cast; empty if they can."""
     if cell not in native.CELLS:
         return f"they have no cell {cell!r}"
     if not needs <= ops.CAN:
@@ -195,13 +191,13 @@ def _native_lacks(
         return "as a node of a graph they do not give their gates"
     if x is None:
         return ""
-    if x.dtype not in kinds or not x.is_cpu:
+    if not (x.dtype is torch.float32 or (casts and x.dtype is torch.bfloat16)) or not x.is_cpu:
         return f"they run float32 on a CPU, not {str(x.dtype).removeprefix('torch.')} on {x.device.type}"
     if exporting():
         return "PyTorch is tracing or exporting, and sees no more than its own operations"
     if torch.compiler.is_compiling():
         return ""
-    if torch._C._is_any_autocast_enabled():
+    if torch._C._is_any_autocast_enabled() and not casts:
         return "autocast is on"
     if transforming():
         return "torch.func transforms the call or forward-mode derivatives are taken"
@@ -216,8 +212,7 @@ def _stands_in(cell: str, needs: frozenset[str], x: Tensor | None) -> bool:
         return False
     if torch.get_autocast_dtype("cpu") is not torch.bfloat16 or not native.has_bfloat16():
         return False
-    with torch.autocast("cpu", enabled=False):
-        return not _native_lacks(cell, needs, x, kinds=(torch.float32, torch.bfloat16))
+    return not _native_lacks(cell, needs, x, casts=True)
 
 
 def _graphed() -> bool:
@@ -316,16 +311,15 @@ def _run_autocast(
     # A GRU's state keeps its type there, and so does the c of an LSTM that projects h.
     of_h = given if stack.cell == "gru" else torch.bfloat16
     kinds = (of_h, given if stack.proj_size else torch.bfloat16)
-    with torch.autocast("cpu", enabled=False):
-        y, after = run_layers(
-            choice._replace(autocast=False),
-            stack,
-            x.float(),
-            state and tuple(tensor.float() for tensor in state),
-            [weight.float() for weight in weights],
-            options=[each.in_float32() for each in options],
-            **rest,
-        )
+    y, after = run_layers(  # nothing that it does is among what autocast changes
+        choice._replace(autocast=False),
+        stack,
+        x.float(),
+        state and tuple(tensor.float() for tensor in state),
+        [weight.float() for weight in weights],
+        options=[each.in_float32() for each in options],
+        **rest,
+    )
     return y.to(of_h), tuple(tensor.to(kind) for tensor, kind in zip(after, kinds, strict=False))
 
 
