@@ -19,6 +19,7 @@
 
 #include "layout.h"
 #include "normal.h"
+#include "weights.h"
 
 namespace ls {
 namespace LS_TARGET {
@@ -28,7 +29,6 @@ struct Backward {
   using L = LstmGates<Cell>;
   static constexpr int G = Cell::kGates;
   static constexpr bool kLstm = L::kLstm, kGru = Cell::kCell == LS_GRU;
-  static constexpr int64_t kGroup = (128 << 10); /* floats of dgates that meet all columns of the weights at a time */
 
   const ls_backward_args& a;
   const Steps steps;
@@ -52,28 +52,23 @@ struct Backward {
   float* packed_projection; /* [panel of units][column of h][kColumns W] */
   float* dg;              /* what reached W_hh h: blocked, [(unit block, gate)][row of the chunk][W] */
   float* dg_input;        /* what reached W_ih x; the same but for the GRU and layer normalisation */
-  float* left;            /* dg as a left factor, [(unit block, gate)][row of the chunk][S]: itself where factors are floats */
+  float* left;            /* dg as a left factor, [(unit block, gate)][row of the chunk][S]; itself if factors are floats */
   float* left_input;
-  float* right;           /* dg as the weights' gradients multiply it, [(unit block, gate)][row of the chunk / kPair][W] */
-  float* right_input;
   float* recurrent;       /* dgates W_hh, blocked [unit block][row][W] */
   float* direct;          /* what reaches h past W_hh: GRU's z, zoneout */
   float* dh_rows;         /* where h is projected: of what a step puts out, [block][row of the chunk][W], */
-  float* dh_left;         /* as a left factor, */
-  float* dh_right;        /* as the weights' gradients multiply it; */
-  float* dm;              /* dh W_hr, blocked as `recurrent` */
-  float* m_columns;       /* and the chunk's m = o tanh(c), as `x_columns` */
+  float* dh_left;         /* as a left factor; */
+  float* dm;              /* and dh W_hr, blocked as `recurrent` */
   float* dc;
   float* dx;              /* [panel][row of the chunk][kPanel] */
-  float* x_columns;       /* the chunk's x and its h before each step: [panel of columns][row][kOuterVectors W] */
-  float* h_columns;
-  int64_t* symbols;       /* of the chunk's rows, with a table */
-  float* parts;           /* each thread's sums for gradients of vectors: [thread][kParts][U][W]; NULL where there are none */
+  float* parts;           /* each thread's sums for gradients of vectors, [thread][kParts][U][W]; NULL: there are none */
   Team::Shared* shared;
+  WeightGradients<Cell> weights;
 
   Backward(const ls_backward_args& args)
       : a(args), steps(args.shape), sizes(args.shape.I, args.shape.H, args.shape.P), T(args.shape.T), B(args.shape.B),
-        I(args.shape.I), H(args.shape.H), P(sizes.P), Bp(odd(B)), U(sizes.unit_blocks()), h_blocks(sizes.hidden_blocks()) {
+        I(args.shape.I), H(args.shape.H), P(sizes.P), Bp(odd(B)), U(sizes.unit_blocks()), h_blocks(sizes.hidden_blocks()),
+        weights(args, steps, sizes) {
     const ls_options& o = a.options;
     peeps = o.weight_cf;
     options = o.h_mask || o.resets || o.zoneout_mask || o.zoneout != 0.0f || peeps || a.dgates;
@@ -102,14 +97,12 @@ struct Backward {
     dg = arena.array(U * G * odd(chunk_rows) * W);
     const bool two = kGru || normal; /* sets of dgates */
     dg_input = two ? arena.array(U * G * odd(chunk_rows) * W) : dg;
-    left = right = dg;
-    left_input = right_input = dg_input;
-    if constexpr (kPair > 1) {
+    left = dg;
+    left_input = dg_input;
+    if (kPair > 1 && !direct_weights) {
       const int64_t factors = U * G * odd(chunk_rows) * S;
-      if (!direct_weights) left = arena.array(factors);
-      if (!direct_weights) left_input = two ? arena.array(factors) : left;
-      right = arena.array(factors + U * G * W);
-      right_input = two ? arena.array(factors + U * G * W) : right;
+      left = arena.array(factors);
+      left_input = two ? arena.array(factors) : left;
     }
     int64_t state = hidden_panels * kColumns * Bp * W, of_units = unit_panels * kColumns * Bp * W;
     recurrent = arena.array(direct_weights ? B * r_row : state);
@@ -118,16 +111,12 @@ struct Backward {
     if (projects) {
       int64_t of_chunk = h_blocks * odd(chunk_rows) * W;
       packed_projection = direct_weights ? nullptr : arena.array(unit_panels * h_blocks * S * kPanel);
-      dh_rows = dh_left = dh_right = arena.array(of_chunk);
+      dh_rows = dh_left = arena.array(of_chunk);
       if (kPair > 1 && !direct_weights) dh_left = arena.array(of_chunk / kPair);
-      if (kPair > 1) dh_right = arena.array(of_chunk / kPair + h_blocks * W);
       dm = arena.array(direct_weights ? B * m_row : of_units);
-      m_columns = a.dweight_hr ? arena.array(ceil_div(H, kOuter) * slots(chunk_rows) * kOuter) : nullptr;
     }
     dx = a.dx && !direct_weights ? arena.array(input_panels * chunk_rows * kPanel) : nullptr;
-    x_columns = a.dweight_ih ? arena.array(ceil_div(I, kOuter) * slots(chunk_rows) * kOuter) : nullptr;
-    h_columns = a.dweight_hh ? arena.array(ceil_div(P, kOuter) * slots(chunk_rows) * kOuter) : nullptr;
-    symbols = a.dtable ? reinterpret_cast<int64_t*>(arena.array(2 * chunk_rows)) : nullptr;
+    weights.carve(arena, chunk_rows);
     parts = normal || peeps ? arena.array(threads * kParts * U * W) : nullptr;
     row_offset = reinterpret_cast<int64_t*>(arena.array(2 * T));
     shared = reinterpret_cast<Team::Shared*>(arena.array(int64_t(sizeof(Team::Shared) / 4)));
@@ -204,7 +193,7 @@ struct Backward {
         if (first < last && rows + more > chunk_rows) break;
         rows += more;
       }
-      copy_columns(team, first, last, rows);
+      weights.copy(team, first, last, rows, row_offset);
       int64_t at = rows;
       for (int64_t step = last - 1; step >= first; --step) {
         int64_t n = steps.rows(step);
@@ -227,7 +216,7 @@ struct Backward {
         input_gradients_direct(team, first, last, rows);
       else if (a.dx)
         input_gradients(team, first, last, rows);
-      weight_gradients(team, rows, add);
+      weights.add(team, rows, dg, dg_input, dh_rows, add);
       add = true;
       if (!team.wait()) return;
     }
@@ -244,14 +233,12 @@ struct Backward {
   }
 
   /* Own blocks of units, and of columns of h. */
-  int64_t first_block(const Team& team) const { return smaller(team.begin(unit_panels) * kColumns, U); }
-  int64_t last_block(const Team& team) const { return smaller(team.end(unit_panels) * kColumns, U); }
-  int64_t first_output(const Team& team) const { return smaller(team.begin(hidden_panels) * kColumns, h_blocks); }
-  int64_t last_output(const Team& team) const { return smaller(team.end(hidden_panels) * kColumns, h_blocks); }
+  Blocks own_units(const Team& team) const { return own_blocks(team, U); }
+  Blocks own_outputs(const Team& team) const { return own_blocks(team, h_blocks); }
 
   /* Gradients of the states after the last steps; of rows without any step they are those of the states before. */
   void start_state(const Team& team) {
-    for (int64_t block = first_output(team); block < last_output(team); ++block) {
+    for (int64_t block = own_outputs(team).begin; block < own_outputs(team).end; ++block) {
       int columns = sizes.outputs(block);
       for (int64_t row = 0; row < B; ++row) {
         int64_t from = steps.batch_row(row) * P + block * W;
@@ -261,7 +248,7 @@ struct Backward {
         if (a.dh0) store_part(a.dh0 + from, d, columns);
       }
     }
-    for (int64_t block = first_block(team); block < last_block(team) && kLstm; ++block) {
+    for (int64_t block = own_units(team).begin; block < own_units(team).end && kLstm; ++block) {
       int units = sizes.units(block);
       for (int64_t row = 0; row < B; ++row) {
         int64_t from = steps.batch_row(row) * H + block * W;
@@ -274,7 +261,7 @@ struct Backward {
 
   /* The gradients of what a step puts out, own columns, as the products that follow read them. */
   void reach_outputs(const Team& team, int64_t step, int64_t n, int64_t rows, int64_t at) {
-    for (int64_t block = first_output(team); block < last_output(team); ++block) {
+    for (int64_t block = own_outputs(team).begin; block < own_outputs(team).end; ++block) {
       const Units u = {step, steps.time(step), block, 0, sizes.outputs(block), nullptr, nullptr};
       for (int64_t row = 0; row < n; ++row)
         put(dh_rows, dh_left, (block * odd(rows) + at + row) * W, options ? reach<true>(u, row) : reach<false>(u, row));
@@ -284,18 +271,18 @@ struct Backward {
   /* dm = dh W_hr, own units. */
   void multiply_projection(const Team& team, int64_t step, int64_t n, int64_t rows, int64_t at) {
     if (!direct_weights) {
-      multiply_deep(packed_projection, h_blocks, team.begin(unit_panels), team.end(unit_panels), dh_left + at * S, odd(rows), n,
-                    step, Place{dm, W, Bp * W}, kColumns * Bp * W);
+      multiply_deep(packed_projection, h_blocks, team.begin(unit_panels), team.end(unit_panels), dh_left + at * S, odd(rows),
+                    n, step, Place{dm, W, Bp * W}, kColumns * Bp * W);
       return;
     }
-    int64_t column = first_block(team) * W, columns = smaller(last_block(team) * W, H) - column;
+    int64_t column = own_units(team).begin * W, columns = smaller(own_units(team).end * W, H) - column;
     multiply_rows_direct(n, dm, m_row, column, columns, dh_rows + at * W, rows, Factors{a.weight_hr, P, H, 1});
   }
 
   int64_t r_at(int64_t block, int64_t row) const { return block * r_block + row * r_row; }
 
   bool is_reset(int64_t step, int64_t row) const {
-    return a.options.resets && a.options.resets[steps.time(step) * B + steps.batch_row(row)];
+    return steps.is_reset(a.options, step, row);
   }
 
   /* dh -> dgates of one step, own units. `at`: the step's first row in the chunk. */
@@ -309,7 +296,7 @@ struct Backward {
   template <bool kOptions>
   void run_step_rows(const Team& team, int64_t step, int64_t n, int64_t rows, int64_t at, float* sums) {
     const int64_t next = odd(rows) * W; /* from one gate to the next */
-    for (int64_t block = first_block(team); block < last_block(team); ++block) {
+    for (int64_t block = own_units(team).begin; block < own_units(team).end; ++block) {
       const Units u = units_at(step, block);
       for (int64_t row = 0; row < n; ++row) {
         V gates[G], input[G]; /* their gradients */
@@ -337,7 +324,7 @@ struct Backward {
       if (!direct_weights) store_left(factors + to / kPair, v);
   }
 
-  /* A block of units in one step (or of columns of h), and what the forward pass saved of it in this step and the one before. */
+  /* A block of units (or of columns of h) in one step; what the forward pass saved of it in this step and the one before. */
   struct Units {
     int64_t step, time, block, n_before;
     int count;
@@ -542,9 +529,9 @@ struct Backward {
 
   static void add_to(float* p, V v) { store(p, load(p) + v); }
 
-  /* The gradients of vectors, own units, from all threads' parts: of gains and biases with layer normalisation, of peepholes. */
+  /* The gradients of vectors, own units, from all threads' parts: with layer normalisation gains and biases; peepholes. */
   void sum_parts(const Team& team, int count) {
-    for (int64_t block = first_block(team); block < last_block(team); ++block) {
+    for (int64_t block = own_units(team).begin; block < own_units(team).end; ++block) {
       int units = sizes.units(block);
       for (int gate = 0; normal && gate < G; ++gate) {
         float* of[] = {a.dgamma_ih, a.dgamma_hh, a.dbias_ih, a.dbias_hh};
@@ -580,7 +567,7 @@ struct Backward {
                     step, Place{recurrent, W, Bp * W}, kColumns * Bp * W);
     bool masked = a.options.h_mask || a.options.resets;
     if (!masked && !(a.dh0 && n > n_before)) return;
-    for (int64_t block = first_output(team); block < last_output(team); ++block) {
+    for (int64_t block = own_outputs(team).begin; block < own_outputs(team).end; ++block) {
       int columns = sizes.outputs(block);
       for (int64_t row = 0; row < n; ++row) {
         float* p = recurrent + r_at(block, row);
@@ -595,7 +582,7 @@ struct Backward {
 
   /* The same with the weights as they lie: rows of them times dgates, added up in place. */
   void multiply_step_direct(const Team& team, int64_t n, int64_t rows, int64_t at) {
-    int64_t column = first_output(team) * W, columns = smaller(last_output(team) * W, P) - column;
+    int64_t column = own_outputs(team).begin * W, columns = smaller(own_outputs(team).end * W, P) - column;
     multiply_rows_direct(n, recurrent, r_row, column, columns, dg + at * W, rows, Factors{a.weight_hh, H, P, G});
   }
 
@@ -672,130 +659,6 @@ struct Backward {
     }
   }
 
-  /* What the weights' gradients multiply dgates with: x, and h before each step; and dh with: m. */
-  void copy_columns(const Team& team, int64_t first, int64_t last, int64_t rows) {
-    int64_t at = 0;
-    for (int64_t step = first; step < last; ++step) {
-      int64_t n_before = step > 0 ? steps.rows(step - 1) : 0;
-      for (int64_t row = 0, n = steps.rows(step); row < n; ++row, ++at) {
-        if (symbols && team.leads()) symbols[at] = a.tokens.ids[steps.time(step) * B + steps.batch_row(row)];
-        if (x_columns)
-          copy_row(team, a.x + steps.offset(steps.time(step), row, a.x_step, a.x_row), nullptr, I, at, rows, x_columns);
-        if (projects && a.dweight_hr) copy_m(team, step, row, at, rows);
-        if (!h_columns) continue;
-        const float* h = nullptr;
-        if (!is_reset(step, row)) {
-          if (row < n_before)
-            h = a.y + steps.offset(steps.time(step - 1), row, a.y_step, a.y_row);
-          else if (a.h0)
-            h = a.h0 + steps.batch_row(row) * P;
-        }
-        const float* mask = a.options.h_mask ? a.options.h_mask + steps.batch_row(row) * P : nullptr;
-        copy_row(team, h, mask, P, at, rows, h_columns);
-      }
-    }
-  }
-
-  /* Own panels of one row. */
-  static void copy_row(const Team& team, const float* from, const float* mask, int64_t columns, int64_t at, int64_t rows,
-                       float* out) {
-    int64_t panels = ceil_div(columns, kOuter);
-    store_columns(from, mask, columns, at, rows, team.begin(panels), team.end(panels), out);
-  }
-
-  /* Own panels of m of one row. */
-  void copy_m(const Team& team, int64_t step, int64_t row, int64_t at, int64_t rows) {
-    const float* moments = a.saved + steps.total_rows() * sizes.U * saved_row + (row_offset[step] + row) * kRowMoments;
-    int64_t panels = ceil_div(H, kOuter);
-    for (int64_t panel = team.begin(panels); panel < team.end(panels); ++panel) {
-      int vectors = vectors_at(panel * kOuter, H);
-      float* to = m_columns + panel * slots(rows) * kOuter + at / kPair * vectors * W;
-      for (int i = 0; i < vectors; ++i) {
-        const Units u = units_at(step, panel * kOuterVectors + i);
-        const float* saved = u.saved + row * saved_row;
-        V read = load(saved + L::kC * W);
-        if (normal)
-          read = (read - moments[2]) * moments[3] * load_part(a.options.gamma_c + u.block * W, u.count) +
-                 load_part(a.options.beta_c + u.block * W, u.count);
-        store_right(to + i * W, at, first_lanes(load(saved + L::kO * W) * tanh(read), u.count));
-      }
-    }
-  }
-
-  /* Own units' rows of dW_ih, dW_hh and of the biases; own rows of dW_hr. */
-  void weight_gradients(const Team& team, int64_t rows, bool add) {
-    int64_t group = larger(kGroup / (G * W * rows), 1);
-    for (int64_t block = first_block(team); block < last_block(team); block += group) {
-      int64_t end = smaller(block + group, last_block(team));
-      if (a.dtable) add_to_table(block, end, rows, add);
-      if (a.dweight_ih || a.dweight_hh) turn_rows(block, end, dg, rows, right);
-      if (a.dweight_ih && right_input != right) turn_rows(block, end, dg_input, rows, right_input);
-      if (a.dweight_ih) outer_columns(block, end, right_input, rows, x_columns, I, a.dweight_ih, add);
-      if (a.dweight_hh) outer_columns(block, end, right, rows, h_columns, P, a.dweight_hh, add);
-    }
-    if (projects && a.dweight_hr) {
-      int64_t begin = first_output(team), end = last_output(team);
-      const int64_t height = kPair > 1 ? slots(rows) : odd(rows);
-      for (int64_t block = begin; kPair > 1 && block < end; ++block)
-        store_rows(dh_rows + block * odd(rows) * W, rows, dh_right + block * height * W);
-      for (int64_t column = 0; column < H; column += kOuter)
-        for (int64_t block = begin; block < end; ++block)
-          multiply_outer_block(rows, dh_right + block * height * W, m_columns + column * slots(rows),
-                               a.dweight_hr + block * W * H, column, H, sizes.outputs(block), add);
-    }
-    if (normal) return; /* sum_parts has the biases' */
-    if (a.dbias_ih) sum_rows(team, dg_input, rows, a.dbias_ih, add);
-    if (a.dbias_hh) sum_rows(team, dg, rows, a.dbias_hh, add);
-  }
-
-  /* The table's gradient: each row of dgates to the row of its symbol. */
-  void add_to_table(int64_t first, int64_t last, int64_t rows, bool add) {
-    const int64_t width = G * H;
-    for (int64_t block = first; block < last; ++block) {
-      int units = sizes.units(block);
-      for (int gate = 0; gate < G; ++gate) {
-        float* column = a.dtable + gate * H + block * W;
-        for (int64_t symbol = 0; symbol <= a.tokens.V && !add; ++symbol) store_part(column + symbol * width, V{}, units);
-        const float* from = dg_input + (block * G + gate) * odd(rows) * W;
-        for (int64_t row = 0; row < rows; ++row) {
-          float* p = column + symbols[row] * width;
-          store_part(p, load_part(p, units) + load(from + row * W), units);
-        }
-      }
-    }
-  }
-
-  /* Floats between two gates of the factor that is made of dg for the weights' gradients. */
-  static int64_t right_gate(int64_t rows) { return (kPair > 1 ? slots(rows) : odd(rows)) * W; }
-
-  /* dg of blocks of units as that factor. */
-  void turn_rows(int64_t first, int64_t last, const float* gradients, int64_t rows, float* factors) const {
-    for (int64_t gate = first * G; kPair > 1 && gate < last * G; ++gate)
-      store_rows(gradients + gate * odd(rows) * W, rows, factors + gate * right_gate(rows));
-  }
-
-  void outer_columns(int64_t first, int64_t last, const float* gradients, int64_t rows, const float* operands,
-                     int64_t columns, float* weight, bool add) {
-    for (int64_t column = 0; column < columns; column += kOuter)
-      for (int64_t block = first; block < last; ++block)
-        for (int gate = 0; gate < G; ++gate)
-          multiply_outer_block(rows, gradients + (block * G + gate) * right_gate(rows), operands + column * slots(rows),
-                               weight + (gate * H + block * W) * columns, column, columns, sizes.units(block), add);
-  }
-
-  void sum_rows(const Team& team, const float* gradients, int64_t rows, float* bias, bool add) {
-    for (int64_t block = first_block(team); block < last_block(team); ++block) {
-      int units = sizes.units(block);
-      for (int gate = 0; gate < G; ++gate) {
-        const float* from = gradients + (block * G + gate) * odd(rows) * W;
-        V sum[4] = {};
-        for (int64_t row = 0; row < rows; ++row) sum[row % 4] += load(from + row * W);
-        V total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-        float* to = bias + gate * H + block * W;
-        store_part(to, add ? load_part(to, units) + total : total, units);
-      }
-    }
-  }
 };
 
 }  // namespace LS_TARGET

@@ -253,7 +253,7 @@ struct Forward {
   }
 
   bool is_reset(int64_t step, int64_t row) const {
-    return a.options.resets && step < T && a.options.resets[steps.time(step) * B + steps.batch_row(row)];
+    return steps.is_reset(a.options, step, row);
   }
 
   /* h as W_hh reads it at `step`. */

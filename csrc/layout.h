@@ -78,12 +78,16 @@ struct Sizes {
 /* Steps in the order in which they are run, and where their rows lie. */
 struct Steps {
   const ls_shape& s;
-  explicit Steps(const ls_shape& shape) : s(shape) {}
+  explicit Steps(const ls_shape& shape) : s(shape), total_(count(shape)) {}
   int64_t time(int64_t step) const { return s.reverse ? s.T - 1 - step : step; }
   int64_t rows(int64_t step) const { return s.counts ? s.counts[time(step)] : s.B; }
   int64_t batch_row(int64_t row) const { return s.order ? s.order[row] : row; }
   int64_t offset(int64_t t, int64_t row, int64_t step_stride, int64_t row_stride) const {
     return (s.starts ? s.starts[t] * row_stride : t * step_stride) + batch_row(row) * row_stride;
+  }
+  /* Whether a row's state is zero before a step; there may be none after the last. */
+  bool is_reset(const ls_options& options, int64_t step, int64_t row) const {
+    return options.resets && step < s.T && options.resets[time(step) * s.B + batch_row(row)];
   }
   /* The first step that a row has. */
   int64_t first_step(int64_t row) const {
@@ -100,12 +104,17 @@ struct Steps {
       total += rows(step);
     }
   }
-  int64_t total_rows() const {
-    if (!s.counts) return s.T * s.B;
+  int64_t total_rows() const { return total_; }
+
+ private:
+  static int64_t count(const ls_shape& shape) {
+    if (!shape.counts) return shape.T * shape.B;
     int64_t total = 0;
-    for (int64_t t = 0; t < s.T; ++t) total += s.counts[t];
+    for (int64_t t = 0; t < shape.T; ++t) total += shape.counts[t];
     return total;
   }
+
+  const int64_t total_;
 };
 
 /* Zeros where padded rows have no step. */
@@ -155,6 +164,16 @@ class Arena {
   float* next_;
   int64_t floats_;
 };
+
+/* A thread's own of `all` blocks of W columns: whole panels of a deep product. */
+struct Blocks {
+  int64_t begin, end;
+};
+
+static inline Blocks own_blocks(const Team& team, int64_t all) {
+  const int64_t panels = ceil_div(all, kColumns);
+  return {smaller(team.begin(panels) * kColumns, all), smaller(team.end(panels) * kColumns, all)};
+}
 
 /* Rows that a blocked array has room for: an odd number, so that its blocks do not all fall on the same lines of a cache. */
 static inline int64_t odd(int64_t rows) { return rows | 1; }

@@ -1,0 +1,189 @@
+/* The gradients of a layer's weights, a chunk of steps at a time: what reached the gates, times what the weights had multiplied.
+
+     dW_ih += dgates^T x, or with symbols rows of the table += dgates     dW_hh += dgates^T h     db += sum of dgates
+     dW_hr += dh^T m, of an LSTM that projects m = o tanh(c)
+
+   A team divides the weights' rows; what they multiplied is copied once for all, own columns. */
+
+#ifndef LONGSHORT_WEIGHTS_H
+#define LONGSHORT_WEIGHTS_H
+
+#include "layout.h"
+
+namespace ls {
+namespace LS_TARGET {
+
+template <class Cell>
+struct WeightGradients {
+  using L = LstmGates<Cell>;
+  static constexpr int G = Cell::kGates;
+  static constexpr int64_t kGroup = (128 << 10); /* floats of dgates that meet all columns of the weights at a time */
+
+  const ls_backward_args& a;
+  const Steps& steps;
+  const Sizes<Cell>& sizes;
+  const int64_t I, H, P, U;
+  const bool normal;
+  const int64_t saved_row; /* floats that a row of a unit block has saved */
+
+  float* x_columns; /* the chunk's x, its h before each step, its m: [panel of columns][row][kOuterVectors W] */
+  float* h_columns;
+  float* m_columns;
+  int64_t* symbols;   /* of the chunk's rows, with a table */
+  float* right;       /* where factors are not floats, gradients as they are multiplied: [.][row of the chunk / kPair][W] */
+  float* right_input;
+  float* dh_right;
+
+  WeightGradients(const ls_backward_args& args, const Steps& steps, const Sizes<Cell>& sizes)
+      : a(args), steps(steps), sizes(sizes), I(sizes.I), H(sizes.H), P(sizes.P), U(sizes.unit_blocks()),
+        normal(args.options.gamma_ih), saved_row(saved_vectors<Cell>(normal) * W) {}
+
+  void carve(Arena& arena, int64_t chunk_rows) {
+    const int64_t width = slots(chunk_rows) * kOuter;
+    const bool projects = L::kLstm && a.shape.P, two = Cell::kCell == LS_GRU || normal; /* sets of dgates */
+    x_columns = a.dweight_ih ? arena.array(ceil_div(I, kOuter) * width) : nullptr;
+    h_columns = a.dweight_hh ? arena.array(ceil_div(P, kOuter) * width) : nullptr;
+    m_columns = projects && a.dweight_hr ? arena.array(ceil_div(H, kOuter) * width) : nullptr;
+    symbols = a.dtable ? reinterpret_cast<int64_t*>(arena.array(2 * chunk_rows)) : nullptr;
+    const int64_t most = slots(odd(chunk_rows)) * W;
+    right = kPair > 1 ? arena.array(U * G * most) : nullptr;
+    right_input = kPair > 1 && two ? arena.array(U * G * most) : right;
+    dh_right = kPair > 1 && m_columns ? arena.array(sizes.hidden_blocks() * most) : nullptr;
+  }
+
+  /* What the weights' gradients multiply dgates with: x, and h before each step; and dh with: m. */
+  void copy(const Team& team, int64_t first, int64_t last, int64_t rows, const int64_t* row_offset) {
+    int64_t at = 0;
+    for (int64_t step = first; step < last; ++step) {
+      int64_t n_before = step > 0 ? steps.rows(step - 1) : 0;
+      for (int64_t row = 0, n = steps.rows(step); row < n; ++row, ++at) {
+        if (symbols && team.leads()) symbols[at] = a.tokens.ids[steps.time(step) * steps.s.B + steps.batch_row(row)];
+        if (x_columns)
+          copy_row(team, a.x + steps.offset(steps.time(step), row, a.x_step, a.x_row), nullptr, I, at, rows, x_columns);
+        if (m_columns) copy_m(team, step, row, at, rows, row_offset[step]);
+        if (!h_columns) continue;
+        const float* h = nullptr;
+        if (!steps.is_reset(a.options, step, row)) {
+          if (row < n_before)
+            h = a.y + steps.offset(steps.time(step - 1), row, a.y_step, a.y_row);
+          else if (a.h0)
+            h = a.h0 + steps.batch_row(row) * P;
+        }
+        const float* mask = a.options.h_mask ? a.options.h_mask + steps.batch_row(row) * P : nullptr;
+        copy_row(team, h, mask, P, at, rows, h_columns);
+      }
+    }
+  }
+
+  /* Own panels of one row. */
+  static void copy_row(const Team& team, const float* from, const float* mask, int64_t columns, int64_t at, int64_t rows,
+                       float* out) {
+    int64_t panels = ceil_div(columns, kOuter);
+    store_columns(from, mask, columns, at, rows, team.begin(panels), team.end(panels), out);
+  }
+
+  /* Own panels of m of one row. */
+  void copy_m(const Team& team, int64_t step, int64_t row, int64_t at, int64_t rows, int64_t rows_before) {
+    const ls_options& o = a.options;
+    const float* moments = a.saved + steps.total_rows() * sizes.U * saved_row + (rows_before + row) * kRowMoments;
+    int64_t panels = ceil_div(H, kOuter);
+    for (int64_t panel = team.begin(panels); panel < team.end(panels); ++panel) {
+      int vectors = vectors_at(panel * kOuter, H);
+      float* to = m_columns + panel * slots(rows) * kOuter + at / kPair * vectors * W;
+      for (int i = 0; i < vectors; ++i) {
+        const int64_t block = panel * kOuterVectors + i;
+        const int units = sizes.units(block);
+        const float* saved = a.saved + saved_offset(sizes, saved_row, rows_before, steps.rows(step), block, row);
+        V read = load(saved + L::kC * W);
+        if (normal)
+          read = (read - moments[2]) * moments[3] * load_part(o.gamma_c + block * W, units) +
+                 load_part(o.beta_c + block * W, units);
+        store_right(to + i * W, at, first_lanes(load(saved + L::kO * W) * tanh(read), units));
+      }
+    }
+  }
+
+  /* Own units' rows of dW_ih, dW_hh and of the biases, own rows of dW_hr. `dg`, `dg_input`: what reached W_hh h and W_ih x,
+     [(unit block, gate)][row of the chunk][W]; `dh`: what reached the projection, [block][row of the chunk][W]. `more`: added to
+     what earlier chunks gave. */
+  void add(const Team& team, int64_t rows, const float* dg, const float* dg_input, const float* dh, bool more) {
+    const Blocks own = own_blocks(team, U);
+    const float* of_h = kPair > 1 ? right : dg;
+    const float* of_x = kPair > 1 ? right_input : dg_input;
+    int64_t group = larger(kGroup / (G * W * rows), 1);
+    for (int64_t block = own.begin; block < own.end; block += group) {
+      int64_t end = smaller(block + group, own.end);
+      if (a.dtable) add_to_table(block, end, dg_input, rows, more);
+      if (a.dweight_ih || a.dweight_hh) turn_rows(block * G, end * G, dg, rows, right);
+      if (a.dweight_ih && dg_input != dg) turn_rows(block * G, end * G, dg_input, rows, right_input);
+      if (a.dweight_ih) outer_columns(block, end, of_x, rows, x_columns, I, a.dweight_ih, more);
+      if (a.dweight_hh) outer_columns(block, end, of_h, rows, h_columns, P, a.dweight_hh, more);
+    }
+    if (m_columns) {
+      const Blocks outputs = own_blocks(team, sizes.hidden_blocks());
+      turn_rows(outputs.begin, outputs.end, dh, rows, dh_right);
+      const float* factors = kPair > 1 ? dh_right : dh;
+      for (int64_t column = 0; column < H; column += kOuter)
+        for (int64_t block = outputs.begin; block < outputs.end; ++block)
+          multiply_outer_block(rows, factors + block * right_rows(rows), m_columns + column * slots(rows),
+                               a.dweight_hr + block * W * H, column, H, sizes.outputs(block), more);
+    }
+    if (normal) return; /* the biases' are among the sums that each thread keeps */
+    if (a.dbias_ih) sum_rows(own, dg_input, rows, a.dbias_ih, more);
+    if (a.dbias_hh) sum_rows(own, dg, rows, a.dbias_hh, more);
+  }
+
+  /* The table's gradient: each row of dgates to the row of its symbol. */
+  void add_to_table(int64_t first, int64_t last, const float* dg_input, int64_t rows, bool more) {
+    const int64_t width = G * H;
+    for (int64_t block = first; block < last; ++block) {
+      int units = sizes.units(block);
+      for (int gate = 0; gate < G; ++gate) {
+        float* column = a.dtable + gate * H + block * W;
+        for (int64_t symbol = 0; symbol <= a.tokens.V && !more; ++symbol) store_part(column + symbol * width, V{}, units);
+        const float* from = dg_input + (block * G + gate) * odd(rows) * W;
+        for (int64_t row = 0; row < rows; ++row) {
+          float* p = column + symbols[row] * width;
+          store_part(p, load_part(p, units) + load(from + row * W), units);
+        }
+      }
+    }
+  }
+
+  /* Floats that the rows of a chunk take in the factor that is made of gradients. */
+  static int64_t right_rows(int64_t rows) { return (kPair > 1 ? slots(rows) : odd(rows)) * W; }
+
+  /* Gradients, [.][row of the chunk][W], as that factor, where it is another. */
+  static void turn_rows(int64_t first, int64_t last, const float* gradients, int64_t rows, float* factors) {
+    for (int64_t i = first; kPair > 1 && i < last; ++i)
+      store_rows(gradients + i * odd(rows) * W, rows, factors + i * right_rows(rows));
+  }
+
+  void outer_columns(int64_t first, int64_t last, const float* gradients, int64_t rows, const float* operands,
+                     int64_t columns, float* weight, bool more) {
+    for (int64_t column = 0; column < columns; column += kOuter)
+      for (int64_t block = first; block < last; ++block)
+        for (int gate = 0; gate < G; ++gate)
+          multiply_outer_block(rows, gradients + (block * G + gate) * right_rows(rows), operands + column * slots(rows),
+                               weight + (gate * H + block * W) * columns, column, columns, sizes.units(block), more);
+  }
+
+  void sum_rows(Blocks own, const float* gradients, int64_t rows, float* bias, bool more) {
+    for (int64_t block = own.begin; block < own.end; ++block) {
+      int units = sizes.units(block);
+      for (int gate = 0; gate < G; ++gate) {
+        const float* from = gradients + (block * G + gate) * odd(rows) * W;
+        V sum[4] = {};
+        for (int64_t row = 0; row < rows; ++row) sum[row % 4] += load(from + row * W);
+        V total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+        float* to = bias + gate * H + block * W;
+        store_part(to, more ? load_part(to, units) + total : total, units);
+      }
+    }
+  }
+};
+
+}  // namespace LS_TARGET
+}  // namespace ls
+
+#endif
