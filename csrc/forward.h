@@ -99,9 +99,10 @@ struct Forward {
   int64_t carve(float* memory) {
     Arena arena(memory);
     int64_t panels_end = sizes.panels * sizes.panel_floats();
-    own_packed = a.packed ? nullptr : arena.array(direct ? sizes.panels * sizes.bias_floats() : panels_end + projection.floats());
+    int64_t packed_floats = direct ? sizes.panels * sizes.bias_floats() : panels_end + projection.floats();
+    own_packed = a.packed ? nullptr : arena.array(packed_floats);
     packed = a.packed ? a.packed : own_packed;
-    packed_projection = packed + panels_end;
+    packed_projection = packed ? packed + panels_end : nullptr;
     int64_t state = h_blocks * Bp * W, of_units = sizes.U * Bp * W;
     for (int i = 0; i < 2; ++i) h[i] = arena.array(direct ? B * h_row : state / kPair);
     for (int i = 0; i < 2; ++i) raw[i] = raw_differs ? arena.array(direct ? B * h_row : state) : h[i];
@@ -516,21 +517,22 @@ struct Forward {
   void project(const Team& team, int64_t step, int64_t row0, int64_t n) {
     int64_t first = team.begin(projection.panels()), last = team.end(projection.panels());
     if (!direct) /* in ascending order of k at every step, as all products that a forward pass makes */
-      multiply_deep(packed_projection, sizes.unit_blocks(), first, last, m + row0 * S, Bp, n, 0, Place{hr + row0 * W, W, Bp * W},
-                    kColumns * Bp * W);
+      multiply_deep(packed_projection, sizes.unit_blocks(), first, last, m + row0 * S, Bp, n, 0,
+                    Place{hr + row0 * W, W, Bp * W}, kColumns * Bp * W);
     for (int64_t block = first * kColumns; block < smaller(last * kColumns, h_blocks); ++block) {
       float* sums = hr + (block * Bp + row0) * W;
+      const int columns = sizes.outputs(block);
       if (direct) {
         clear(sums, n * W);
         for (int64_t row = 0; row < n; row += kDotRows)
           dot_rows(int(smaller(n - row, kDotRows)), H, m + (row0 + row) * m_row, m_row, a.weight_hr + block * W * H, H,
-                   sizes.outputs(block), sums + row * W, W);
+                   columns, sums + row * W, W);
       }
       for (int64_t row = 0; row < n; ++row)
         if (options)
-          put<true>(step, row0 + row, block, sizes.outputs(block), h_before<true>(step, row0 + row, block), load(sums + row * W));
+          put<true>(step, row0 + row, block, columns, h_before<true>(step, row0 + row, block), load(sums + row * W));
         else
-          put<false>(step, row0 + row, block, sizes.outputs(block), V{}, load(sums + row * W));
+          put<false>(step, row0 + row, block, columns, V{}, load(sums + row * W));
     }
   }
 
@@ -636,7 +638,8 @@ struct Forward {
       for (int64_t row = row0; row < row1; ++row) {
         if (s.counts && !s.reverse)
           while (run && s.counts[run - 1] <= row) --run;
-        store_part(a.h_n + steps.batch_row(row) * P + block * W, load(raw[run & 1] + h_at(block, row)), sizes.outputs(block));
+        float* to = a.h_n + steps.batch_row(row) * P + block * W;
+        store_part(to, load(raw[run & 1] + h_at(block, row)), sizes.outputs(block));
       }
     }
     for (int64_t block = team.begin(sizes.unit_blocks()); block < team.end(sizes.unit_blocks()) && kLstm && a.c_n; ++block)

@@ -218,7 +218,8 @@ int32_t ls_forward(const ls_forward_args* args) {
   const Target* target = find(args->shape.target);
   bool empty = is_empty(args->shape);
   if (!are_tokens(args->tokens, args->shape, args->tokens.table)) return LS_BAD_ARGUMENT;
-  bool weights = args->packed || ((args->weight_ih || !args->shape.I) && args->weight_hh && (args->weight_hr || !args->shape.P));
+  bool lying = (args->weight_ih || !args->shape.I) && args->weight_hh && (args->weight_hr || !args->shape.P);
+  bool weights = args->packed || lying;
   if (!target || (!empty && (!weights || (!args->x && args->shape.I) || !args->y))) return LS_BAD_ARGUMENT;
   return target->forward(args);
 }

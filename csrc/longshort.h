@@ -41,7 +41,8 @@ extern "C" {
 
 #define LS_ABI_VERSION 8
 
-enum ls_cell { LS_RNN_TANH = 0, LS_RNN_RELU = 1, LS_GRU = 2, LS_LSTM = 3, LS_LSTM_COUPLED = 4 /* of layers, not of models */ };
+/* The last is a cell of layers, not of models. */
+enum ls_cell { LS_RNN_TANH = 0, LS_RNN_RELU = 1, LS_GRU = 2, LS_LSTM = 3, LS_LSTM_COUPLED = 4 };
 
 enum ls_status {
   LS_OK = 0,

@@ -1,4 +1,4 @@
-/* The gradients of a layer's weights, a chunk of steps at a time: what reached the gates, times what the weights had multiplied.
+/* The gradients of a layer's weights, a chunk of steps at a time: what reached the gates, times what the weights multiplied.
 
      dW_ih += dgates^T x, or with symbols rows of the table += dgates     dW_hh += dgates^T h     db += sum of dgates
      dW_hr += dh^T m, of an LSTM that projects m = o tanh(c)
@@ -104,8 +104,8 @@ struct WeightGradients {
   }
 
   /* Own units' rows of dW_ih, dW_hh and of the biases, own rows of dW_hr. `dg`, `dg_input`: what reached W_hh h and W_ih x,
-     [(unit block, gate)][row of the chunk][W]; `dh`: what reached the projection, [block][row of the chunk][W]. `more`: added to
-     what earlier chunks gave. */
+     [(unit block, gate)][row of the chunk][W]; `dh`: what reached the projection, [block][row of the chunk][W]. `more`: is
+     added to what earlier chunks gave. */
   void add(const Team& team, int64_t rows, const float* dg, const float* dg_input, const float* dh, bool more) {
     const Blocks own = own_blocks(team, U);
     const float* of_h = kPair > 1 ? right : dg;
