@@ -169,12 +169,13 @@ struct Language {
 
   /* Gives rows their memory and the state before the first step. False: there is no memory. */
   bool begin(Rows& rows) {
-    rows.memory = static_cast<float*>(take(size_t(carve(rows, nullptr)) * sizeof(float)));
+    int64_t floats = carve(rows, nullptr);
+    rows.memory = static_cast<float*>(take(size_t(floats) * sizeof(float)));
     if (!rows.memory) {
       __atomic_store_n(&status, int(LS_OUT_OF_MEMORY), __ATOMIC_RELAXED);
       return false;
     }
-    carve(rows, rows.memory);
+    must_be(carve(rows, rows.memory) == floats);
     for (int64_t layer = 0; layer < model.layers; ++layer)
       for (int64_t block = 0; block < upper.U; ++block)
         for (int64_t row = 0; row < rows.count; ++row) {

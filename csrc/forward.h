@@ -126,7 +126,7 @@ struct Forward {
     int64_t floats = carve(nullptr);
     float* memory = static_cast<float*>(take(size_t(floats) * sizeof(float)));
     if (!memory) return LS_OUT_OF_MEMORY;
-    carve(memory);
+    must_be(carve(memory) == floats);
     steps.count_rows(row_offset);
     clear(reinterpret_cast<float*>(shared), int64_t(sizeof(Team::Shared) / 4) * (teams + 1));
     parallel(

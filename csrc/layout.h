@@ -149,6 +149,11 @@ static inline bool reads_direct(const ls_shape& s, int64_t rows, bool backward) 
   return rows <= 8 || (!backward && s.T == 1 && rows <= 64);
 }
 
+/* Ends the process where this library is wrong: memory that was counted too little would be somebody else's. */
+static inline void must_be(bool right) {
+  if (!right) __builtin_trap();
+}
+
 /* Cuts a call's scratch memory into arrays, each on a cache line of its own. Once without memory, to learn how much. */
 class Arena {
  public:

@@ -107,9 +107,10 @@ struct Loss {
       clear(a.dbias, a.V);
       return LS_OK;
     }
-    float* memory = static_cast<float*>(take(size_t(carve(nullptr)) * sizeof(float)));
+    int64_t floats = carve(nullptr);
+    float* memory = static_cast<float*>(take(size_t(floats) * sizeof(float)));
     if (!memory) return LS_OUT_OF_MEMORY;
-    carve(memory);
+    must_be(carve(memory) == floats);
     clear(reinterpret_cast<float*>(shared), int64_t(sizeof(Team::Shared) / 4));
     parallel(
         threads, [](void* context, int thread, int count) { static_cast<Loss*>(context)->work(thread, count); }, this);

@@ -40,15 +40,16 @@ struct WeightGradients {
 
   void carve(Arena& arena, int64_t chunk_rows) {
     const int64_t width = slots(chunk_rows) * kOuter;
-    const bool projects = L::kLstm && a.shape.P, two = Cell::kCell == LS_GRU || normal; /* sets of dgates */
+    const bool two = Cell::kCell == LS_GRU || normal; /* sets of dgates */
+    const bool of_projection = L::kLstm && a.shape.P && a.dweight_hr;
     x_columns = a.dweight_ih ? arena.array(ceil_div(I, kOuter) * width) : nullptr;
     h_columns = a.dweight_hh ? arena.array(ceil_div(P, kOuter) * width) : nullptr;
-    m_columns = projects && a.dweight_hr ? arena.array(ceil_div(H, kOuter) * width) : nullptr;
+    m_columns = of_projection ? arena.array(ceil_div(H, kOuter) * width) : nullptr;
     symbols = a.dtable ? reinterpret_cast<int64_t*>(arena.array(2 * chunk_rows)) : nullptr;
     const int64_t most = slots(odd(chunk_rows)) * W;
     right = kPair > 1 ? arena.array(U * G * most) : nullptr;
     right_input = kPair > 1 && two ? arena.array(U * G * most) : right;
-    dh_right = kPair > 1 && m_columns ? arena.array(sizes.hidden_blocks() * most) : nullptr;
+    dh_right = kPair > 1 && of_projection ? arena.array(sizes.hidden_blocks() * most) : nullptr;
   }
 
   /* What the weights' gradients multiply dgates with: x, and h before each step; and dh with: m. */

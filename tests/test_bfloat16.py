@@ -115,16 +115,24 @@ def test_the_factors_are_rounded_and_nothing_else_is(cell: str, T: int, B: int) 
         assert 30 * of_bfloat16.mean() < of_float32.mean() < 2e-2
 
 
+OF_EVERY_CELL: list[dict[str, Any]] = [
+    {"bidirectional": True, "num_layers": 2},
+    {"layer_norm": True},
+    {"recurrent_dropout": 0.3},
+    {"zoneout": 0.3},
+]
+OF_LSTM: list[dict[str, Any]] = [
+    {"peephole": True},
+    {"coupled_gates": True},
+    {"proj_size": 19},
+    {"proj_size": 32, "layer_norm": True, "coupled_gates": True, "peephole": True, "zoneout": 0.2},
+]
+
+
 @needs_target
-@pytest.mark.parametrize("cell", LAYERS)
 @pytest.mark.parametrize(
-    "given",
-    [
-        {"bidirectional": True, "num_layers": 2},
-        {"layer_norm": True},
-        {"recurrent_dropout": 0.3},
-        {"zoneout": 0.3},
-    ],
+    ("cell", "given"),
+    [*((cell, given) for cell in LAYERS for given in OF_EVERY_CELL), *(("lstm", given) for given in OF_LSTM)],
     ids=str,
 )
 def test_options_and_lengths_stay_near_float32(cell: str, given: dict[str, Any]) -> None:
