@@ -504,30 +504,31 @@ def by_equations(
     """
     given: Any = None if state[0] is None else tuple(state)
     plain, options = part_vectors(call, weights)
-    readings: list[Readings] | None = [] if call.shows else None
-    if call.ids is not None:
-        first = F.embedding(call.ids, x) + plain[2]
-        cell = cells.get_cell(call.cell)
-        given = given or tuple(x.new_zeros(1, call.ids.shape[1], call.H) for _ in cell.states)
-        output, after = cells.run_stack(
-            cell, first, given, [plain], bias=True, first_is_gates=True, sequences=call.sequences
-        )
-    else:
-        coupled = call.cell == native.COUPLED
-        cell_name = "lstm" if coupled else call.cell
-        stack = Stack(cell_name, x.shape[-1], call.H, 1, call.bias, call.directions == 2, call.projected, coupled)
-        output, after = backends.run_reference(
-            stack,
-            x,
-            given,
-            plain,
-            batch_first=call.batch_first,
-            sequences=call.sequences,
-            options=options,
-            readings=readings,
-        )
-    shown = (torch.stack([seen[name] for name in native.SHOWN[call.cell]]) for seen in readings or ())
-    outputs = (output, *after, *shown)
+    with torch.autocast("cpu", enabled=False):  # around whose backward pass the user may have put it
+        readings: list[Readings] | None = [] if call.shows else None
+        if call.ids is not None:
+            first = F.embedding(call.ids, x) + plain[2]
+            cell = cells.get_cell(call.cell)
+            given = given or tuple(x.new_zeros(1, call.ids.shape[1], call.H) for _ in cell.states)
+            output, after = cells.run_stack(
+                cell, first, given, [plain], bias=True, first_is_gates=True, sequences=call.sequences
+            )
+        else:
+            coupled = call.cell == native.COUPLED
+            cell_name = "lstm" if coupled else call.cell
+            stack = Stack(cell_name, x.shape[-1], call.H, 1, call.bias, call.directions == 2, call.projected, coupled)
+            output, after = backends.run_reference(
+                stack,
+                x,
+                given,
+                plain,
+                batch_first=call.batch_first,
+                sequences=call.sequences,
+                options=options,
+                readings=readings,
+            )
+        shown = (torch.stack([seen[name] for name in native.SHOWN[call.cell]]) for seen in readings or ())
+        outputs = (output, *after, *shown)
     pairs = [(out, grad) for out, grad in zip(outputs, gradients, strict=True) if grad is not None]
     inputs = [tensor for tensor, want in zip((x, *state, *weights), wanted, strict=True) if want and tensor is not None]
     found = iter(
