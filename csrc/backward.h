@@ -44,7 +44,7 @@ struct Backward {
   bool has_direct, normal, peeps, projects;
   int64_t saved_row; /* floats that a row of a unit block has saved */
   bool direct_weights;    /* they are read as they lie; `recurrent` has its rows one after the other then */
-  int64_t r_row, r_block, m_row, m_block;
+  int64_t r_row, m_row, r_block;
 
   int64_t* row_offset;
   float* packed_hidden;   /* [panel][(unit block, gate, unit)][kColumns W] */
@@ -79,7 +79,7 @@ struct Backward {
     direct_weights = reads_direct(a.shape, steps.total_rows(), true);
     r_row = direct_weights ? h_blocks * W + W : W;
     m_row = direct_weights ? U * W + W : W;
-    r_block = m_block = direct_weights ? W : Bp * W;
+    r_block = direct_weights ? W : Bp * W;
     unit_panels = ceil_div(U, kColumns);
     hidden_panels = ceil_div(h_blocks, kColumns);
     input_panels = ceil_div(sizes.input_blocks, kColumns);
@@ -372,7 +372,7 @@ struct Backward {
   /* The gradient of what the cell of a step makes: of h, or of m where that is projected. */
   template <bool kOptions>
   V of_output(const Units& u, int64_t row) {
-    if (kLstm && projects) return load(dm + u.block * m_block + row * m_row);
+    if (kLstm && projects) return load(dm + u.block * r_block + row * m_row);
     return reach<kOptions>(u, row);
   }
 

@@ -99,10 +99,12 @@ def distances(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
 @given(I=st.integers(1, 70), H=st.integers(1, 70), T=st.integers(2, 6), B=st.integers(5, 30))
 def test_outputs_and_gradients_are_those_of_rounded_factors(cell: str, I: int, H: int, T: int, B: int) -> None:
     # With an error of 1e-7 a number in the middle of two of bfloat16 goes to the other one now and then: most results
-    # are equal nevertheless (of a few, one such number may reach every one), and none is further away than that.
-    for distance in distances(both(cell, I, H, T, B, kernels.BFLOAT16)):
-        assert distance.median() < 3e-4 or distance.numel() < 30
-        assert distance.max() < 1e-2
+    # are equal nevertheless, and none is further away than that. Where a result has few values, one such number reaches
+    # all of them: they are counted among all the others.
+    found = distances(both(cell, I, H, T, B, kernels.BFLOAT16))
+    for distance in [torch.cat(found), *(distance for distance in found if distance.numel() >= 30)]:
+        assert distance.median() < 3e-4
+    assert max(float(distance.max()) for distance in found) < 1e-2
 
 
 @needs_target

@@ -293,8 +293,8 @@ class Options:
 
     def in_float32(self) -> Options:
         """Return the same with masks and parameters of float32."""
-        kinds = {name: getattr(self, name) for name in ("h_mask_BH", "zoneout_mask_TBH", *VECTORS)}
-        return replace(self, **{name: tensor.float() for name, tensor in kinds.items() if tensor is not None})
+        given = {name: getattr(self, name) for name in ("h_mask_BH", "zoneout_mask_TBH", *VECTORS)}
+        return replace(self, **{name: tensor.float() for name, tensor in given.items() if tensor is not None})
 
     @property
     def vectors(self) -> dict[str, Tensor]:

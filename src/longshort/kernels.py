@@ -257,24 +257,13 @@ def run_layers(
     Returns:
         The outputs, laid as `x` is, and the state after, each tensor (layers * directions, B, H).
     """
-    if choice.autocast:
-        return _run_autocast(
-            choice,
-            stack,
-            x,
-            state,
-            weights,
-            batch_first=batch_first,
-            dropout=dropout,
-            training=training,
-            sequences=sequences,
-            options=options,
-            readings=readings,
-        )
     run: Any = backends.run_torch if choice.name == "torch" else backends.run_reference
     if choice.name not in ("torch", "reference"):
         run = _run_native(choice)
     rest: dict[str, Any] = {"batch_first": batch_first, "training": training, "sequences": sequences}
+    if choice.autocast:
+        rest |= {"dropout": dropout, "readings": readings}
+        return _run_autocast(choice, stack, x, state, weights, options=options, **rest)
     if not stack.residual:
         found: tuple[Tensor, State] = run(
             stack, x, state, weights, dropout=dropout, options=options, readings=readings, **rest
