@@ -7,9 +7,10 @@
              dW_hh += dgates^T h,  db += sum of dgates  (own units)
 
    dgates are the gradients before the activations. The GRU has two sets: its candidate's input and hidden share differ by
-   the factor r. A team divides units; there is one team, since all rows add to the same weights. With layer normalisation
-   a step's dgates need the whole row: rows are divided for them, and all wait once more. Of an LSTM that projects h, dh is
-   of what is put out, and one more product leads to the cell:
+   the factor r. A team divides units. Several teams divide the batch's rows, each with sums of its own for the weights' gradients,
+   and never wait for each other before these are added up. With layer normalisation a step's dgates need the whole row: a
+   team divides rows for them, and all wait once more. Of an LSTM that projects h, dh is of what is put out, and one more
+   product leads to the cell:
 
      step:   dh   (own columns)   | all wait |   dm = dh W_hr -> dgates, dc   (own units)   | all wait |
      chunk:  dW_hr += dh^T m   (own columns) */
@@ -35,8 +36,8 @@ struct Backward {
   const Sizes<Cell> sizes;
   int64_t T, B, I, H, P;
   int64_t Bp;             /* rows that a blocked array of states has room for */
-  int threads;
-  int64_t chunk_rows;
+  int threads, teams;
+  int64_t chunk_rows;     /* of a team */
   int64_t U;              /* unit blocks, without those that are all padding */
   int64_t h_blocks;       /* of W columns of h */
   int64_t unit_panels, hidden_panels, input_panels; /* of units, and of columns of h and of x */
@@ -46,23 +47,29 @@ struct Backward {
   bool direct_weights;    /* they are read as they lie; `recurrent` has its rows one after the other then */
   int64_t r_row, m_row, r_block;
 
+  /* Shared scratch. */
   int64_t* row_offset;
   float* packed_hidden;   /* [panel][(unit block, gate, unit)][kColumns W] */
   float* packed_inputs;
   float* packed_projection; /* [panel of units][column of h][kColumns W] */
+  float* recurrent;       /* dgates W_hh, blocked [unit block][row][W] */
+  float* direct;          /* what reaches h past W_hh: GRU's z, zoneout */
+  float* dm;              /* where h is projected, dh W_hr, blocked as `recurrent` */
+  float* dc;
+  float* parts;           /* each thread's sums for gradients of vectors, [thread][kParts][U][W]; NULL: there are none */
+  float* chunks;          /* each team's scratch of a chunk */
+  float* sums;            /* of each team but the first, which has the gradients themselves */
+  int64_t chunk_floats, sum_floats;
+  Team::Shared* shared;
+
+  /* A team's. */
   float* dg;              /* what reached W_hh h: blocked, [(unit block, gate)][row of the chunk][W] */
   float* dg_input;        /* what reached W_ih x; the same but for the GRU and layer normalisation */
   float* left;            /* dg as a left factor, [(unit block, gate)][row of the chunk][S]; itself if factors are floats */
   float* left_input;
-  float* recurrent;       /* dgates W_hh, blocked [unit block][row][W] */
-  float* direct;          /* what reaches h past W_hh: GRU's z, zoneout */
   float* dh_rows;         /* where h is projected: of what a step puts out, [block][row of the chunk][W], */
-  float* dh_left;         /* as a left factor; */
-  float* dm;              /* and dh W_hr, blocked as `recurrent` */
-  float* dc;
+  float* dh_left;         /* and as a left factor */
   float* dx;              /* [panel][row of the chunk][kPanel] */
-  float* parts;           /* each thread's sums for gradients of vectors, [thread][kParts][U][W]; NULL: there are none */
-  Team::Shared* shared;
   WeightGradients<Cell> weights;
 
   Backward(const ls_backward_args& args)
@@ -83,10 +90,24 @@ struct Backward {
     unit_panels = ceil_div(U, kColumns);
     hidden_panels = ceil_div(h_blocks, kColumns);
     input_panels = ceil_div(sizes.input_blocks, kColumns);
-    double flops = 4.0 * double(steps.total_rows()) * double(H) * double(G * (I + P) + args.shape.P);
-    threads = useful_threads(int(smaller(a.shape.num_threads, unit_panels)), flops, double(T));
+    plan_teams();
     int64_t fitting = (1 << 20) / (U * G * W); /* 4 MB of dgates */
-    chunk_rows = larger(larger(B, 1), smaller(steps.total_rows(), smaller(larger(fitting, 64), 512)));
+    int64_t group = larger(ceil_div(B, teams), 1), all = teams > 1 ? T * group : steps.total_rows();
+    chunk_rows = larger(group, smaller(all, smaller(larger(fitting, 64), 512)));
+  }
+
+  void plan_teams() {
+    sum_floats = 0;
+    for (const Sum& sum : weights.sums)
+      if (sum.p) sum_floats += ceil_div(sum.floats, W) * W;
+    int64_t most = larger(a.shape.num_threads, 1);
+    /* Adding up must cost less than it costs to exchange dgates, of which products of pairs take half. */
+    const bool by_rows = !direct_weights && kPair * sum_floats <= steps.total_rows() * G * H &&
+                         divides_rows(a.shape, most, (hidden_panels + input_panels) * U * G * S * kPanel);
+    if (!by_rows) most = smaller(most, unit_panels);
+    double flops = 4.0 * double(steps.total_rows()) * double(H) * double(G * (I + P) + a.shape.P);
+    threads = useful_threads(int(most), flops, by_rows ? 2.0 : double(T));
+    teams = by_rows ? threads : 1;
   }
 
   int64_t carve(float* memory) {
@@ -94,6 +115,23 @@ struct Backward {
     int64_t K = U * G * S;
     packed_hidden = direct_weights ? nullptr : arena.array(hidden_panels * K * kColumns * W);
     packed_inputs = a.dx && !direct_weights ? arena.array(input_panels * K * kColumns * W) : nullptr;
+    packed_projection = projects && !direct_weights ? arena.array(unit_panels * h_blocks * S * kPanel) : nullptr;
+    int64_t state = hidden_panels * kColumns * Bp * W, of_units = unit_panels * kColumns * Bp * W;
+    recurrent = arena.array(direct_weights ? B * r_row : state);
+    direct = has_direct ? arena.array(state) : nullptr;
+    dc = kLstm ? arena.array(of_units) : nullptr;
+    dm = projects ? arena.array(direct_weights ? B * m_row : of_units) : nullptr;
+    parts = normal || peeps ? arena.array(threads * kParts * U * W) : nullptr;
+    sums = teams > 1 ? arena.array((teams - 1) * sum_floats) : nullptr;
+    row_offset = reinterpret_cast<int64_t*>(arena.array(2 * T));
+    shared = reinterpret_cast<Team::Shared*>(arena.array(int64_t(sizeof(Team::Shared) / 4)));
+    chunk_floats = carve_chunk(nullptr);
+    chunks = arena.array(teams * chunk_floats);
+    return arena.floats();
+  }
+
+  int64_t carve_chunk(float* memory) {
+    Arena arena(memory);
     dg = arena.array(U * G * odd(chunk_rows) * W);
     const bool two = kGru || normal; /* sets of dgates */
     dg_input = two ? arena.array(U * G * odd(chunk_rows) * W) : dg;
@@ -104,22 +142,11 @@ struct Backward {
       left = arena.array(factors);
       left_input = two ? arena.array(factors) : left;
     }
-    int64_t state = hidden_panels * kColumns * Bp * W, of_units = unit_panels * kColumns * Bp * W;
-    recurrent = arena.array(direct_weights ? B * r_row : state);
-    direct = has_direct ? arena.array(state) : nullptr;
-    dc = kLstm ? arena.array(of_units) : nullptr;
-    if (projects) {
-      int64_t of_chunk = h_blocks * odd(chunk_rows) * W;
-      packed_projection = direct_weights ? nullptr : arena.array(unit_panels * h_blocks * S * kPanel);
-      dh_rows = dh_left = arena.array(of_chunk);
-      if (kPair > 1 && !direct_weights) dh_left = arena.array(of_chunk / kPair);
-      dm = arena.array(direct_weights ? B * m_row : of_units);
-    }
+    int64_t of_chunk = h_blocks * odd(chunk_rows) * W;
+    dh_rows = dh_left = projects ? arena.array(of_chunk) : nullptr;
+    if (projects && kPair > 1 && !direct_weights) dh_left = arena.array(of_chunk / kPair);
     dx = a.dx && !direct_weights ? arena.array(input_panels * chunk_rows * kPanel) : nullptr;
     weights.carve(arena, chunk_rows);
-    parts = normal || peeps ? arena.array(threads * kParts * U * W) : nullptr;
-    row_offset = reinterpret_cast<int64_t*>(arena.array(2 * T));
-    shared = reinterpret_cast<Team::Shared*>(arena.array(int64_t(sizeof(Team::Shared) / 4)));
     return arena.floats();
   }
 
@@ -131,7 +158,7 @@ struct Backward {
     int64_t floats = carve(nullptr);
     float* memory = static_cast<float*>(take(size_t(floats) * sizeof(float)));
     if (!memory) return LS_OUT_OF_MEMORY;
-    must_be(carve(memory) == floats);
+    must_be(carve(memory) == floats && carve_chunk(chunks) == chunk_floats);
     steps.count_rows(row_offset);
     clear(reinterpret_cast<float*>(shared), int64_t(sizeof(Team::Shared) / 4));
     parallel(
@@ -170,58 +197,111 @@ struct Backward {
 
   void work(int thread, int count) {
     FlushSubnormals flush;
-    Team team(shared, thread, count);
-    for (int64_t panel = team.begin(hidden_panels); panel < team.end(hidden_panels) && packed_hidden; ++panel)
-      pack_columns(a.weight_hh, P, panel, packed_hidden);
-    if (packed_inputs)
-      for (int64_t panel = team.begin(input_panels); panel < team.end(input_panels); ++panel)
-        pack_columns(a.weight_ih, I, panel, packed_inputs);
-    if (projects && !direct_weights)
-      for (int64_t panel = team.begin(unit_panels); panel < team.end(unit_panels); ++panel)
-        for (int64_t block = 0; block < h_blocks; ++block)
-          pack_deep_rows(a.weight_hr + block * W * H, sizes.outputs(block), H, panel * kPanel,
-                         packed_projection + (panel * h_blocks + block) * S * kPanel);
-    start_state(team);
+    Team all(shared, thread, count);
+    pack(all);
+    start_state(all);
     float* own_parts = parts ? parts + thread * kParts * U * W : nullptr;
     if (parts) clear(own_parts, kParts * U * W);
-    if (normal && !team.wait()) return;
+    if ((normal || teams > 1) && !all.wait()) return;
+    /* One team a thread; more where fewer threads came than were asked for, or the others have left. */
+    for (int64_t team = all.begin(teams); team < all.end(teams) && teams > 1; ++team) {
+      Backward own = *this;
+      must_be(own.carve_chunk(chunks + team * chunk_floats) == chunk_floats);
+      if (team) own.weights.sum_apart(sums + (team - 1) * sum_floats);
+      Team alone(shared, 0, 1);
+      own.run_rows(alone, B * team / teams, B * (team + 1) / teams, own_parts);
+    }
+    if (teams == 1) {
+      if (!run_rows(all, 0, B, own_parts)) return;
+    } else {
+      if (!all.wait()) return;
+      add_up(all);
+    }
+    if (parts) sum_parts(all, count);
+    if (a.dx && !a.accumulate_dx) clear_past_ends(steps, all.begin(T), all.end(T), a.dx, a.dx_step, a.dx_row, I);
+  }
+
+  void pack(const Team& team) {
+    for (int64_t panel = team.begin(hidden_panels); panel < team.end(hidden_panels) && packed_hidden; ++panel)
+      pack_columns(a.weight_hh, P, panel, packed_hidden);
+    for (int64_t panel = team.begin(input_panels); panel < team.end(input_panels) && packed_inputs; ++panel)
+      pack_columns(a.weight_ih, I, panel, packed_inputs);
+    for (int64_t panel = team.begin(unit_panels); panel < team.end(unit_panels) && packed_projection; ++panel)
+      for (int64_t block = 0; block < h_blocks; ++block)
+        pack_deep_rows(a.weight_hr + block * W * H, sizes.outputs(block), H, panel * kPanel,
+                       packed_projection + (panel * h_blocks + block) * S * kPanel);
+  }
+
+  /* All steps of the rows [row0, row1), the last first. False: this thread has nothing more to do. */
+  bool run_rows(Team& team, int64_t row0, int64_t row1, float* own_parts) {
     bool add = false;
     for (int64_t last = T, first; last > 0; last = first) {
-      int64_t rows = 0;
+      Rows rows{row0, row1, 0, 0};
       for (first = last; first > 0; --first) {
-        int64_t more = steps.rows(first - 1);
-        if (first < last && rows + more > chunk_rows) break;
-        rows += more;
+        int64_t more = rows_of(first - 1, row0, row1);
+        if (first < last && rows.all + more > chunk_rows) break;
+        rows.all += more;
       }
-      weights.copy(team, first, last, rows, row_offset);
-      int64_t at = rows;
+      weights.copy(team, first, last, row0, row1, rows.all, row_offset);
+      rows.at = rows.all;
       for (int64_t step = last - 1; step >= first; --step) {
-        int64_t n = steps.rows(step);
-        at -= n;
+        rows.end = row0 + rows_of(step, row0, row1);
+        rows.at -= rows.count();
         if (projects) {
-          reach_outputs(team, step, n, rows, at);
-          if (!team.wait()) return;
-          multiply_projection(team, step, n, rows, at);
-          if (normal && !team.wait()) return;
+          reach_outputs(team, step, rows);
+          if (!team.wait()) return false;
+          multiply_projection(team, step, rows);
+          if (normal && !team.wait()) return false;
         }
         if (normal)
-          run_step_normal(team, step, n, rows, at, own_parts);
+          run_step_normal(team, step, rows, own_parts);
         else
-          run_step(team, step, n, rows, at, own_parts);
-        if (!team.wait()) return;
-        if (step > 0 || a.dh0) multiply_step(team, step, n, rows, at);
-        if (normal && !team.wait()) return;
+          run_step(team, step, rows, own_parts);
+        if (!team.wait()) return false;
+        if (step > 0 || a.dh0) multiply_step(team, step, rows);
+        if (normal && !team.wait()) return false;
       }
+      rows.end = row1;
       if (a.dx && direct_weights)
         input_gradients_direct(team, first, last, rows);
       else if (a.dx)
         input_gradients(team, first, last, rows);
-      weights.add(team, rows, dg, dg_input, dh_rows, add);
+      weights.add(team, rows.all, dg, dg_input, dh_rows, add);
       add = true;
-      if (!team.wait()) return;
+      if (!team.wait()) return false;
     }
-    if (parts) sum_parts(team, count);
-    if (a.dx && !a.accumulate_dx) clear_past_ends(steps, team.begin(T), team.end(T), a.dx, a.dx_step, a.dx_row, I);
+    return true;
+  }
+
+  /* Rows of a step. */
+  struct Rows {
+    int64_t begin, end;
+    int64_t at;  /* where in its chunk the first of them is */
+    int64_t all; /* rows of the chunk */
+    int64_t count() const { return end - begin; }
+    int64_t place(int64_t row) const { return (at + row - begin) * W; } /* of a row in a blocked array of the chunk */
+    int64_t next() const { return odd(all) * W; }                       /* from one block of such an array to the next */
+  };
+
+  /* Rows of the group that a step has. */
+  int64_t rows_of(int64_t step, int64_t row0, int64_t row1) const {
+    return larger(smaller(steps.rows(step), row1) - row0, 0);
+  }
+
+  /* The teams' sums into the gradients, own share of each. */
+  void add_up(const Team& team) {
+    const float* from = sums;
+    for (const Sum& sum : weights.sums) {
+      if (!sum.p) continue;
+      const int64_t vectors = ceil_div(sum.floats, W);
+      for (int64_t i = team.begin(vectors); i < team.end(vectors); ++i) {
+        const int lanes = int(smaller(sum.floats - i * W, W));
+        V total = load_part(sum.p + i * W, lanes);
+        for (int64_t other = 0; other + 1 < teams; ++other) total += load(from + other * sum_floats + i * W);
+        store_part(sum.p + i * W, total, lanes);
+      }
+      from += vectors * W;
+    }
   }
 
   /* panel[(unit block, gate, u)][kColumns W] = weight[gate H + unit][columns]: the order of k in which dgates lie. */
@@ -260,23 +340,23 @@ struct Backward {
   }
 
   /* The gradients of what a step puts out, own columns, as the products that follow read them. */
-  void reach_outputs(const Team& team, int64_t step, int64_t n, int64_t rows, int64_t at) {
+  void reach_outputs(const Team& team, int64_t step, const Rows& rows) {
     for (int64_t block = own_outputs(team).begin; block < own_outputs(team).end; ++block) {
       const Units u = {step, steps.time(step), block, 0, sizes.outputs(block), nullptr, nullptr};
-      for (int64_t row = 0; row < n; ++row)
-        put(dh_rows, dh_left, (block * odd(rows) + at + row) * W, options ? reach<true>(u, row) : reach<false>(u, row));
+      for (int64_t row = rows.begin; row < rows.end; ++row)
+        put(dh_rows, dh_left, block * rows.next() + rows.place(row), options ? reach<true>(u, row) : reach<false>(u, row));
     }
   }
 
   /* dm = dh W_hr, own units. */
-  void multiply_projection(const Team& team, int64_t step, int64_t n, int64_t rows, int64_t at) {
+  void multiply_projection(const Team& team, int64_t step, const Rows& rows) {
     if (!direct_weights) {
-      multiply_deep(packed_projection, h_blocks, team.begin(unit_panels), team.end(unit_panels), dh_left + at * S, odd(rows),
-                    n, step, Place{dm, W, Bp * W}, kColumns * Bp * W);
+      multiply_deep(packed_projection, h_blocks, team.begin(unit_panels), team.end(unit_panels), dh_left + rows.at * S,
+                    odd(rows.all), rows.count(), step, Place{dm + rows.begin * W, W, Bp * W}, kColumns * Bp * W);
       return;
     }
     int64_t column = own_units(team).begin * W, columns = smaller(own_units(team).end * W, H) - column;
-    multiply_rows_direct(n, dm, m_row, column, columns, dh_rows + at * W, rows, Factors{a.weight_hr, P, H, 1});
+    multiply_rows_direct(rows, dm, m_row, column, columns, dh_rows, Factors{a.weight_hr, P, H, 1});
   }
 
   int64_t r_at(int64_t block, int64_t row) const { return block * r_block + row * r_row; }
@@ -285,20 +365,20 @@ struct Backward {
     return steps.is_reset(a.options, step, row);
   }
 
-  /* dh -> dgates of one step, own units. `at`: the step's first row in the chunk. */
-  void run_step(const Team& team, int64_t step, int64_t n, int64_t rows, int64_t at, float* sums) {
+  /* dh -> dgates of one step, own units. */
+  void run_step(const Team& team, int64_t step, const Rows& rows, float* own_parts) {
     if (options)
-      run_step_rows<true>(team, step, n, rows, at, sums);
+      run_step_rows<true>(team, step, rows, own_parts);
     else
-      run_step_rows<false>(team, step, n, rows, at, sums);
+      run_step_rows<false>(team, step, rows, own_parts);
   }
 
   template <bool kOptions>
-  void run_step_rows(const Team& team, int64_t step, int64_t n, int64_t rows, int64_t at, float* sums) {
-    const int64_t next = odd(rows) * W; /* from one gate to the next */
+  void run_step_rows(const Team& team, int64_t step, const Rows& rows, float* own_parts) {
+    const int64_t next = rows.next(); /* from one gate to the next */
     for (int64_t block = own_units(team).begin; block < own_units(team).end; ++block) {
       const Units u = units_at(step, block);
-      for (int64_t row = 0; row < n; ++row) {
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
         V gates[G], input[G]; /* their gradients */
         V d = of_output<kOptions>(u, row);
         if constexpr (kLstm) {
@@ -306,11 +386,11 @@ struct Backward {
           V o = load(g + L::kO * W), tanh_c = tanh(load(g + L::kC * W));
           V dc_row = load(dc + (block * Bp + row) * W) + d * o * (1.0f - tanh_c * tanh_c);
           gates[L::kO] = with_shown<kOptions>(d * tanh_c, u, row, L::kO) * o * (1.0f - o);
-          differentiate_lstm<kOptions>(u, row, dc_row, gates, sums);
+          differentiate_lstm<kOptions>(u, row, dc_row, gates, own_parts);
         } else {
           differentiate<kOptions>(u, row, d, gates, input);
         }
-        int64_t to = block * G * next + (at + row) * W;
+        int64_t to = block * G * next + rows.place(row);
         for (int gate = 0; gate < G; ++gate) put(dg, left, to + gate * next, gates[gate]);
         for (int gate = 0; kGru && gate < G; ++gate) put(dg_input, left_input, to + gate * next, input[gate]);
       }
@@ -378,7 +458,7 @@ struct Backward {
 
   /* Of i, f, g from those of c and o; that of c goes on to the step before. */
   template <bool kOptions>
-  void differentiate_lstm(const Units& u, int64_t row, V dc_row, V* gates, float* sums) {
+  void differentiate_lstm(const Units& u, int64_t row, V dc_row, V* gates, float* own_parts) {
     int64_t to = steps.batch_row(row) * H + u.block * W;
     bool reset = kOptions && is_reset(u.step, row);
     const float* saved = u.saved + row * saved_row;
@@ -391,7 +471,7 @@ struct Backward {
     const bool looks = kOptions && peeps;
     if (looks) {
       dc_row += gates[L::kO] * peephole(a.options.weight_co, u);
-      add_to(part(sums, 4, 4, u.block), gates[L::kO] * load(saved + L::kC * W));
+      add_to(part(own_parts, 4, 4, u.block), gates[L::kO] * load(saved + L::kC * W));
     }
     if (!L::kCoupled) gates[0] = with_shown<kOptions>(dc_row * g, u, row, 0) * i * (1.0f - i);
     V df = L::kCoupled ? dc_row * (c_before - g) : dc_row * c_before;
@@ -400,9 +480,9 @@ struct Backward {
     V dc_before = dc_row * f;
     if (looks) {
       dc_before += gates[L::kF] * peephole(a.options.weight_cf, u);
-      add_to(part(sums, 4, 3, u.block), gates[L::kF] * c_before);
+      add_to(part(own_parts, 4, 3, u.block), gates[L::kF] * c_before);
       if (!L::kCoupled) dc_before += gates[0] * peephole(a.options.weight_ci, u);
-      if (!L::kCoupled) add_to(part(sums, 4, 2, u.block), gates[0] * c_before);
+      if (!L::kCoupled) add_to(part(own_parts, 4, 2, u.block), gates[0] * c_before);
     }
     if (reset) dc_before = V{};
     store(dc + (u.block * Bp + row) * W, dc_before);
@@ -432,13 +512,14 @@ struct Backward {
     }
   }
 
-  /* The same with layer normalisation, own rows. `sums`: own part of the gradients of gains and biases. */
-  void run_step_normal(const Team& team, int64_t step, int64_t n, int64_t rows, int64_t at, float* sums) {
-    for (int64_t row = team.begin(n); row < team.end(n); ++row)
+  /* The same with layer normalisation, own rows. `own_parts`: of the gradients of gains and biases. */
+  void run_step_normal(const Team& team, int64_t step, const Rows& rows, float* own_parts) {
+    const int64_t n = rows.count();
+    for (int64_t row = rows.begin + team.begin(n); row < rows.begin + team.end(n); ++row)
       if (options)
-        run_row_normal<true>(step, row, rows, at + row, sums);
+        run_row_normal<true>(step, row, rows, own_parts);
       else
-        run_row_normal<false>(step, row, rows, at + row, sums);
+        run_row_normal<false>(step, row, rows, own_parts);
   }
 
   /* v gets the gradient that reaches x through x_hat = (x - mean) scale, from `d` that reaches x_hat: scale (d - mean of d -
@@ -461,13 +542,13 @@ struct Backward {
   /* Of each gate gamma_ih, gamma_hh, bias_ih, bias_hh; of the LSTM gamma_c, beta_c, and the peepholes of i, f, o. */
   static constexpr int kParts = 4 * G + 5;
 
-  float* part(float* sums, int kind, int gate, int64_t block) const { return sums + ((kind * G + gate) * U + block) * W; }
+  float* part(float* own_parts, int kind, int gate, int64_t block) const { return own_parts + ((kind * G + gate) * U + block) * W; }
 
   template <bool kOptions>
-  void run_row_normal(int64_t step, int64_t row, int64_t rows, int64_t at, float* sums) {
+  void run_row_normal(int64_t step, int64_t row, const Rows& rows, float* own_parts) {
     const ls_options& o = a.options;
     const float* m = a.saved + steps.total_rows() * sizes.U * saved_row + (row_offset[step] + row) * kRowMoments;
-    const int64_t next = odd(rows) * W;
+    const int64_t next = rows.next(), place = rows.place(row);
     Through of_x, of_h, of_c;
     if constexpr (kLstm) {
       for (int64_t block = 0; block < U; ++block) {
@@ -477,25 +558,25 @@ struct Backward {
         V c_hat = (load(saved + L::kC * W) - m[2]) * m[3], gamma = load_part(o.gamma_c + block * W, u.count);
         V tanh_c = tanh(c_hat * gamma + load_part(o.beta_c + block * W, u.count)), gate = load(saved + L::kO * W);
         V d = of_m * gate * (1.0f - tanh_c * tanh_c);
-        float* out = dg + block * G * next + at * W;
+        float* out = dg + block * G * next + place;
         store(out, d * gamma); /* until the whole row's are known */
         store(out + L::kO * next, with_shown<kOptions>(of_m * tanh_c, u, row, L::kO) * gate * (1.0f - gate));
         of_c.add(d * gamma, c_hat);
-        add_to(part(sums, 4, 0, block), d * c_hat);
-        add_to(part(sums, 4, 1, block), d);
+        add_to(part(own_parts, 4, 0, block), d * c_hat);
+        add_to(part(own_parts, 4, 1, block), d);
       }
       of_c.close(H, m[3]);
     }
     for (int64_t block = 0; block < U; ++block) {
       const Units u = units_at(step, block);
       const float* saved = u.saved + row * saved_row;
-      float* out = dg + block * G * next + at * W;
-      float* out_input = dg_input + block * G * next + at * W;
+      float* out = dg + block * G * next + place;
+      float* out_input = dg_input + block * G * next + place;
       V gates[G], input[G];
       if constexpr (kLstm) {
         V dc_row = load(dc + (block * Bp + row) * W) + of_c(load(out), (load(saved + L::kC * W) - m[2]) * m[3]);
         gates[L::kO] = load(out + L::kO * next);
-        differentiate_lstm<kOptions>(u, row, dc_row, gates, sums);
+        differentiate_lstm<kOptions>(u, row, dc_row, gates, own_parts);
       } else {
         differentiate<kOptions>(u, row, of_output<kOptions>(u, row), gates, input);
       }
@@ -505,10 +586,10 @@ struct Backward {
         V x_hat = load(saved + (Cell::kSaved + gate) * W), h_hat = load(saved + (Cell::kSaved + G + gate) * W);
         V dx_hat = input[gate] * load_part(o.gamma_ih + unit, u.count);
         V dh_hat = gates[gate] * load_part(o.gamma_hh + unit, u.count);
-        add_to(part(sums, 0, gate, block), input[gate] * x_hat);
-        add_to(part(sums, 1, gate, block), gates[gate] * h_hat);
-        add_to(part(sums, 2, gate, block), input[gate]);
-        if (kGru) add_to(part(sums, 3, gate, block), gates[gate]);
+        add_to(part(own_parts, 0, gate, block), input[gate] * x_hat);
+        add_to(part(own_parts, 1, gate, block), gates[gate] * h_hat);
+        add_to(part(own_parts, 2, gate, block), input[gate]);
+        if (kGru) add_to(part(own_parts, 3, gate, block), gates[gate]);
         of_x.add(dx_hat, x_hat);
         of_h.add(dh_hat, h_hat);
         store(out_input + gate * next, dx_hat);
@@ -520,7 +601,7 @@ struct Backward {
     for (int64_t block = 0; block < U; ++block) {
       const float* saved = units_at(step, block).saved + row * saved_row + Cell::kSaved * W;
       for (int gate = 0; gate < G; ++gate) {
-        int64_t to = (block * G + gate) * next + at * W;
+        int64_t to = (block * G + gate) * next + place;
         put(dg_input, left_input, to, of_x(load(dg_input + to), load(saved + gate * W)));
         put(dg, left, to, of_h(load(dg + to), load(saved + (G + gate) * W)));
       }
@@ -558,18 +639,18 @@ struct Backward {
   }
 
   /* recurrent = dgates W_hh for the step before, own units. */
-  void multiply_step(const Team& team, int64_t step, int64_t n, int64_t rows, int64_t at) {
+  void multiply_step(const Team& team, int64_t step, const Rows& rows) {
     int64_t n_before = step > 0 ? steps.rows(step - 1) : 0;
     if (direct_weights)
-      multiply_step_direct(team, n, rows, at);
+      multiply_step_direct(team, rows);
     else
-      multiply_deep(packed_hidden, U * G, team.begin(hidden_panels), team.end(hidden_panels), left + at * S, odd(rows), n,
-                    step, Place{recurrent, W, Bp * W}, kColumns * Bp * W);
+      multiply_deep(packed_hidden, U * G, team.begin(hidden_panels), team.end(hidden_panels), left + rows.at * S,
+                    odd(rows.all), rows.count(), step, Place{recurrent + rows.begin * W, W, Bp * W}, kColumns * Bp * W);
     bool masked = a.options.h_mask || a.options.resets;
-    if (!masked && !(a.dh0 && n > n_before)) return;
+    if (!masked && !(a.dh0 && rows.end > n_before)) return;
     for (int64_t block = own_outputs(team).begin; block < own_outputs(team).end; ++block) {
       int columns = sizes.outputs(block);
-      for (int64_t row = 0; row < n; ++row) {
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
         float* p = recurrent + r_at(block, row);
         int64_t to = steps.batch_row(row) * P + block * W;
         if (is_reset(step, row)) store(p, V{});
@@ -581,9 +662,9 @@ struct Backward {
   }
 
   /* The same with the weights as they lie: rows of them times dgates, added up in place. */
-  void multiply_step_direct(const Team& team, int64_t n, int64_t rows, int64_t at) {
+  void multiply_step_direct(const Team& team, const Rows& rows) {
     int64_t column = own_outputs(team).begin * W, columns = smaller(own_outputs(team).end * W, P) - column;
-    multiply_rows_direct(n, recurrent, r_row, column, columns, dg + at * W, rows, Factors{a.weight_hh, H, P, G});
+    multiply_rows_direct(rows, recurrent, r_row, column, columns, dg, Factors{a.weight_hh, H, P, G});
   }
 
   /* A matrix as it lies, `height` rows for each of `gates`, by which gradients of as many units are multiplied. */
@@ -593,14 +674,14 @@ struct Backward {
     int gates;
   };
 
-  /* Columns of a product of n rows of gradients, [(block, gate)][row of the chunk][W]. */
-  void multiply_rows_direct(int64_t n, float* to, int64_t to_row, int64_t column, int64_t columns, const float* from,
-                            int64_t rows, const Factors& factors) {
+  /* Columns of a product of rows of gradients, [(block, gate)][row of the chunk][W]. */
+  void multiply_rows_direct(const Rows& rows, float* to, int64_t to_row, int64_t column, int64_t columns, const float* from,
+                            const Factors& factors) {
     if (columns <= 0) return;
-    for (int64_t row = 0; row < n; ++row) clear(to + row * to_row + column, ceil_div(columns, W) * W);
-    for (int64_t row = 0; row < n; row += 2) {
+    for (int64_t row = rows.begin; row < rows.end; ++row) clear(to + row * to_row + column, ceil_div(columns, W) * W);
+    for (int64_t row = rows.begin; row < rows.end; row += 2) {
       float* out[2] = {to + row * to_row + column, to + (row + 1) * to_row + column};
-      add_rows(int(smaller(n - row, 2)), from + row * W, rows, factors, column, columns, out);
+      add_rows(int(smaller(rows.end - row, 2)), from + rows.place(row), rows.all, factors, column, columns, out);
     }
   }
 
@@ -622,7 +703,7 @@ struct Backward {
     }
   }
 
-  void input_gradients_direct(const Team& team, int64_t first_step, int64_t last_step, int64_t rows) {
+  void input_gradients_direct(const Team& team, int64_t first_step, int64_t last_step, const Rows& rows) {
     int64_t column = team.begin(sizes.input_blocks) * W;
     int64_t columns = smaller(team.end(sizes.input_blocks) * W, I) - column;
     if (columns <= 0) return;
@@ -633,26 +714,27 @@ struct Backward {
         float* to = a.dx + steps.offset(steps.time(step), row, a.dx_step, a.dx_row) + column;
         if (!a.accumulate_dx) clear(to, columns);
         out[waiting++] = to;
-        if (waiting == 2 || at + 1 == rows) {
+        if (waiting == 2 || at + 1 == rows.all) {
           const float* from = dg_input + (at + 1 - waiting) * W;
-          add_rows(int(waiting), from, rows, Factors{a.weight_ih, H, I, G}, column, columns, out);
+          add_rows(int(waiting), from, rows.all, Factors{a.weight_ih, H, I, G}, column, columns, out);
           waiting = 0;
         }
       }
   }
 
-  void input_gradients(const Team& team, int64_t first_step, int64_t last_step, int64_t rows) {
+  void input_gradients(const Team& team, int64_t first_step, int64_t last_step, const Rows& rows) {
     int64_t first = team.begin(input_panels), last = team.end(input_panels);
-    multiply_deep(packed_inputs, U * G, first, last, left_input, odd(rows), rows, 0, Place{dx, kPanel, W}, rows * kPanel);
+    multiply_deep(packed_inputs, U * G, first, last, left_input, odd(rows.all), rows.all, 0, Place{dx, kPanel, W},
+                  rows.all * kPanel);
     int64_t at = 0;
     for (int64_t step = first_step; step < last_step; ++step) {
       int64_t t = steps.time(step);
-      for (int64_t row = 0, n = steps.rows(step); row < n; ++row, ++at) {
+      for (int64_t row = rows.begin, end = smaller(rows.end, steps.rows(step)); row < end; ++row, ++at) {
         float* to = a.dx + steps.offset(t, row, a.dx_step, a.dx_row);
         for (int64_t panel = first; panel < last; ++panel)
           for (int64_t i = 0, column = panel * kPanel; i < kColumns && column < I; ++i, column += W) {
             int columns = int(smaller(I - column, W));
-            V v = load(dx + (panel * rows + at) * kPanel + i * W);
+            V v = load(dx + (panel * rows.all + at) * kPanel + i * W);
             store_part(to + column, a.accumulate_dx ? v + load_part(to + column, columns) : v, columns);
           }
       }

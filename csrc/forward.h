@@ -78,8 +78,6 @@ struct Forward {
     h_row = direct ? h_blocks * W + W : W;
     m_row = sizes.U * W + W;
     h_block = direct ? W : Bp * W;
-    double flops = 2.0 * double(steps.total_rows()) * double(H) * double(Cell::kGates * (sizes.I + P) + args.shape.P);
-    threads = useful_threads(int(smaller(a.shape.num_threads, sizes.panels * larger(B, 1))), flops, double(T));
     plan_teams();
     int64_t group = ceil_div(B, teams);
     /* xg and x of a chunk should stay in the second-level cache. */
@@ -88,9 +86,11 @@ struct Forward {
   }
 
   void plan_teams() {
-    /* Rows are divided where all weights fit into every core's cache and each team has full tiles; else panels. */
-    int64_t weight_bytes = (sizes.panels * sizes.panel_floats() + projection.floats()) * 4;
-    bool by_rows = !direct && !a.shape.counts && weight_bytes <= (3 << 18) && B >= threads * max_rows<N>();
+    const int64_t most = larger(smaller(a.shape.num_threads, sizes.panels * larger(B, 1)), 1);
+    const int64_t weights = sizes.panels * sizes.panel_floats() + projection.floats();
+    const bool by_rows = !direct && divides_rows(a.shape, most, weights);
+    double flops = 2.0 * double(steps.total_rows()) * double(H) * double(Cell::kGates * (sizes.I + P) + a.shape.P);
+    threads = useful_threads(int(most), flops, by_rows ? 1.0 : double(T));
     teams = by_rows ? threads : 1;
     team_size = by_rows ? 1 : int(smaller(threads, sizes.panels));
     threads = teams * team_size;

@@ -149,6 +149,14 @@ static inline bool reads_direct(const ls_shape& s, int64_t rows, bool backward) 
   return rows <= 8 || (!backward && s.T == 1 && rows <= 64);
 }
 
+/* Whether threads divide a batch's rows and not the units: they wait for nobody at each step then, but each reads all weights.
+   Whether that pays was measured by rows of a thread and by weights: docs/log.md. */
+static inline bool divides_rows(const ls_shape& s, int64_t threads, int64_t weights) {
+  const int64_t rows = s.B / threads, kilobytes = weights * 4 >> 10;
+  if (s.counts || rows == 0) return false; /* rows of several lengths would not be shared out evenly */
+  return kilobytes <= (rows >= 32 ? 32 << 10 : rows >= 10 ? 2560 : rows >= 5 ? 768 : 192);
+}
+
 /* Ends the process where this library is wrong: memory that was counted too little would be somebody else's. */
 static inline void must_be(bool right) {
   if (!right) __builtin_trap();

@@ -34,7 +34,9 @@ template <int R, int N>
 static void multiply(int64_t k_blocks, const float* a, int64_t a_block, const float* panel, Place start, Place out,
                      Ahead ahead) {
   V sum[R][N];
+#pragma GCC unroll 32
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) sum[r][n] = start.p ? load(start.p + r * start.row + n * start.vector) : V{};
   for (int64_t block = 0; block < k_blocks; ++block) {
     for (int64_t line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.p + line * 16, 0, 2);
@@ -54,7 +56,9 @@ static void multiply(int64_t k_blocks, const float* a, int64_t a_block, const fl
     a += a_block;
     panel += S * N * W;
   }
+#pragma GCC unroll 32
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) store(out.p + r * out.row + n * out.vector, sum[r][n]);
 }
 

@@ -3,7 +3,8 @@
      dW_ih += dgates^T x, or with symbols rows of the table += dgates     dW_hh += dgates^T h     db += sum of dgates
      dW_hr += dh^T m, of an LSTM that projects m = o tanh(c)
 
-   A team divides the weights' rows; what they multiplied is copied once for all, own columns. */
+   A team divides the weights' rows; what they multiplied is copied once for all, own columns. Teams that divide the batch's
+   rows have a sum each, to be added up at the end. */
 
 #ifndef LONGSHORT_WEIGHTS_H
 #define LONGSHORT_WEIGHTS_H
@@ -12,6 +13,15 @@
 
 namespace ls {
 namespace LS_TARGET {
+
+/* What is summed over all rows. */
+enum Summed { kWeightIh, kWeightHh, kWeightHr, kBiasIh, kBiasHh, kTable, kSums };
+
+/* Where such a sum goes; p NULL: it is not wanted. */
+struct Sum {
+  float* p;
+  int64_t floats;
+};
 
 template <class Cell>
 struct WeightGradients {
@@ -25,6 +35,7 @@ struct WeightGradients {
   const int64_t I, H, P, U;
   const bool normal;
   const int64_t saved_row; /* floats that a row of a unit block has saved */
+  Sum sums[kSums];
 
   float* x_columns; /* the chunk's x, its h before each step, its m: [panel of columns][row][kOuterVectors W] */
   float* h_columns;
@@ -36,28 +47,44 @@ struct WeightGradients {
 
   WeightGradients(const ls_backward_args& args, const Steps& steps, const Sizes<Cell>& sizes)
       : a(args), steps(steps), sizes(sizes), I(sizes.I), H(sizes.H), P(sizes.P), U(sizes.unit_blocks()),
-        normal(args.options.gamma_ih), saved_row(saved_vectors<Cell>(normal) * W) {}
+        normal(args.options.gamma_ih), saved_row(saved_vectors<Cell>(normal) * W),
+        sums{{args.dweight_ih, G * H * I},
+             {args.dweight_hh, G * H * P},
+             {L::kLstm && args.shape.P ? args.dweight_hr : nullptr, P * H},
+             {normal ? nullptr : args.dbias_ih, G * H}, /* with layer normalisation among the sums that each thread keeps */
+             {normal ? nullptr : args.dbias_hh, G * H},
+             {args.dtable, (args.tokens.V + 1) * G * H}} {}
 
   void carve(Arena& arena, int64_t chunk_rows) {
     const int64_t width = slots(chunk_rows) * kOuter;
     const bool two = Cell::kCell == LS_GRU || normal; /* sets of dgates */
-    const bool of_projection = L::kLstm && a.shape.P && a.dweight_hr;
-    x_columns = a.dweight_ih ? arena.array(ceil_div(I, kOuter) * width) : nullptr;
-    h_columns = a.dweight_hh ? arena.array(ceil_div(P, kOuter) * width) : nullptr;
+    const bool of_projection = sums[kWeightHr].p;
+    x_columns = sums[kWeightIh].p ? arena.array(ceil_div(I, kOuter) * width) : nullptr;
+    h_columns = sums[kWeightHh].p ? arena.array(ceil_div(P, kOuter) * width) : nullptr;
     m_columns = of_projection ? arena.array(ceil_div(H, kOuter) * width) : nullptr;
-    symbols = a.dtable ? reinterpret_cast<int64_t*>(arena.array(2 * chunk_rows)) : nullptr;
+    symbols = sums[kTable].p ? reinterpret_cast<int64_t*>(arena.array(2 * chunk_rows)) : nullptr;
     const int64_t most = slots(odd(chunk_rows)) * W;
     right = kPair > 1 ? arena.array(U * G * most) : nullptr;
     right_input = kPair > 1 && two ? arena.array(U * G * most) : right;
     dh_right = kPair > 1 && of_projection ? arena.array(sizes.hidden_blocks() * most) : nullptr;
   }
 
-  /* What the weights' gradients multiply dgates with: x, and h before each step; and dh with: m. */
-  void copy(const Team& team, int64_t first, int64_t last, int64_t rows, const int64_t* row_offset) {
+  /* Adds to arrays of its own instead, one after the other. */
+  void sum_apart(float* p) {
+    for (Sum& sum : sums) {
+      if (!sum.p) continue;
+      sum.p = p;
+      p += ceil_div(sum.floats, W) * W;
+    }
+  }
+
+  /* What the weights' gradients multiply dgates with: x, and h before each step; and dh with: m. Of the rows [row0, row1). */
+  void copy(const Team& team, int64_t first, int64_t last, int64_t row0, int64_t row1, int64_t rows,
+            const int64_t* row_offset) {
     int64_t at = 0;
     for (int64_t step = first; step < last; ++step) {
       int64_t n_before = step > 0 ? steps.rows(step - 1) : 0;
-      for (int64_t row = 0, n = steps.rows(step); row < n; ++row, ++at) {
+      for (int64_t row = row0, end = smaller(row1, steps.rows(step)); row < end; ++row, ++at) {
         if (symbols && team.leads()) symbols[at] = a.tokens.ids[steps.time(step) * steps.s.B + steps.batch_row(row)];
         if (x_columns)
           copy_row(team, a.x + steps.offset(steps.time(step), row, a.x_step, a.x_row), nullptr, I, at, rows, x_columns);
@@ -114,11 +141,11 @@ struct WeightGradients {
     int64_t group = larger(kGroup / (G * W * rows), 1);
     for (int64_t block = own.begin; block < own.end; block += group) {
       int64_t end = smaller(block + group, own.end);
-      if (a.dtable) add_to_table(block, end, dg_input, rows, more);
-      if (a.dweight_ih || a.dweight_hh) turn_rows(block * G, end * G, dg, rows, right);
-      if (a.dweight_ih && dg_input != dg) turn_rows(block * G, end * G, dg_input, rows, right_input);
-      if (a.dweight_ih) outer_columns(block, end, of_x, rows, x_columns, I, a.dweight_ih, more);
-      if (a.dweight_hh) outer_columns(block, end, of_h, rows, h_columns, P, a.dweight_hh, more);
+      if (sums[kTable].p) add_to_table(block, end, dg_input, rows, more);
+      if (x_columns || h_columns) turn_rows(block * G, end * G, dg, rows, right);
+      if (x_columns && dg_input != dg) turn_rows(block * G, end * G, dg_input, rows, right_input);
+      if (x_columns) outer_columns(block, end, of_x, rows, x_columns, I, sums[kWeightIh].p, more);
+      if (h_columns) outer_columns(block, end, of_h, rows, h_columns, P, sums[kWeightHh].p, more);
     }
     if (m_columns) {
       const Blocks outputs = own_blocks(team, sizes.hidden_blocks());
@@ -127,11 +154,10 @@ struct WeightGradients {
       for (int64_t column = 0; column < H; column += kOuter)
         for (int64_t block = outputs.begin; block < outputs.end; ++block)
           multiply_outer_block(rows, factors + block * right_rows(rows), m_columns + column * slots(rows),
-                               a.dweight_hr + block * W * H, column, H, sizes.outputs(block), more);
+                               sums[kWeightHr].p + block * W * H, column, H, sizes.outputs(block), more);
     }
-    if (normal) return; /* the biases' are among the sums that each thread keeps */
-    if (a.dbias_ih) sum_rows(own, dg_input, rows, a.dbias_ih, more);
-    if (a.dbias_hh) sum_rows(own, dg, rows, a.dbias_hh, more);
+    if (sums[kBiasIh].p) sum_rows(own, dg_input, rows, sums[kBiasIh].p, more);
+    if (sums[kBiasHh].p) sum_rows(own, dg, rows, sums[kBiasHh].p, more);
   }
 
   /* The table's gradient: each row of dgates to the row of its symbol. */
@@ -140,7 +166,7 @@ struct WeightGradients {
     for (int64_t block = first; block < last; ++block) {
       int units = sizes.units(block);
       for (int gate = 0; gate < G; ++gate) {
-        float* column = a.dtable + gate * H + block * W;
+        float* column = sums[kTable].p + gate * H + block * W;
         for (int64_t symbol = 0; symbol <= a.tokens.V && !more; ++symbol) store_part(column + symbol * width, V{}, units);
         const float* from = dg_input + (block * G + gate) * odd(rows) * W;
         for (int64_t row = 0; row < rows; ++row) {

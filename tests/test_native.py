@@ -617,6 +617,18 @@ def test_several_threads_and_larger_sizes(target: str, cell: str, reverse: bool)
         Case(rng, cell, T=T, B=B, I=I, H=H, lengths=lengths, everything=True).check(target, reverse, 2)
 
 
+@DIRECTIONS
+@EVERY_CELL
+def test_threads_that_divide_rows(target: str, cell: str, reverse: bool) -> None:
+    """So many rows, and all as long, that threads divide them: each has its own sums of the weights' gradients."""
+    rng = np.random.default_rng(0)
+    P = 11 if native.STATES[cell] == 2 else 0
+    for T, B, layer_norm in ((9, 34, False), (40, 17, True)):
+        case = Case(rng, cell, T=T, B=B, I=13, H=39, P=P, everything=True, layer_norm=layer_norm, offset=1)
+        for threads in (2, 5):
+            case.check(target, reverse, threads)
+
+
 @pytest.mark.parametrize("target", [*TARGETS, native.BFLOAT16], indirect=True)
 @DIRECTIONS
 @EVERY_CELL
