@@ -162,6 +162,7 @@ struct Forward {
     /* One team a thread; more where fewer threads came than were asked for, or the others have left. */
     for (int64_t team = all.begin(teams); team < all.end(teams); ++team)
       run_rows(Team(shared + team, 0, 1), B * team / teams, B * (team + 1) / teams, team);
+    all.wait(); /* to notice whether somebody else has the other cores */
   }
 
   void pack(const Team& team) {

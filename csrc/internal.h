@@ -34,10 +34,12 @@ struct Target {
 
 /* threads.cpp */
 
-/* Runs body(context, thread, count) in `num_threads` threads, or in fewer where so many cannot be had: `count` says. */
+/* Runs body(context, thread, count) in `num_threads` threads, or in fewer where so many cannot be had or somebody else has the
+   other cores: `count` says. */
 void parallel(int num_threads, void (*body)(void* context, int thread, int count), void* context);
 
-/* How many threads a call of `flops` operations in `steps` steps that wait for each other should use, at most `wanted`. */
+/* How many threads a call of `flops` operations in `steps` steps that wait for each other should use, at most `wanted`. It
+   depends on nothing else: sums that are made in so many parts have the same bits in every call. */
 int useful_threads(int wanted, double flops, double steps);
 
 bool set_threading(bool openmp);
@@ -73,7 +75,7 @@ class Team {
   Shared* shared_;
   int index_, count_, phase_;
   int64_t begun_, last_;
-  int64_t long_waits_ = 0; /* ns */
+  int64_t waited_ = 0, long_waits_ = 0; /* ns */
 };
 
 /* sampling.cpp */

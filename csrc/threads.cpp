@@ -13,8 +13,9 @@ namespace {
 constexpr int kMostThreads = 256;
 constexpr int64_t kSpin = 30 * 1000;          /* ns of spinning before a waiting thread yields its core at every turn */
 constexpr int64_t kLongWait = 300 * 1000;     /* ns beyond twice one's own share of a step: the other is not being run */
-constexpr int64_t kFirstPause = 2 * 1000000;  /* ns of single-threaded calls after two calls with such waits; doubled while */
-constexpr int kDoublings = 8;                 /* they go on, so many times: half a second */
+constexpr int64_t kFirstPause = 2 * 1000000;  /* ns of single-threaded calls when calls have waited too much; doubled while they */
+constexpr int kDoublings = 8;                 /* go on to, so many times: half a second */
+constexpr int kTrouble = 8;                   /* calls that went well make up for one that did not */
 
 int64_t now() {
   timespec t;
@@ -40,20 +41,21 @@ void set(T* p, T value) {
 }
 
 int64_t single_until = 0; /* calls run in one thread until then */
-int troubled = 0;         /* a team of the present call waited for long */
-int troubles = 0;         /* calls in a row in which one did */
+int troubled = 0;         /* a thread of the present call waited as long as it worked */
+int troubles = 0;         /* kTrouble for each such call, 1 less for each other */
 
-/* One such call may be chance; two in a row mean that somebody has the other core. */
+/* One such call may be chance; a second soon after means that somebody has the other core. A call that waits may cost ten
+   times what several threads gain, so few of them outweigh many that went well. */
 void learn() {
+  int count = get(&troubles);
   if (!__atomic_exchange_n(&troubled, 0, __ATOMIC_ACQ_REL)) {
-    set(&troubles, 0);
+    if (count) set(&troubles, count - 1);
     return;
   }
-  int count = get(&troubles) + 1;
+  constexpr int kEnough = kTrouble * 3 / 2, kMost = kEnough + kDoublings * kTrouble;
+  count = count + kTrouble < kMost ? count + kTrouble : kMost;
   set(&troubles, count);
-  if (count < 2) return;
-  int doublings = count - 2 < kDoublings ? count - 2 : kDoublings;
-  set(&single_until, now() + (kFirstPause << doublings));
+  if (count >= kEnough) set(&single_until, now() + (kFirstPause << (count - kEnough) / kTrouble));
 }
 
 /* OpenMP: GNU's entry points, which LLVM's library has too. Found in the process, not linked against. */
@@ -190,7 +192,7 @@ bool uses_openmp() { return get(&openmp) != 0; }
 void parallel(int num_threads, void (*body)(void*, int, int), void* context) {
   Region region = {body, context};
   if (num_threads > kMostThreads) num_threads = kMostThreads;
-  if (num_threads <= 1 || (uses_openmp() && get(&forked))) {
+  if (num_threads <= 1 || (uses_openmp() && get(&forked)) || now() < get(&single_until)) {
     body(context, 0, 1);
     return;
   }
@@ -206,8 +208,7 @@ int useful_threads(int wanted, double flops, double steps) {
   constexpr double kFlopsPerStep = 1.5e5, kFlopsPerCall = 5e5;
   double most = flops / (kFlopsPerStep * steps + kFlopsPerCall);
   if (most < wanted) wanted = int(most);
-  if (wanted <= 1) return 1;
-  return now() < get(&single_until) ? 1 : wanted;
+  return wanted < 1 ? 1 : wanted;
 }
 
 Team::Team(Shared* shared, int index, int count)
@@ -231,10 +232,9 @@ bool Team::wait() {
   }
   ++phase_;
   last_ = now();
-  if (waited > patience) {
-    long_waits_ += waited;
-    if (is_much(long_waits_, last_)) set(&troubled, 1);
-  }
+  waited_ += waited;
+  if (waited > patience) long_waits_ += waited;
+  if (waited_ > kLongWait && 2 * waited_ > last_ - begun_) set(&troubled, 1); /* alone it would have been done by now */
   if (!s->alone) return true;
   if (index_ != 0) return false;
   count_ = 1;
