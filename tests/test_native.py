@@ -759,6 +759,31 @@ sys.exit(status != 0 or not np.array_equal(before, after))
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=60)
 
 
+@needs_library
+def test_gradients_have_the_same_bits_where_one_thread_does_the_work_of_two() -> None:
+    """As it does beside a busy neighbour, and in the child of a process that has used OpenMP's threads."""
+    pytest.importorskip("torch")
+    program = """
+import os, sys, signal, numpy as np, torch
+from longshort import native, native_layers, ops
+rng = np.random.default_rng(0)
+draw = lambda *shape: rng.normal(size=shape).astype("f4")
+x, weights, dy = draw(20, 34, 24), native_layers.Weights(draw(156, 24), draw(156, 39)), draw(20, 34, 39)
+def run(threads):
+    output = native_layers.forward("lstm", x, weights, save=True, threads=threads)
+    return native_layers.backward("lstm", x, weights, output, dy, threads=threads).weight_hh
+in_two = run(2)
+if native.threading() != "openmp" or np.array_equal(in_two, run(1)):
+    sys.exit(3)  # nothing would be shown
+child = os.fork()
+signal.alarm(20)
+if not child:
+    os._exit(not np.array_equal(run(2), in_two))
+sys.exit(os.waitpid(child, 0)[1] != 0)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=60)
+
+
 # ------------------------------------------------------------------------------------------------- refused arguments
 
 
