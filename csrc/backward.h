@@ -56,7 +56,7 @@ struct Backward {
   float* direct;          /* what reaches h past W_hh: GRU's z, zoneout */
   float* dm;              /* where h is projected, dh W_hr, blocked as `recurrent` */
   float* dc;
-  float* parts;           /* each thread's sums for gradients of vectors, [thread][kParts][U][W]; NULL: there are none */
+  float* parts;           /* sums for gradients of vectors, one a thread that was planned, [.][kParts][U][W]; NULL: none */
   float* chunks;          /* each team's scratch of a chunk */
   float* sums;            /* of each team but the first, which has the gradients themselves */
   int64_t chunk_floats, sum_floats;
@@ -121,7 +121,7 @@ struct Backward {
     direct = has_direct ? arena.array(state) : nullptr;
     dc = kLstm ? arena.array(of_units) : nullptr;
     dm = projects ? arena.array(direct_weights ? B * m_row : of_units) : nullptr;
-    parts = normal || peeps ? arena.array(threads * kParts * U * W) : nullptr;
+    parts = normal || peeps ? arena.array(threads * part_floats()) : nullptr;
     sums = teams > 1 ? arena.array((teams - 1) * sum_floats) : nullptr;
     row_offset = reinterpret_cast<int64_t*>(arena.array(2 * T));
     shared = reinterpret_cast<Team::Shared*>(arena.array(int64_t(sizeof(Team::Shared) / 4)));
@@ -200,24 +200,24 @@ struct Backward {
     Team all(shared, thread, count);
     pack(all);
     start_state(all);
-    float* own_parts = parts ? parts + thread * kParts * U * W : nullptr;
-    if (parts) clear(own_parts, kParts * U * W);
-    if ((normal || teams > 1) && !all.wait()) return;
+    for (int64_t share = all.begin(threads); share < all.end(threads) && parts; ++share)
+      clear(parts + share * part_floats(), part_floats());
+    if ((normal || peeps || teams > 1) && !all.wait()) return;
     /* One team a thread; more where fewer threads came than were asked for, or the others have left. */
     for (int64_t team = all.begin(teams); team < all.end(teams) && teams > 1; ++team) {
       Backward own = *this;
       must_be(own.carve_chunk(chunks + team * chunk_floats) == chunk_floats);
       if (team) own.weights.sum_apart(sums + (team - 1) * sum_floats);
       Team alone(shared, 0, 1);
-      own.run_rows(alone, B * team / teams, B * (team + 1) / teams, own_parts);
+      own.run_rows(alone, B * team / teams, B * (team + 1) / teams, parts ? parts + team * part_floats() : nullptr);
     }
     if (teams == 1) {
-      if (!run_rows(all, 0, B, own_parts)) return;
+      if (!run_rows(all, 0, B, parts)) return;
     } else {
       if (!all.wait()) return;
       add_up(all);
     }
-    if (parts) sum_parts(all, count);
+    if (parts) sum_parts(all);
     if (a.dx && !a.accumulate_dx) clear_past_ends(steps, all.begin(T), all.end(T), a.dx, a.dx_step, a.dx_row, I);
   }
 
@@ -512,14 +512,16 @@ struct Backward {
     }
   }
 
-  /* The same with layer normalisation, own rows. `own_parts`: of the gradients of gains and biases. */
+  /* The same with layer normalisation, own shares of the rows. There are as many as threads were planned, so that which rows
+     are summed up together does not depend on how many came. */
   void run_step_normal(const Team& team, int64_t step, const Rows& rows, float* own_parts) {
-    const int64_t n = rows.count();
-    for (int64_t row = rows.begin + team.begin(n); row < rows.begin + team.end(n); ++row)
-      if (options)
-        run_row_normal<true>(step, row, rows, own_parts);
-      else
-        run_row_normal<false>(step, row, rows, own_parts);
+    const int64_t shares = teams > 1 ? 1 : threads, n = rows.count();
+    for (int64_t share = team.begin(shares); share < team.end(shares); ++share)
+      for (int64_t row = rows.begin + n * share / shares; row < rows.begin + n * (share + 1) / shares; ++row)
+        if (options)
+          run_row_normal<true>(step, row, rows, own_parts + share * part_floats());
+        else
+          run_row_normal<false>(step, row, rows, own_parts + share * part_floats());
   }
 
   /* v gets the gradient that reaches x through x_hat = (x - mean) scale, from `d` that reaches x_hat: scale (d - mean of d -
@@ -541,6 +543,7 @@ struct Backward {
 
   /* Of each gate gamma_ih, gamma_hh, bias_ih, bias_hh; of the LSTM gamma_c, beta_c, and the peepholes of i, f, o. */
   static constexpr int kParts = 4 * G + 5;
+  int64_t part_floats() const { return kParts * U * W; }
 
   float* part(float* own_parts, int kind, int gate, int64_t block) const { return own_parts + ((kind * G + gate) * U + block) * W; }
 
@@ -610,24 +613,24 @@ struct Backward {
 
   static void add_to(float* p, V v) { store(p, load(p) + v); }
 
-  /* The gradients of vectors, own units, from all threads' parts: with layer normalisation gains and biases; peepholes. */
-  void sum_parts(const Team& team, int count) {
+  /* The gradients of vectors, own units, from all parts: with layer normalisation gains and biases; peepholes. */
+  void sum_parts(const Team& team) {
     for (int64_t block = own_units(team).begin; block < own_units(team).end; ++block) {
       int units = sizes.units(block);
       for (int gate = 0; normal && gate < G; ++gate) {
         float* of[] = {a.dgamma_ih, a.dgamma_hh, a.dbias_ih, a.dbias_hh};
         for (int kind = 0; kind < 4; ++kind)
-          if (of[kind]) sum_part(of[kind] + gate * H + block * W, kind == 3 && !kGru ? 2 : kind, gate, block, units, count);
+          if (of[kind]) sum_part(of[kind] + gate * H + block * W, kind == 3 && !kGru ? 2 : kind, gate, block, units);
       }
       float* of_units[] = {a.dgamma_c, a.dbeta_c, a.dweight_ci, a.dweight_cf, a.dweight_co};
       for (int i = normal ? 0 : 2; i < (peeps ? 5 : 2); ++i)
-        if (kLstm && of_units[i]) sum_part(of_units[i] + block * W, 4, i, block, units, count);
+        if (kLstm && of_units[i]) sum_part(of_units[i] + block * W, 4, i, block, units);
     }
   }
 
-  void sum_part(float* to, int kind, int gate, int64_t block, int units, int count) {
+  void sum_part(float* to, int kind, int gate, int64_t block, int units) {
     V sum{};
-    for (int thread = 0; thread < count; ++thread) sum += load(part(parts + thread * kParts * U * W, kind, gate, block));
+    for (int share = 0; share < threads; ++share) sum += load(part(parts + share * part_floats(), kind, gate, block));
     store_part(to, sum, units);
   }
 

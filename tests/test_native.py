@@ -769,16 +769,21 @@ from longshort import native, native_layers, ops
 rng = np.random.default_rng(0)
 draw = lambda *shape: rng.normal(size=shape).astype("f4")
 x, weights, dy = draw(20, 34, 24), native_layers.Weights(draw(156, 24), draw(156, 39)), draw(20, 34, 39)
+gains = native_layers.Options(gains=native_layers.Gains(draw(156), draw(156), draw(39), draw(39)))
 def run(threads):
-    output = native_layers.forward("lstm", x, weights, save=True, threads=threads)
-    return native_layers.backward("lstm", x, weights, output, dy, threads=threads).weight_hh
+    found = []
+    for n, options in ((20, native_layers.Options()), (20, gains), (2, gains)):  # rows divided, and units
+        output = native_layers.forward("lstm", x[:n], weights, options=options, save=True, threads=threads)
+        gradients = native_layers.backward("lstm", x[:n], weights, output, dy[:n], options=options, threads=threads)
+        found.append(gradients.gains.gamma_hh if gradients.gains else gradients.weight_hh)
+    return found
 in_two = run(2)
-if native.threading() != "openmp" or np.array_equal(in_two, run(1)):
+if native.threading() != "openmp" or any(map(np.array_equal, in_two, run(1))):
     sys.exit(3)  # nothing would be shown
 child = os.fork()
 signal.alarm(20)
 if not child:
-    os._exit(not np.array_equal(run(2), in_two))
+    os._exit(not all(map(np.array_equal, in_two, run(2))))
 sys.exit(os.waitpid(child, 0)[1] != 0)
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=60)
