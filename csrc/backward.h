@@ -202,18 +202,18 @@ struct Backward {
     start_state(all);
     for (int64_t share = all.begin(threads); share < all.end(threads) && parts; ++share)
       clear(parts + share * part_floats(), part_floats());
-    if ((normal || peeps || teams > 1) && !all.wait()) return;
-    /* One team a thread; more where fewer threads came than were asked for, or the others have left. */
-    for (int64_t team = all.begin(teams); team < all.end(teams) && teams > 1; ++team) {
-      Backward own = *this;
-      must_be(own.carve_chunk(chunks + team * chunk_floats) == chunk_floats);
-      if (team) own.weights.sum_apart(sums + (team - 1) * sum_floats);
-      Team alone(shared, 0, 1);
-      own.run_rows(alone, B * team / teams, B * (team + 1) / teams, parts ? parts + team * part_floats() : nullptr);
-    }
+    if ((parts || teams > 1) && !all.wait()) return; /* else each reads only what it has made, until its first wait */
     if (teams == 1) {
       if (!run_rows(all, 0, B, parts)) return;
     } else {
+      /* One team a thread; more where fewer threads came than were asked for, or the others have left. */
+      for (int64_t team = all.begin(teams); team < all.end(teams); ++team) {
+        Backward own = *this;
+        must_be(own.carve_chunk(chunks + team * chunk_floats) == chunk_floats);
+        if (team) own.weights.sum_apart(sums + (team - 1) * sum_floats);
+        Team alone(shared, 0, 1);
+        own.run_rows(alone, B * team / teams, B * (team + 1) / teams, parts ? parts + team * part_floats() : nullptr);
+      }
       if (!all.wait()) return;
       add_up(all);
     }
@@ -238,14 +238,14 @@ struct Backward {
     for (int64_t last = T, first; last > 0; last = first) {
       Rows rows{row0, row1, 0, 0};
       for (first = last; first > 0; --first) {
-        int64_t more = rows_of(first - 1, row0, row1);
+        int64_t more = steps.rows_of(first - 1, row0, row1);
         if (first < last && rows.all + more > chunk_rows) break;
         rows.all += more;
       }
       weights.copy(team, first, last, row0, row1, rows.all, row_offset);
       rows.at = rows.all;
       for (int64_t step = last - 1; step >= first; --step) {
-        rows.end = row0 + rows_of(step, row0, row1);
+        rows.end = row0 + steps.rows_of(step, row0, row1);
         rows.at -= rows.count();
         if (projects) {
           reach_outputs(team, step, rows);
@@ -282,11 +282,6 @@ struct Backward {
     int64_t place(int64_t row) const { return (at + row - begin) * W; } /* of a row in a blocked array of the chunk */
     int64_t next() const { return odd(all) * W; }                       /* from one block of such an array to the next */
   };
-
-  /* Rows of the group that a step has. */
-  int64_t rows_of(int64_t step, int64_t row0, int64_t row1) const {
-    return larger(smaller(steps.rows(step), row1) - row0, 0);
-  }
 
   /* The teams' sums into the gradients, own share of each. */
   void add_up(const Team& team) {

@@ -182,7 +182,7 @@ struct Forward {
     for (int64_t first = 0, last; first < T; first = last) {
       int64_t rows = 0;
       for (last = first; last < T; ++last) {
-        int64_t more = rows_of(last, row0, row1);
+        int64_t more = steps.rows_of(last, row0, row1);
         if (rows && rows + more > chunk_rows) break;
         rows += more;
       }
@@ -199,7 +199,7 @@ struct Forward {
       }
       int64_t row_in_chunk = 0;
       for (int64_t step = first; step < last; ++step) {
-        int64_t n = rows_of(step, row0, row1);
+        int64_t n = steps.rows_of(step, row0, row1);
         if (direct)
           run_step_direct(team, step, row0, n, rows, xg_chunk + row_in_chunk * NW);
         else
@@ -217,11 +217,6 @@ struct Forward {
       }
     }
     finish(team, row0, row1);
-  }
-
-  /* Rows of the group that a step has. */
-  int64_t rows_of(int64_t step, int64_t row0, int64_t row1) const {
-    return larger(smaller(steps.rows(step), row1) - row0, 0);
   }
 
   void start_state(const Team& team, int64_t row0, int64_t row1) {
@@ -269,7 +264,7 @@ struct Forward {
   void copy_inputs(const Team& team, int64_t first, int64_t last, int64_t row0, int64_t row1, int64_t rows, float* chunk) {
     int64_t at = 0;
     for (int64_t step = first; step < last; ++step) {
-      int64_t t = steps.time(step), n = rows_of(step, row0, row1);
+      int64_t t = steps.time(step), n = steps.rows_of(step, row0, row1);
       for (int64_t row = row0; row < row0 + n; ++row, ++at) {
         const float* from = a.x + steps.offset(t, row, a.x_step, a.x_row);
         for (int64_t block = team.begin(sizes.input_blocks); block < team.end(sizes.input_blocks); ++block)
@@ -283,7 +278,7 @@ struct Forward {
     int64_t at = 0;
     for (int64_t step = first; step < last; ++step) {
       const int64_t* ids = a.tokens.ids + steps.time(step) * B;
-      for (int64_t row = row0, end = row0 + rows_of(step, row0, row1); row < end; ++row, ++at) {
+      for (int64_t row = row0, end = row0 + steps.rows_of(step, row0, row1); row < end; ++row, ++at) {
         const float* from = a.tokens.table + ids[steps.batch_row(row)] * G * H;
         for (int64_t panel = team.begin(sizes.panels); panel < team.end(sizes.panels); ++panel)
           for (int n = 0; n < N; ++n) {
@@ -325,7 +320,7 @@ struct Forward {
         const float* weight = a.weight_ih + (n / Cell::kUnits * H + block * W) * sizes.I;
         int64_t at = 0;
         for (int64_t step = first; step < last && units; ++step) {
-          int64_t n_rows = rows_of(step, row0, row1), t = steps.time(step);
+          int64_t n_rows = steps.rows_of(step, row0, row1), t = steps.time(step);
           for (int64_t row = 0; row < n_rows;) {
             const float* from = a.x + steps.offset(t, row0 + row, a.x_step, a.x_row);
             /* Rows of a step lie evenly unless they are put in another order. */

@@ -81,6 +81,8 @@ struct Steps {
   explicit Steps(const ls_shape& shape) : s(shape), total_(count(shape)) {}
   int64_t time(int64_t step) const { return s.reverse ? s.T - 1 - step : step; }
   int64_t rows(int64_t step) const { return s.counts ? s.counts[time(step)] : s.B; }
+  /* Of those, the ones in [row0, row1). */
+  int64_t rows_of(int64_t step, int64_t row0, int64_t row1) const { return larger(smaller(rows(step), row1) - row0, 0); }
   int64_t batch_row(int64_t row) const { return s.order ? s.order[row] : row; }
   int64_t offset(int64_t t, int64_t row, int64_t step_stride, int64_t row_stride) const {
     return (s.starts ? s.starts[t] * row_stride : t * step_stride) + batch_row(row) * row_stride;

@@ -271,6 +271,7 @@ LS_API uint64_t ls_sample(int32_t cell, int64_t I, int64_t H, int64_t P, const f
                           const float* bias_ih, const float* bias_hh, const float* weight_hr);
 
 LS_API int32_t ls_forward(const ls_forward_args* args);
+/* The order in which gradients are summed over rows may depend on num_threads, but not on how many threads then came. */
 LS_API int32_t ls_backward(const ls_backward_args* args);
 
 /* What a forward call saved, laid out to be looked at: of an LSTM its gates after their activations and c after the step, of a

@@ -51,7 +51,7 @@ struct WeightGradients {
         sums{{args.dweight_ih, G * H * I},
              {args.dweight_hh, G * H * P},
              {L::kLstm && args.shape.P ? args.dweight_hr : nullptr, P * H},
-             {normal ? nullptr : args.dbias_ih, G * H}, /* with layer normalisation among the sums that each thread keeps */
+             {normal ? nullptr : args.dbias_ih, G * H}, /* with layer normalisation among the sums of vectors */
              {normal ? nullptr : args.dbias_hh, G * H},
              {args.dtable, (args.tokens.V + 1) * G * H}} {}
 

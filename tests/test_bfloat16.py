@@ -282,9 +282,7 @@ def test_under_autocast_the_equations_of_second_derivatives_stay_float32() -> No
 
     with kernels.use("reference"):
         exact = twice()
-    with torch.autocast(
-        "cpu", torch.bfloat16
-    ):  # which PyTorch's own last backward pass is under here; 0.011 with ours too
+    with torch.autocast("cpu", torch.bfloat16):  # PyTorch's own last backward pass is under it; 0.011 with ours too
         found = twice()
     assert found.dtype is torch.float32
     torch.testing.assert_close(found, exact, rtol=0, atol=0.008 * float(exact.abs().max()))
