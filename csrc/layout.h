@@ -145,10 +145,11 @@ static inline int64_t saved_offset(const Sizes<Cell>& sizes, int64_t saved_row, 
   return (rows_before * sizes.U + block * rows + row) * saved_row;
 }
 
-/* Whether a call reads the weights as they lie, because packing them would cost more than it saves. The sizes at which that
-   turns were measured: docs/log.md. */
+/* Whether a call reads the weights as they lie, because packing them would cost more than it saves: few rows, and for a single
+   step fewer than rows whose sums over lanes cost as much. The sizes at which that turns were measured: docs/log.md. */
 static inline bool reads_direct(const ls_shape& s, int64_t rows, bool backward) {
-  return rows <= 8 || (!backward && s.T == 1 && rows <= 64);
+  if (backward || s.T > 1) return rows <= 8;
+  return 5 * W * rows <= 4 * (s.I + (s.P ? s.P : s.H));
 }
 
 /* Whether threads divide a batch's rows and not the units: they wait for nobody at each step then, but each reads all weights.
@@ -156,6 +157,7 @@ static inline bool reads_direct(const ls_shape& s, int64_t rows, bool backward) 
 static inline bool divides_rows(const ls_shape& s, int64_t threads, int64_t weights) {
   const int64_t rows = s.B / threads, kilobytes = weights * 4 >> 10;
   if (s.counts || rows == 0) return false; /* rows of several lengths would not be shared out evenly */
+  if (s.T <= 4) return false;              /* to read all weights costs more than so few waits */
   return kilobytes <= (rows >= 32 ? 32 << 10 : rows >= 10 ? 2560 : rows >= 5 ? 768 : 192);
 }
 

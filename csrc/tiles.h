@@ -174,7 +174,9 @@ static void multiply_outer(int64_t K, const float* a, const float* panel, float*
   for (int r = 0; r < rows; ++r) /* where the sums will go: the caches' slowest part, so it is asked for first */
     for (int n = 0; n < N; ++n) __builtin_prefetch(c + r * stride + n * W, 1, 3);
   V sum[kOuterRows][N];
+#pragma GCC unroll 32
   for (int r = 0; r < kOuterRows; ++r)
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) sum[r][n] = V{};
   const int64_t places = slots(K);
 #pragma GCC unroll 2
@@ -190,18 +192,23 @@ static void multiply_outer(int64_t K, const float* a, const float* panel, float*
     }
   }
   if (columns == N * W && rows == kOuterRows) {
+#pragma GCC unroll 32
     for (int r = 0; r < kOuterRows; ++r)
+#pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
         float* p = c + r * stride + n * W;
         store(p, add ? load(p) + sum[r][n] : sum[r][n]);
       }
     return;
   }
-  float part[kOuterRows][N * W];
+#pragma GCC unroll 32
   for (int r = 0; r < kOuterRows; ++r)
-    for (int n = 0; n < N; ++n) store(part[r] + n * W, sum[r][n]);
-  for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < columns; ++i) c[r * stride + i] = part[r][i] + (add ? c[r * stride + i] : 0.0f);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const int lanes = columns - n * W < W ? columns - n * W : W;
+      float* p = c + r * stride + n * W;
+      if (r < rows) store_part(p, add ? load_part(p, lanes) + sum[r][n] : sum[r][n], lanes);
+    }
 }
 
 /* Vectors of the panel that begins at `column`, of those that `columns` are cut into for `multiply_outer`. */
@@ -209,20 +216,23 @@ static inline int vectors_at(int64_t column, int64_t columns) {
   return int(smaller(ceil_div(columns - column, W), kOuterVectors));
 }
 
-/* The same for `units` <= W rows of c, whose factors lie side by side in a, and the panel that begins at `column`. */
+/* The same for `rows` <= kOuterRows of c, and the panel that begins at `column`. */
+static inline void multiply_outer_rows(int64_t K, const float* a, const float* panel, float* c, int64_t column,
+                                       int64_t columns, int rows, bool add) {
+  const int vectors = vectors_at(column, columns), valid = int(smaller(columns - column, vectors * W));
+  if (vectors == 3)
+    multiply_outer<3>(K, a, panel, c + column, columns, rows, valid, add);
+  else if (vectors == 2)
+    multiply_outer<2>(K, a, panel, c + column, columns, rows, valid, add);
+  else
+    multiply_outer<1>(K, a, panel, c + column, columns, rows, valid, add);
+}
+
+/* The same for `units` <= W rows of c, whose factors lie side by side in a. */
 static inline void multiply_outer_block(int64_t K, const float* a, const float* panel, float* c, int64_t column,
                                         int64_t columns, int units, bool add) {
-  const int vectors = vectors_at(column, columns), valid = int(smaller(columns - column, vectors * W));
-  for (int u = 0; u < units; u += kOuterRows) {
-    float* to = c + u * columns + column;
-    int count = units - u < kOuterRows ? units - u : kOuterRows;
-    if (vectors == 3)
-      multiply_outer<3>(K, a + u, panel, to, columns, count, valid, add);
-    else if (vectors == 2)
-      multiply_outer<2>(K, a + u, panel, to, columns, count, valid, add);
-    else
-      multiply_outer<1>(K, a + u, panel, to, columns, count, valid, add);
-  }
+  for (int u = 0; u < units; u += kOuterRows)
+    multiply_outer_rows(K, a + u, panel, c + u * columns, column, columns, int(smaller(units - u, kOuterRows)), add);
 }
 
 /* Row `at` of a matrix into the panels [first, last) of `multiply_outer`, of `rows` rows. NULL: zeros; `mask` multiplies. */

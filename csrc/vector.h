@@ -43,11 +43,20 @@ static inline void store(float* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
 
 static inline V splat(float x) { return x - V{}; }
 
+/* All bits of the first `n` lanes. */
+static inline VI lanes_below(int n) {
+  VI lane;
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  return lane < n;
+}
+
 /* The first `n` of a vector's floats, the others 0. Nothing beyond them is read or written. */
 static inline V load_part(const float* p, int n) {
   if (n >= W) return load(p);
 #if defined(__AVX512F__)
   return (V)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  return (V)_mm256_maskload_ps(p, (__m256i)lanes_below(n));
 #else
   float part[W] = {};
   for (int i = 0; i < n; ++i) part[i] = p[i];
@@ -62,17 +71,15 @@ static inline void store_part(float* p, V v, int n) {
   }
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(p, (__m256i)lanes_below(n), (__m256)v);
 #else
   for (int i = 0; i < n; ++i) p[i] = v[i];
 #endif
 }
 
 /* The first `n` lanes, the others 0 or those of `rest`. */
-static inline V first_lanes(V v, int n, V rest = V{}) {
-  VI lane;
-  for (int i = 0; i < W; ++i) lane[i] = i;
-  return lane < n ? v : rest;
-}
+static inline V first_lanes(V v, int n, V rest = V{}) { return lanes_below(n) ? v : rest; }
 
 /* The smaller, the larger of x and a limit; NaN where x is NaN. */
 static inline V at_most(V x, float limit) {

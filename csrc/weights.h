@@ -28,6 +28,7 @@ struct WeightGradients {
   using L = LstmGates<Cell>;
   static constexpr int G = Cell::kGates;
   static constexpr int64_t kGroup = (128 << 10); /* floats of dgates that meet all columns of the weights at a time */
+  static constexpr int64_t kNear = (64 << 10);   /* floats of x or h that stay in the core's own cache meanwhile */
 
   const ls_backward_args& a;
   const Steps& steps;
@@ -188,6 +189,16 @@ struct WeightGradients {
 
   void outer_columns(int64_t first, int64_t last, const float* gradients, int64_t rows, const float* operands,
                      int64_t columns, float* weight, bool more) {
+    if (rows * columns <= kNear) { /* rows of the gradient from end to end */
+      for (int64_t block = first; block < last; ++block)
+        for (int gate = 0; gate < G; ++gate)
+          for (int u = 0; u < sizes.units(block); u += kOuterRows)
+            for (int64_t column = 0; column < columns; column += kOuter)
+              multiply_outer_rows(rows, gradients + (block * G + gate) * right_rows(rows) + u, operands + column * slots(rows),
+                                  weight + (gate * H + block * W + u) * columns, column, columns,
+                                  int(smaller(sizes.units(block) - u, kOuterRows)), more);
+      return;
+    }
     for (int64_t column = 0; column < columns; column += kOuter)
       for (int64_t block = first; block < last; ++block)
         for (int gate = 0; gate < G; ++gate)

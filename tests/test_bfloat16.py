@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import longshort
-from longshort import checkpoint, kernels, native, training
+from longshort import checkpoint, kernels, native, ops, training
 from longshort.cli import main
 from longshort.config import LabelTrainConfig, TrainConfig
 from longshort.decoder import Decoder
@@ -291,6 +291,7 @@ def test_under_autocast_the_equations_of_second_derivatives_stay_float32() -> No
 def test_autocast_goes_elsewhere_where_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = longshort.LSTM(8, 16), torch.randn(5, 3, 8)
     large = longshort.GRU(8, 512)
+    monkeypatch.setattr(ops, "ON_INTEL", True)
     with torch.autocast("cpu", torch.float16):
         assert kernels.explain(layer, x).name == "torch"
     with torch.autocast("cpu", torch.bfloat16):

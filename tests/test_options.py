@@ -53,8 +53,9 @@ def normal(v: Tensor) -> Tensor:
 def by_hand(
     layer: Any, recorded: Recorded, x_TBI: Tensor, state: list[Tensor], lengths: list[int], resets_TB: Tensor
 ) -> tuple[Tensor, list[Tensor], list[dict[str, Tensor]]]:
-    """Run a layer number by number: rows apart, no batched steps, no masks over time."""
+    """Run a layer number by number in float64: rows apart, no batched steps, no masks over time."""
     options, H, T, B = layer.options, layer.hidden_size, *x_TBI.shape[:2]
+    x_TBI, state = x_TBI.double(), [part.double() for part in state]
     each = len(recorded.weights) // (layer.num_layers * (1 + layer.bidirectional))
     final = [part.clone() for part in state]
     readings = []
@@ -62,10 +63,10 @@ def by_hand(
         outputs = []
         for d, suffix in enumerate(["", "_reverse"][: 1 + layer.bidirectional]):
             index = k * (1 + layer.bidirectional) + d
-            weights = recorded.weights[index * each : (index + 1) * each]
+            weights = [weight.double() for weight in recorded.weights[index * each : (index + 1) * each]]
 
             def parameter(name: str, k: int = k, suffix: str = suffix) -> Any:
-                return getattr(layer, f"{name}_l{k}{suffix}", None)
+                return getattr(layer, f"{name}_l{k}{suffix}").double()
 
             W, U = weights[:2]
             b, a = weights[2:4] if layer.bias else (0, 0)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longshort import backends, cells, native
+from longshort import backends, cells, machine, native
 from longshort.cells import VECTORS, Options, Readings, Sequences, Stack, State
 from longshort.native_model import LossArgs
 
@@ -54,9 +54,13 @@ SUPPORTED = native.targets()
 """The targets that this processor can run, best first."""
 
 
+ON_INTEL = "Intel" in machine.processor()
+"""Only there do the products that PyTorch's kernels call take their fastest way."""
+
+
 def is_slower(cell: str, steps: int | None, hidden_size: int, grad: bool) -> bool:
-    """Return whether PyTorch's kernel was measured to be faster: docs/log.md has the figures."""
-    return grad and steps == 1 and cell in ("rnn", "rnn_relu", "gru") and hidden_size >= 512
+    """Return whether PyTorch's kernel was measured to be faster on such a processor: docs/log.md has the figures."""
+    return grad and steps == 1 and hidden_size >= 512 and cell in ("rnn", "rnn_relu", "gru") and ON_INTEL
 
 
 class Call(NamedTuple):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from longshort import backends, native, ops
 from longshort.cells import Options, Stack
@@ -35,7 +36,7 @@ class Quick:
     def __init__(
         self, stack: Stack, names: Sequence[str], batch_first: bool, options: LayerOptions, training: bool
     ) -> None:
-        self._stack, self._names, self._batch_first, self._options = stack, tuple(names), batch_first, options
+        self._stack, self._batch_first, self._options = stack, batch_first, options
         self._draws = training and bool(options.recurrent_dropout or options.zoneout)
         self._fixed = Options(zoneout=0.0 if training else options.zoneout, coupled=stack.coupled)
         self._cell, self._I, self._H, self._bias = ops.cell_of(stack), stack.input_size, stack.hidden_size, stack.bias
@@ -44,14 +45,15 @@ class Quick:
         self._P, self._projected = stack.output_size, stack.proj_size
         self._num_plain, self._vectors = len(stack.weight_shapes), tuple(vectors)
         self._shapes = (*stack.weight_shapes, *((size,) for size in vectors.values()))
+        self._weights = tuple(zip(names, self._shapes, strict=True))
         self._plain = not (self._draws or self._fixed.zoneout or vectors)
         plain = (self._cell, self._H, 1, stack.bias, batch_first, None, (self._fixed,), -1, self._vectors)
         self._call = Call(*plain, projected=stack.proj_size)
 
     def __call__(self, parameters: Mapping[str, Tensor | None], x: Any, hx: Any, target: int) -> Any:
         """Return what the layer returns, or None where this is not the usual call."""
-        H, P = self._H, self._P
-        if type(x) is not Tensor or x.dtype is not torch.float32 or x.dim() != 3 or not x.is_cpu or x.stride(2) != 1:
+        H, P, float32 = self._H, self._P, torch.float32
+        if type(x) is not Tensor or x.dtype is not float32 or x.dim() != 3 or not x.is_cpu or x.stride(2) != 1:
             return None
         T, B, I = x.shape
         if self._batch_first:
@@ -63,15 +65,17 @@ class Quick:
             state = hx if self._lstm else (hx,)
             if type(state) is not tuple or len(state) != 1 + self._lstm:
                 return None
-            for tensor, width in zip(state, (P, H), strict=False):
-                if type(tensor) is not Tensor or tensor.dtype is not torch.float32 or tensor.shape != (1, B, width):
+            width = P
+            for tensor in state:
+                if type(tensor) is not Tensor or tensor.dtype is not float32 or tensor.shape != (1, B, width):
                     return None
                 if not (tensor.is_cpu and tensor.is_contiguous()):
                     return None
+                width = H
         weights = []
-        for name, shape in zip(self._names, self._shapes, strict=True):
+        for name, shape in self._weights:
             weight = parameters.get(name)
-            if type(weight) is not torch.nn.Parameter or weight.dtype is not torch.float32 or weight.shape != shape:
+            if type(weight) is not Parameter or weight.dtype is not float32 or weight.shape != shape:
                 return None
             if not (weight.is_cpu and weight.is_contiguous()):
                 return None
@@ -120,8 +124,10 @@ class Quick:
         saved: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return y, h_n and of an LSTM c_n; arguments as of `ops.forward`, and checked before."""
-        H, (T, B) = self._H, (x.shape[1], x.shape[0]) if self._batch_first else (x.shape[0], x.shape[1])
-        y, h_n = torch.empty(*x.shape[:2], self._P), torch.empty(1, B, self._P)
+        first, second, _ = x.shape
+        T, B = (second, first) if self._batch_first else (first, second)
+        H, P = self._H, self._P
+        y, h_n = torch.empty(first, second, P), torch.empty(1, B, P)
         c_n = torch.empty(1, B, H) if self._lstm else None
         fields = FORWARD.pack(
             *self._shape(target, having, T, B, weights),
@@ -155,10 +161,12 @@ class Quick:
         wanted: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, h_0, c_0 and the weights, those that are `wanted`; the others None."""
-        H, (T, B) = self._H, (x.shape[1], x.shape[0]) if self._batch_first else (x.shape[0], x.shape[1])
-        dx = torch.empty(x.shape) if wanted[0] else None
-        dh_0, dc_0 = (torch.empty(1, B, n) if want else None for want, n in zip(wanted[1:3], (self._P, H), strict=True))
-        dweights = [torch.empty_like(w) if want else None for w, want in zip(weights, wanted[3:], strict=True)]
+        first, second, I = x.shape
+        T, B = (second, first) if self._batch_first else (first, second)
+        dx = torch.empty(first, second, I) if wanted[0] else None
+        dh_0 = torch.empty(1, B, self._P) if wanted[1] else None
+        dc_0 = torch.empty(1, B, self._H) if wanted[2] else None
+        dweights = [torch.empty(*n) if want else None for n, want in zip(self._shapes, wanted[3:], strict=True)]
         dy = None if dy is None else ops.rows(dy)
         dh_n, dc_n = (None if each is None else each.contiguous() for each in (dh_n, dc_n))
         fields = BACKWARD.pack(
