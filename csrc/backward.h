@@ -113,7 +113,7 @@ struct Backward {
   int64_t carve(float* memory) {
     Arena arena(memory);
     int64_t K = U * G * S;
-    packed_hidden = direct_weights ? nullptr : arena.array(hidden_panels * K * kColumns * W);
+    packed_hidden = reaches_back() && !direct_weights ? arena.array(hidden_panels * K * kColumns * W) : nullptr;
     packed_inputs = a.dx && !direct_weights ? arena.array(input_panels * K * kColumns * W) : nullptr;
     packed_projection = projects && !direct_weights ? arena.array(unit_panels * h_blocks * S * kPanel) : nullptr;
     int64_t state = hidden_panels * kColumns * Bp * W, of_units = unit_panels * kColumns * Bp * W;
@@ -258,7 +258,7 @@ struct Backward {
         else
           run_step(team, step, rows, own_parts);
         if (!team.wait()) return false;
-        if (step > 0 || a.dh0) multiply_step(team, step, rows);
+        if (reaches_back(step)) multiply_step(team, step, rows);
         if (normal && !team.wait()) return false;
       }
       rows.end = row1;
@@ -272,6 +272,10 @@ struct Backward {
     }
     return true;
   }
+
+  /* Whether anybody asks what goes back past a step, past any step. */
+  bool reaches_back(int64_t step) const { return step > 0 || a.dh0; }
+  bool reaches_back() const { return reaches_back(T - 1); }
 
   /* Rows of a step. */
   struct Rows {

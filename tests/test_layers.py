@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import longshort
@@ -322,6 +324,42 @@ def test_dropout_acts_in_training_between_layers_alone(kernel: str) -> None:
             layer.train()
             layer.dropout = 1.0
             assert torch.equal(layer(x)[0], layer(x + 1)[0])
+
+
+@contextlib.contextmanager
+def defaults(dtype: torch.dtype, device: str | None) -> Iterator[None]:
+    """What tensors are made of where nobody says."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device or "cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("others", [(torch.float64, None), (torch.float32, "meta")])
+@pytest.mark.parametrize("having", [{}, {"bidirectional": True, "num_layers": 2}, {"layer_norm": True, "zoneout": 0.3}])
+@pytest.mark.parametrize("ours", [longshort.RNN, longshort.GRU, longshort.LSTM])
+@pytest.mark.parametrize("call", [{}, {"return_gates": True}, {"lengths": [3, 1]}])
+def test_default_types_and_devices_do_not_matter(ours: Any, having: Any, call: Any, others: Any) -> None:
+    layer = ours(3, 4, **having)
+    x = torch.randn(3, 2, 3, requires_grad=True)
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)  # of zoneout's masks
+        output, state, *_ = layer(x, **call)
+        with torch.no_grad():
+            evaluated = flat(layer.eval()(x, **call)[:2])
+        layer.train()
+        gradients = torch.autograd.grad(output.sum() + flat(state)[0].sum(), [x, *layer.parameters()])
+        return [output, *flat(state), *evaluated, *gradients]
+
+    expected = run()
+    with defaults(*others):
+        found = run()
+    assert {(tensor.dtype, tensor.device.type) for tensor in found} == {(torch.float32, "cpu")}
+    same(found, expected)
 
 
 def test_weights_that_are_exchanged_are_used() -> None:

@@ -231,7 +231,7 @@ class Sequences:
     @property
     def valid_TB(self) -> Tensor:
         """Whether row b has step t: bool (T, B) on the CPU."""
-        rank_B = torch.arange(self.batch_size) if self.order is None else self.order.argsort()
+        rank_B = torch.arange(self.batch_size, device="cpu") if self.order is None else self.order.argsort()
         return rank_B < self.counts.unsqueeze(1)
 
     @cached_property

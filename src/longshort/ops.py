@@ -17,13 +17,13 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longshort import backends, cells, machine, native
+from longshort import backends, buffers, cells, machine, native
 from longshort.cells import VECTORS, Options, Readings, Sequences, Stack, State
 from longshort.native_model import LossArgs
 
@@ -192,14 +192,6 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _empty(floats: int) -> Tensor:
-    """Return memory that is about to be written as a whole, in large pages where it is large."""
-    tensor = torch.empty(floats, dtype=torch.float32)
-    if floats >= 1 << 20:
-        library.ls_prefer_large_pages(tensor.data_ptr(), 4 * floats)
-    return tensor
-
-
 @functools.cache
 def saved_floats_a_row(cell: str, H: int, target: int, layer_norm: bool) -> int:
     """Return the floats that the forward pass saves for one row of one step in one direction."""
@@ -242,32 +234,12 @@ def pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
     if found is not None and found.key == key:
         return found.tensor
     floats = library.ls_packed_floats(*sizes, target)
-    packed = _empty(floats)
+    packed = buffers.large(floats)
     check(library.ls_pack(*sizes, target, *pointers, packed.data_ptr()))
     if found is None:
         weakref.finalize(owner, _packed.pop, id(owner), None)
     _packed[id(owner)] = _Packed(key, packed)
     return packed
-
-
-class Saved:
-    """What a forward pass keeps for its backward pass: memory that goes to the next forward pass afterwards.
-
-    Fresh pages for it would cost as much as a tenth of the arithmetic.
-    """
-
-    _free: ClassVar[list[Tensor]] = []
-    MOST = 8
-
-    def __init__(self, floats: int) -> None:
-        fitting = [t for t in self._free if floats <= t.numel() <= 2 * floats + 4096]
-        self.tensor = min(fitting, key=Tensor.numel) if fitting else _empty(floats)
-        if fitting:
-            self._free[:] = [t for t in self._free if t is not self.tensor]
-
-    def __del__(self) -> None:
-        if len(self._free) < self.MOST:
-            self._free.append(self.tensor)
 
 
 def saved_floats(call: Call, x: Tensor) -> int:
@@ -362,11 +334,11 @@ def backward(
     _, B = call.size(x)
     num_states = call.num_states
     lstm = num_states == 2
-    given = torch.empty(x.shape, dtype=x.dtype) if wanted[0] else None
+    given = x.new_empty(x.shape) if wanted[0] else None
     dx, dtable = (given, None) if call.ids is None else (None, given)
     dbefore = [x.new_empty(D, B, width) if wanted[1 + i] else None for i, width in enumerate((P, H)[:num_states])]
     dweights = [
-        torch.empty_like(w) if want else None for w, want in zip(weights, wanted[1 + num_states :], strict=True)
+        buffers.Gradients.like(w) if want else None for w, want in zip(weights, wanted[1 + num_states :], strict=True)
     ]
     dy = None if dy is None else rows(dy)
     dstate = [None if gradient is None else gradient.contiguous() for gradient in dstate]
@@ -431,7 +403,7 @@ def show(call: Call, x: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
         saved: as `forward` filled it.
     """
     T, B = call.size(x)
-    shown = [torch.empty(len(native.SHOWN[call.cell]), T, B, call.H) for _ in saved]
+    shown = [saved[0].new_empty(len(native.SHOWN[call.cell]), T, B, call.H) for _ in saved]
     for d, (own, gates) in enumerate(zip(saved, shown, strict=True)):
         shape = _SHAPE_ALONE.pack(*call.shape(x, d))
         check(library.ls_gates(shape, call.layer_norm, own.data_ptr(), gates.data_ptr()))
@@ -452,12 +424,12 @@ def cross_entropy(
         target: number of the target that runs, -1 for the active one.
     """
     given = [tensor.detach().contiguous() for tensor in (h_NH, weight_VH, bias_V, targets_N)]
-    gradients = tuple(torch.empty_like(tensor) for tensor in given[:3])
-    nats_N = torch.empty(len(h_NH), dtype=torch.float64)
-    places = [tensor.data_ptr() for tensor in (*given, nats_N, *gradients)]
+    dh_NH, *dweights = given[0].new_empty(h_NH.shape), *map(buffers.Gradients.like, given[1:3])
+    nats_N = dh_NH.new_empty(len(h_NH), dtype=torch.float64)
+    places = [tensor.data_ptr() for tensor in (*given, nats_N, dh_NH, *dweights)]
     args = LossArgs(len(h_NH), *weight_VH.shape, target, torch.get_num_threads(), *places, scale)
     check(library.ls_loss(ctypes.byref(args)))
-    return float(nats_N.numpy().sum()), (gradients[0], gradients[1], gradients[2])
+    return float(nats_N.numpy().sum()), (dh_NH, dweights[0], dweights[1])
 
 
 class _Layer(torch.autograd.Function):
@@ -468,7 +440,7 @@ class _Layer(torch.autograd.Function):
         num_states = call.num_states
         state, weights = rest[:num_states], rest[num_states:]
         given = None if state[0] is None else state
-        saved = [Saved(saved_floats(call, x)) for _ in range(call.directions)]
+        saved = [buffers.Saved(saved_floats(call, x)) for _ in range(call.directions)]
         y, after = forward(call, x, given, weights, [each.tensor for each in saved])  # type: ignore[arg-type]
         ctx.call, ctx.saved, ctx.num_states = call, saved, num_states
         ctx.save_for_backward(x, *rest, y)
@@ -619,7 +591,7 @@ def run_native(
             x, *rest = _Layer.apply(call, x, *(before or (None,) * num_states), *own)  # type: ignore[no-untyped-call]
             last, shown = tuple(rest[:num_states]), tuple(rest[num_states:])
         else:
-            saved = [Saved(saved_floats(call, x)) for _ in range(D if shows else 0)]
+            saved = [buffers.Saved(saved_floats(call, x)) for _ in range(D if shows else 0)]
             y, last = forward(call, x, before, own, [each.tensor for each in saved], keep_packed=symbols is None)
             shown, x = show(call, x, [each.tensor for each in saved]), y
         after.append(last)

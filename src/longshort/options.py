@@ -193,7 +193,7 @@ def read_lengths(lengths: Tensor | Sequence[int], steps: int, rows: int) -> Sequ
         TypeError: they are not integers.
         ValueError: they are not as many as there are rows, or one is out of range; the message says which.
     """
-    lengths_B = torch.as_tensor(lengths).detach().cpu()
+    lengths_B = torch.as_tensor(lengths, device="cpu").detach()
     kind = lengths_B.dtype
     if (kind.is_floating_point or kind.is_complex or kind is torch.bool) and lengths_B.numel():
         raise TypeError(f"lengths: Expected integers, got {kind}")  # (an empty list is made a tensor of floats)
@@ -202,7 +202,7 @@ def read_lengths(lengths: Tensor | Sequence[int], steps: int, rows: int) -> Sequ
     lengths_B = lengths_B.long()
     if torch.compiler.is_compiling():
         order = lengths_B.argsort(descending=True, stable=True)
-        return Sequences((torch.arange(steps).unsqueeze(1) < lengths_B).sum(1), order, rows)
+        return Sequences((torch.arange(steps, device="cpu").unsqueeze(1) < lengths_B).sum(1), order, rows)
     array = lengths_B.numpy()  # PyTorch's operations take longer on so few numbers
     if (array == steps).all():
         return None

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from longshort import backends, native, ops
+from longshort.buffers import Gradients, Saved
 from longshort.cells import Options, Stack
-from longshort.ops import BACKWARD, FORWARD, Call, Saved, address, check, library
+from longshort.ops import BACKWARD, FORWARD, Call, address, check, library
 from longshort.options import LayerOptions
 
 
@@ -127,8 +128,8 @@ class Quick:
         first, second, _ = x.shape
         T, B = (second, first) if self._batch_first else (first, second)
         H, P = self._H, self._P
-        y, h_n = torch.empty(first, second, P), torch.empty(1, B, P)
-        c_n = torch.empty(1, B, H) if self._lstm else None
+        y, h_n = x.new_empty(first, second, P), x.new_empty(1, B, P)
+        c_n = x.new_empty(1, B, H) if self._lstm else None
         fields = FORWARD.pack(
             *self._shape(target, having, T, B, weights),
             *self._places(x),
@@ -163,10 +164,10 @@ class Quick:
         """Return the gradients of x, h_0, c_0 and the weights, those that are `wanted`; the others None."""
         first, second, I = x.shape
         T, B = (second, first) if self._batch_first else (first, second)
-        dx = torch.empty(first, second, I) if wanted[0] else None
-        dh_0 = torch.empty(1, B, self._P) if wanted[1] else None
-        dc_0 = torch.empty(1, B, self._H) if wanted[2] else None
-        dweights = [torch.empty(*n) if want else None for n, want in zip(self._shapes, wanted[3:], strict=True)]
+        dx = x.new_empty(first, second, I) if wanted[0] else None
+        dh_0 = x.new_empty(1, B, self._P) if wanted[1] else None
+        dc_0 = x.new_empty(1, B, self._H) if wanted[2] else None
+        dweights = [Gradients.like(w) if want else None for w, want in zip(weights, wanted[3:], strict=True)]
         dy = None if dy is None else ops.rows(dy)
         dh_n, dc_n = (None if each is None else each.contiguous() for each in (dh_n, dc_n))
         fields = BACKWARD.pack(

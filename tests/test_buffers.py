@@ -1,0 +1,175 @@
+"""Memory that goes from one backward pass to the next is never anybody else's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
+
+import longshort
+from longshort import buffers, kernels, native
+from longshort.buffers import Gradients
+
+pytestmark = pytest.mark.skipif(not native.targets(), reason="no native kernels here")
+
+
+@pytest.fixture(autouse=True)
+def empty() -> Iterator[None]:
+    Gradients.drop()
+    yield
+    Gradients.drop()
+
+
+def place(tensor: Tensor) -> int:
+    return tensor.data_ptr()
+
+
+def test_what_nobody_has_is_given_again() -> None:
+    weight = torch.zeros(40, 30)
+    first = Gradients.like(weight)
+    at = place(first)
+    assert first.shape == (40, 30)
+    assert first.is_contiguous()
+    assert place(Gradients.like(torch.zeros(30, 40))) != at  # another shape
+    del first
+    assert place(Gradients.like(weight)) == at
+
+
+@pytest.mark.parametrize(
+    "share",
+    [
+        lambda t: t,
+        lambda t: t[3:5, 2],
+        lambda t: t.numpy(),
+        lambda t: t.detach(),
+        lambda t: t.untyped_storage(),
+        lambda t: nn.Parameter(t),
+        from_dlpack,
+    ],
+)
+def test_what_somebody_has_is_not(share: Callable[[Tensor], Any]) -> None:
+    weight = torch.zeros(40, 30)
+    first = Gradients.like(weight)
+    at, held = place(first), share(first)
+    del first
+    second = Gradients.like(weight)
+    assert place(second) != at
+    del held, second
+    assert at in {place(kept) for kept in [Gradients.like(weight), Gradients.like(weight)]}
+
+
+def test_memory_that_was_moved_is_not_given_again() -> None:
+    weight = torch.zeros(40, 30)
+    first = Gradients.like(weight)
+    first.share_memory_()  # type: ignore[no-untyped-call]
+    at = place(first)
+    del first
+    assert all(place(Gradients.like(weight)) != at for _ in range(3))
+
+
+def test_only_so_much_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gradients, "MOST_BYTES", 10_000)
+    small, large = torch.zeros(1000), torch.zeros(2501)
+    at = place(Gradients.like(small))
+    Gradients.like(large)  # more than all: plain memory
+    assert place(Gradients.like(small)) == at
+    held = [Gradients.like(small) for _ in range(3)]
+    assert len({place(tensor) for tensor in held}) == 3
+    kept = sum(tensor.nbytes for entries in Gradients._kept.values() for tensor, *_ in entries)
+    assert kept == Gradients._bytes <= 10_000
+
+
+def test_inference_tensors_are_not_kept() -> None:
+    weight = torch.zeros(40, 30)
+    with torch.inference_mode():
+        Gradients.like(weight)
+    assert not Gradients._kept
+    assert not Gradients.like(weight).is_inference()
+
+
+def test_without_a_count_of_uses_all_memory_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    for count in (None, lambda storage: 1):
+        monkeypatch.setattr(buffers, "_uses", count)
+        buffers._alone.cache_clear()
+        held = Gradients.like(torch.zeros(40, 30))
+        assert not Gradients._kept
+        assert held.shape == (40, 30)
+    buffers._alone.cache_clear()
+
+
+class Step(torch.autograd.Function):
+    """A weight whose gradient is filled with a number."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, value: float) -> Tensor:
+        ctx.value = value
+        ctx.save_for_backward(weight)
+        return weight.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return Gradients.like(ctx.saved_tensors[0]).fill_(ctx.value), None
+
+
+@settings(max_examples=40)
+@given(actions=st.lists(st.sampled_from(["backward", "drop", "keep", "forget", "grad"]), max_size=30))
+def test_gradients_stay_what_they_were(actions: list[str]) -> None:
+    weight = nn.Parameter(torch.zeros(8, 4))
+    held: list[tuple[Tensor, float]] = []
+    total, value = 0.0, 0.0
+    for action in actions:
+        value += 1.0
+        if action == "backward":
+            Step.apply(weight, value).backward()  # type: ignore[no-untyped-call]
+            total += value
+        elif action == "drop":
+            weight.grad, total = None, 0.0
+        elif action == "keep" and weight.grad is not None:
+            held.append((weight.grad[2:4] if len(held) % 2 else weight.grad.detach(), total))
+            weight.grad, total = None, 0.0
+        elif action == "forget":
+            held = held[1:]
+        elif action == "grad":
+            (found,) = torch.autograd.grad(Step.apply(weight, value), weight)  # type: ignore[no-untyped-call]
+            held.append((found, value))
+        assert weight.grad is None or torch.equal(weight.grad, torch.full((8, 4), total))
+        for tensor, known in held:
+            assert torch.equal(tensor, torch.full_like(tensor, known))
+
+
+def test_several_threads_get_memory_of_their_own() -> None:
+    weight = torch.zeros(64, 16)
+    wrong: list[Tensor] = []
+
+    def run(number: int) -> None:
+        for _ in range(400):
+            mine = [Gradients.like(weight).fill_(number) for _ in range(3)]
+            wrong.extend(tensor for tensor in mine if tensor.ne(number).any())
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_training_loop_uses_the_same_memory_at_each_step(bidirectional: bool) -> None:
+    layer = longshort.GRU(5, 7, bidirectional=bidirectional)
+    x = torch.randn(4, 3, 5)
+    places = []
+    with kernels.use(native.targets()[0]):
+        for _ in range(3):
+            layer.zero_grad()
+            layer(x)[0].sum().backward()
+            places.append({place(p.grad) for p in layer.parameters() if p.grad is not None})
+    assert places[0] == places[1] == places[2]
+    assert len(places[0]) == len(list(layer.parameters()))
