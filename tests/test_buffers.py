@@ -21,7 +21,9 @@ pytestmark = pytest.mark.skipif(not native.targets(), reason="no native kernels 
 
 
 @pytest.fixture(autouse=True)
-def empty() -> Iterator[None]:
+def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is kept yet, and small gradients will be too."""
+    monkeypatch.setattr(Gradients, "LEAST", 1)
     Gradients.drop()
     yield
     Gradients.drop()
@@ -84,6 +86,14 @@ def test_only_so_much_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({place(tensor) for tensor in held}) == 3
     kept = sum(tensor.nbytes for entries in Gradients._kept.values() for tensor, *_ in entries)
     assert kept == Gradients._bytes <= 10_000
+
+
+def test_little_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gradients, "LEAST", 1000)
+    Gradients.like(torch.zeros(999))
+    assert not Gradients._kept
+    Gradients.like(torch.zeros(1000))
+    assert Gradients._kept
 
 
 def test_inference_tensors_are_not_kept() -> None:

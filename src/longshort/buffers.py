@@ -85,6 +85,8 @@ class Gradients:
     MOST_BYTES = 256 << 20
     """What all of them take; with more, none is kept."""
     MOST_OF_A_SHAPE = 32
+    LEAST = 1 << 15
+    """Numbers of those that are kept: less than 128 KB the C library does not get from the system each time."""
 
     _kept: ClassVar[dict[tuple[torch.Size, torch.dtype], list[Kept]]] = {}
     """By shape and type."""
@@ -92,7 +94,9 @@ class Gradients:
 
     @classmethod
     def like(cls, weight: Tensor) -> Tensor:
-        """Return a contiguous tensor of the shape and type of `weight` that is about to be written as a whole."""
+        """Return a tensor like `weight`, which is contiguous, that is about to be written as a whole."""
+        if weight.numel() < cls.LEAST:
+            return torch.empty_like(weight)
         kept = cls._kept.get((weight.shape, weight.dtype), [])
         for _ in range(len(kept)):
             try:
@@ -100,6 +104,7 @@ class Gradients:
             except IndexError:
                 break
             if entry[0].data_ptr() != entry[1]:  # somebody has moved it
+                cls._bytes -= entry[0].nbytes
                 continue
             gradient = entry[0].data if _holders(entry) == _alone() else None
             kept.append(entry)
@@ -109,9 +114,9 @@ class Gradients:
 
     @classmethod
     def _new(cls, weight: Tensor) -> Tensor:
-        tensor = prefer_large_pages(weight.new_empty(weight.shape))
+        tensor = prefer_large_pages(torch.empty_like(weight))
         size = tensor.nbytes
-        if _alone() is None or not size or size > cls.MOST_BYTES or torch.is_inference_mode_enabled():
+        if _alone() is None or size > cls.MOST_BYTES or torch.is_inference_mode_enabled():
             return tensor
         if cls._bytes + size > cls.MOST_BYTES:
             cls.drop()
