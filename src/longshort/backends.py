@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from longshort import cells
+from longshort import cells, masks
 from longshort.cells import Options, Readings, Sequences, Stack, State
 
 TORCH_OPS: dict[str, Any] = {"rnn": torch.rnn_tanh, "rnn_relu": torch.rnn_relu, "gru": torch.gru, "lstm": torch.lstm}
@@ -47,9 +47,9 @@ def drop_between(x: Tensor, share: float, batch_first: bool, sequences: Sequence
     """Drop a share of what goes from one layer to the next: the same steps, rows and units however `x` is laid."""
     packed = sequences is not None and sequences.packed
     if not (packed or batch_first):
-        return F.dropout(x, share)
+        return masks.dropout(x, share)
     T, B = (x.shape[1], x.shape[0]) if sequences is None else (len(sequences.counts), sequences.batch_size)
-    mask_TBH = F.dropout(x.new_ones(T, B, x.shape[-1]), share)
+    mask_TBH = masks.dropout_mask((T, B, x.shape[-1]), share, x)
     if sequences is not None and packed:
         return x * mask_TBH.flatten(0, 1).index_select(0, sequences.packed_index.to(x.device))
     return x * mask_TBH.transpose(0, 1)

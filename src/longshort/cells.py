@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longshort import masks
 from longshort.config import is_own_cell
 from longshort.errors import UsageError
 
@@ -454,5 +455,5 @@ def run_stack(
                 readings.append(seen)
         x_TBI = torch.cat(outputs, dim=-1) if bidirectional else outputs[0]
         if dropout and layer + 1 < len(weights) // directions:
-            x_TBI = F.dropout(x_TBI, dropout)
+            x_TBI = masks.dropout(x_TBI, dropout)
     return x_TBI, tuple(torch.stack(tensors) for tensors in zip(*after, strict=True))

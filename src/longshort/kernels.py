@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from longshort import backends, cells, graph, native, ops
+from longshort import backends, cells, graph, masks, native, ops
 from longshort.cells import LayerWeights, Options, Readings, Sequences, Stack, State
 from longshort.errors import UsageError
 from longshort.ops import invalidate as invalidate
@@ -264,7 +264,9 @@ def run_layers(
     if choice.autocast:
         rest |= {"dropout": dropout, "readings": readings}
         return _run_autocast(choice, stack, x, state, weights, options=options, **rest)
-    if not stack.residual:
+    # PyTorch's kernel would draw masks of its own between layers: which kernel runs would decide what is dropped.
+    drops = choice.name == "torch" and dropout > 0 and training and stack.num_layers > 1 and x.is_cpu
+    if not (stack.residual or drops):
         found: tuple[Tensor, State] = run(
             stack, x, state, weights, dropout=dropout, options=options, readings=readings, **rest
         )
@@ -282,7 +284,7 @@ def run_layers(
     def drop(x: Tensor) -> Tensor:
         return backends.drop_between(x, dropout, batch_first, sequences) if dropout and training else x
 
-    return add_up(run_layer, drop, stack.num_layers, x)
+    return layer_by_layer(run_layer, drop, stack.num_layers, x, stack.residual)
 
 
 def _run_autocast(
@@ -312,19 +314,21 @@ def _run_autocast(
     return y.to(of_h), tuple(tensor.to(kind) for tensor, kind in zip(after, kinds, strict=False))
 
 
-def add_up(
+def layer_by_layer(
     run_layer: Callable[[int, Tensor], tuple[Tensor, State]],
     drop: Callable[[Tensor], Tensor],
     num_layers: int,
     x: Tensor,
+    residual: bool,
 ) -> tuple[Tensor, State]:
-    """Run residual layers, one above the other: each but the first adds what it reads to what it puts out.
+    """Run layers, one above the other.
 
     Args:
         run_layer: gives a layer's output and the state after, from its number and what it reads.
         drop: dropout between layers.
         num_layers: their number.
         x: what the first one reads.
+        residual: whether each but the first adds what it reads to what it puts out.
 
     Returns:
         What the last one puts out, and the states of all.
@@ -332,7 +336,7 @@ def add_up(
     after = []
     for layer in range(num_layers):
         y, last = run_layer(layer, x)
-        x = x + y if layer else y
+        x = x + y if residual and layer else y
         x = drop(x) if layer + 1 < num_layers else x
         after.append(last)
     return x, tuple(torch.cat(tensors) for tensors in zip(*after, strict=True))
@@ -460,7 +464,8 @@ def run_tokens(
                 return run(cell, x_TBI, before, own, options=options[at])
             return run_tokens(cell, ids_TB, embedding_VE, identity, before, own, options=options[at])
 
-        return add_up(run_layer, partial(F.dropout, p=dropout, training=training), len(weights), ids_TB)
+        between = partial(masks.dropout, share=dropout, training=training)
+        return layer_by_layer(run_layer, between, len(weights), ids_TB, residual)
     weight_ih, bias_ih = weights[0][0], weights[0][2]
     if options:  # a row of the table is not what the layer normalises
         if embedding_VE is None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from longshort import kernels
+from longshort import kernels, masks
 from longshort.config import LabelModelConfig
 from longshort.errors import CheckpointError, ConfigError
 from longshort.examples import Batch
@@ -83,7 +83,7 @@ class Labeller(nn.Module, LabelModel):
         return h_TBH, last[-directions:].transpose(0, 1).flatten(1)
 
     def _drop(self, h: Tensor) -> Tensor:
-        return F.dropout(h, self.config.dropout, self.training)
+        return masks.dropout(h, self.config.dropout, self.training)
 
     def loss(self, batch: Batch, class_weights: Tensor | None = None) -> Tensor:
         """Return the mean of -log p of the labels of `batch`, in nats.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from longshort import cells, checkpoint, kernels, native
+from longshort import cells, checkpoint, kernels, masks, native
 from longshort.cells import Readings, Stack, State
 from longshort.config import ModelConfig
 from longshort.decoder import Decoder, check_weights, runs_natively
@@ -107,7 +107,7 @@ class LanguageModel(nn.Module):
             residual=config.residual,
             options=self.recurrent.options,
         )
-        return F.dropout(h_TBH, config.dropout, self.training), state
+        return masks.dropout(h_TBH, config.dropout, self.training), state
 
     def initialise_normal(self, std: float = 0.01) -> None:
         """Draw every weight from N(0, std) and set every bias to zero, as the lecture does; gains stay 1."""

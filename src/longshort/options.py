@@ -16,9 +16,9 @@ from typing import TypedDict
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longshort import masks
 from longshort.cells import Options, Sequences, Stack
 from longshort.errors import ConfigError
 
@@ -140,7 +140,7 @@ class LayerOptions:
             return weights
         weights, each = list(weights), len(weights) // stack.num_directions
         for i in range(1, len(weights), each):
-            weights[i] = F.dropout(weights[i], self.weight_drop)
+            weights[i] = masks.dropout(weights[i], self.weight_drop)
         return weights
 
     def for_direction(
@@ -168,9 +168,9 @@ class LayerOptions:
         P = stack.output_size
         h_mask_BH = zoneout_mask_TBH = None
         if self.recurrent_dropout and training:
-            h_mask_BH = F.dropout(x.new_ones(rows, P), self.recurrent_dropout)
+            h_mask_BH = masks.dropout_mask((rows, P), self.recurrent_dropout, x)
         if self.zoneout and training:
-            zoneout_mask_TBH = torch.bernoulli(x.new_full((steps, rows, P), self.zoneout))
+            zoneout_mask_TBH = masks.bernoulli((steps, rows, P), self.zoneout, x)
         return Options(
             h_mask_BH=h_mask_BH,
             zoneout_mask_TBH=zoneout_mask_TBH,

@@ -13,10 +13,10 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from longshort import masks
 from longshort.errors import ConfigError, TrainingError
 from longshort.layers import GRU, LSTM, RNN
 
@@ -89,7 +89,7 @@ class SequenceRegressor(nn.Module):
         """
         given: dict[str, Any] = {} if lengths is None else {"lengths": lengths}
         h_TBH, state = self.recurrent((x_TBI - self.mean_I) / self.scale_I, state, **given)
-        h_TBH = F.dropout(h_TBH, self.dropout, self.training)
+        h_TBH = masks.dropout(h_TBH, self.dropout, self.training)
         return self.output(h_TBH) * self.scale_O + self.mean_O, state
 
     @torch.no_grad()
