@@ -1,6 +1,7 @@
 """What dropout and zoneout draw: four decisions from each number that PyTorch's generator gives.
 
-`torch.nn.functional.dropout` draws a number for each, on one thread, which takes a seventh of a training step of 512 units: docs/log.md.
+`torch.nn.functional.dropout` draws a number for each, on one thread, which takes a seventh of a training step of 512
+units: docs/log.md.
 """
 
 from __future__ import annotations
