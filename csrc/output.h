@@ -240,8 +240,8 @@ struct Loss {
     const int64_t panels = ceil_div(H, kOuter), pieces = blocks * panels;
     for (int64_t piece = team.begin(pieces); piece < team.end(pieces); ++piece) {
       const int64_t block = piece / panels, column = piece % panels * kOuter;
-      multiply_outer_block(rows, right + block * right_block(), columns + column * slots(rows), a.dweight + block * W * H,
-                           column, H, symbols(block), add);
+      multiply_outer_stripe(rows, right + block * right_block(), columns, a.dweight + block * W * H, column, column + kOuter, H,
+                            symbols(block), add);
     }
     for (int64_t block = team.begin(blocks); block < team.end(blocks); ++block) {
       V sum{};

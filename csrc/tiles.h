@@ -228,11 +228,14 @@ static inline void multiply_outer_rows(int64_t K, const float* a, const float* p
     multiply_outer<1>(K, a, panel, c + column, columns, rows, valid, add);
 }
 
-/* The same for `units` <= W rows of c, whose factors lie side by side in a. */
-static inline void multiply_outer_block(int64_t K, const float* a, const float* panel, float* c, int64_t column,
-                                        int64_t columns, int units, bool add) {
+/* The same for `units` <= W rows of c, whose factors lie side by side in a, and the panels that begin at the columns
+   from `begin` to `end`, of those that lie at `panels`: rows from end to end before the next. */
+static inline void multiply_outer_stripe(int64_t K, const float* a, const float* panels, float* c, int64_t begin, int64_t end,
+                                         int64_t columns, int units, bool add) {
   for (int u = 0; u < units; u += kOuterRows)
-    multiply_outer_rows(K, a + u, panel, c + u * columns, column, columns, int(smaller(units - u, kOuterRows)), add);
+    for (int64_t column = begin; column < end; column += kOuter)
+      multiply_outer_rows(K, a + u, panels + column * slots(K), c + u * columns, column, columns,
+                          int(smaller(units - u, kOuterRows)), add);
 }
 
 /* Row `at` of a matrix into the panels [first, last) of `multiply_outer`, of `rows` rows. NULL: zeros; `mask` multiplies. */

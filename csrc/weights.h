@@ -154,8 +154,8 @@ struct WeightGradients {
       const float* factors = kPair > 1 ? dh_right : dh;
       for (int64_t column = 0; column < H; column += kOuter)
         for (int64_t block = outputs.begin; block < outputs.end; ++block)
-          multiply_outer_block(rows, factors + block * right_rows(rows), m_columns + column * slots(rows),
-                               sums[kWeightHr].p + block * W * H, column, H, sizes.outputs(block), more);
+          multiply_outer_stripe(rows, factors + block * right_rows(rows), m_columns, sums[kWeightHr].p + block * W * H, column,
+                                column + kOuter, H, sizes.outputs(block), more);
     }
     if (sums[kBiasIh].p) sum_rows(own, dg_input, rows, sums[kBiasIh].p, more);
     if (sums[kBiasHh].p) sum_rows(own, dg, rows, sums[kBiasHh].p, more);
@@ -189,21 +189,14 @@ struct WeightGradients {
 
   void outer_columns(int64_t first, int64_t last, const float* gradients, int64_t rows, const float* operands,
                      int64_t columns, float* weight, bool more) {
-    if (rows * columns <= kNear) { /* rows of the gradient from end to end */
+    const bool near = rows * columns <= kNear; /* then rows of the gradient are written from end to end */
+    const int64_t stripe = near ? columns : kOuter;
+    for (int64_t begin = 0; begin < columns; begin += stripe)
       for (int64_t block = first; block < last; ++block)
         for (int gate = 0; gate < G; ++gate)
-          for (int u = 0; u < sizes.units(block); u += kOuterRows)
-            for (int64_t column = 0; column < columns; column += kOuter)
-              multiply_outer_rows(rows, gradients + (block * G + gate) * right_rows(rows) + u, operands + column * slots(rows),
-                                  weight + (gate * H + block * W + u) * columns, column, columns,
-                                  int(smaller(sizes.units(block) - u, kOuterRows)), more);
-      return;
-    }
-    for (int64_t column = 0; column < columns; column += kOuter)
-      for (int64_t block = first; block < last; ++block)
-        for (int gate = 0; gate < G; ++gate)
-          multiply_outer_block(rows, gradients + (block * G + gate) * right_rows(rows), operands + column * slots(rows),
-                               weight + (gate * H + block * W) * columns, column, columns, sizes.units(block), more);
+          multiply_outer_stripe(rows, gradients + (block * G + gate) * right_rows(rows), operands,
+                                weight + (gate * H + block * W) * columns, begin, begin + stripe, columns, sizes.units(block),
+                                more);
   }
 
   void sum_rows(Blocks own, const float* gradients, int64_t rows, float* bias, bool more) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.dlpack import from_dlpack
 
 import longshort
 from longshort import buffers, kernels, native
-from longshort.buffers import Gradients
+from longshort.buffers import Gradients, Saved
 
 pytestmark = pytest.mark.skipif(not native.targets(), reason="no native kernels here")
 
@@ -69,8 +70,8 @@ def test_what_somebody_has_is_not(share: Callable[[Tensor], Any]) -> None:
 
 def test_memory_that_was_moved_is_not_given_again() -> None:
     weight = torch.zeros(40, 30)
-    first = Gradients.like(weight)
-    first.share_memory_()  # type: ignore[no-untyped-call]
+    first: Any = Gradients.like(weight)
+    first.share_memory_()
     at = place(first)
     del first
     assert all(place(Gradients.like(weight)) != at for _ in range(3))
@@ -133,11 +134,12 @@ class Step(torch.autograd.Function):
 def test_gradients_stay_what_they_were(actions: list[str]) -> None:
     weight = nn.Parameter(torch.zeros(8, 4))
     held: list[tuple[Tensor, float]] = []
+    step: Any = Step.apply
     total, value = 0.0, 0.0
     for action in actions:
         value += 1.0
         if action == "backward":
-            Step.apply(weight, value).backward()  # type: ignore[no-untyped-call]
+            step(weight, value).backward()
             total += value
         elif action == "drop":
             weight.grad, total = None, 0.0
@@ -147,27 +149,34 @@ def test_gradients_stay_what_they_were(actions: list[str]) -> None:
         elif action == "forget":
             held = held[1:]
         elif action == "grad":
-            (found,) = torch.autograd.grad(Step.apply(weight, value), weight)  # type: ignore[no-untyped-call]
+            (found,) = torch.autograd.grad(step(weight, value), weight)
             held.append((found, value))
         assert weight.grad is None or torch.equal(weight.grad, torch.full((8, 4), total))
         for tensor, known in held:
             assert torch.equal(tensor, torch.full_like(tensor, known))
 
 
-def test_several_threads_get_memory_of_their_own() -> None:
+@pytest.mark.parametrize("saved", [False, True])
+def test_several_threads_get_memory_of_their_own(saved: bool) -> None:
     weight = torch.zeros(64, 16)
-    wrong: list[Tensor] = []
+    wrong: list[Any] = []
 
     def run(number: int) -> None:
         for _ in range(400):
-            mine = [Gradients.like(weight).fill_(number) for _ in range(3)]
+            owners = [Saved(1024) if saved else None for _ in range(3)]
+            mine = [(owner.tensor if owner else Gradients.like(weight)).fill_(number) for owner in owners]
             wrong.extend(tensor for tensor in mine if tensor.ne(number).any())
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     assert not wrong
 
 

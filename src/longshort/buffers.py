@@ -1,10 +1,11 @@
-"""Memory that goes from one call of a layer to the next: fresh pages cost as much as the arithmetic of a few rows."""
+"""Memory that goes from one call of a layer to the next: fresh pages are not for nothing."""
 
 from __future__ import annotations
 
 import functools
 import sys
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from longshort import native
 _uses: Any = getattr(torch._C, "_storage_Use_Count", None)
 """How many have a storage, by its address: what PyTorch keeps for itself, so `_alone` makes sure of it."""
 
+T = TypeVar("T")
 Kept = tuple[Tensor, int, torch.UntypedStorage]
 """Memory as a tensor; where it lies; and the one object that stands for it in Python."""
 
@@ -46,6 +48,24 @@ def _alone() -> tuple[int, int] | None:
     return one if counts[1:] == [(uses + 1, objects), (uses, objects + 1), one] else None
 
 
+def _is_free(kept: Kept) -> bool:
+    """Return whether nobody else has that memory, and nobody has moved it."""
+    return kept[0].data_ptr() == kept[1] and _holders(kept) == _alone()
+
+
+def _take(kept: list[T], fits: Callable[[T], bool]) -> T | None:
+    """Take the first that fits out of a list, or None; no two threads take the same."""
+    for _ in range(len(kept)):
+        try:
+            one = kept.pop(0)
+        except IndexError:  # others have it
+            break
+        if fits(one):
+            return one
+        kept.append(one)
+    return None
+
+
 def prefer_large_pages(tensor: Tensor) -> Tensor:
     """Return memory that is about to be written as a whole, in large pages where it is large."""
     library = native.library()
@@ -66,10 +86,8 @@ class Saved:
     MOST = 8
 
     def __init__(self, floats: int) -> None:
-        fitting = [t for t in self._free if floats <= t.numel() <= 2 * floats + 4096]
-        self.tensor = min(fitting, key=Tensor.numel) if fitting else large(floats)
-        if fitting:
-            self._free[:] = [t for t in self._free if t is not self.tensor]
+        found = _take(self._free, lambda tensor: floats <= tensor.numel() <= 2 * floats + 4096)
+        self.tensor = large(floats) if found is None else found
 
     def __del__(self) -> None:
         if len(self._free) < self.MOST:
@@ -98,19 +116,12 @@ class Gradients:
         if weight.numel() < cls.LEAST:
             return torch.empty_like(weight)
         kept = cls._kept.get((weight.shape, weight.dtype), [])
-        for _ in range(len(kept)):
-            try:
-                entry = kept.pop(0)  # from now on no other thread sees it
-            except IndexError:
-                break
-            if entry[0].data_ptr() != entry[1]:  # somebody has moved it
-                cls._bytes -= entry[0].nbytes
-                continue
-            gradient = entry[0].data if _holders(entry) == _alone() else None
-            kept.append(entry)
-            if gradient is not None:
-                return gradient
-        return cls._new(weight)
+        found = _take(kept, _is_free)
+        if found is None:
+            return cls._new(weight)
+        gradient = found[0].data
+        kept.append(found)
+        return gradient
 
     @classmethod
     def _new(cls, weight: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """What dropout and zoneout draw: four decisions from each number that PyTorch's generator gives.
 
-`torch.nn.functional.dropout` draws a number for each, on one thread, which takes a seventh of a training step of 512
-units: docs/log.md.
+`torch.nn.functional.dropout` draws a number for each, on one thread, for which a training step then waits.
 """
 
 from __future__ import annotations

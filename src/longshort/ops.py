@@ -54,13 +54,15 @@ SUPPORTED = native.targets()
 """The targets that this processor can run, best first."""
 
 
-ON_INTEL = "Intel" in machine.processor()
-"""Only there do the products that PyTorch's kernels call take their fastest way."""
+@functools.cache
+def on_intel() -> bool:
+    """Return whether the processor is Intel's, for which the products that PyTorch's kernels call are made."""
+    return "Intel" in machine.processor()
 
 
 def is_slower(cell: str, steps: int | None, hidden_size: int, grad: bool) -> bool:
     """Return whether PyTorch's kernel was measured to be faster on such a processor: docs/log.md has the figures."""
-    return grad and steps == 1 and hidden_size >= 512 and cell in ("rnn", "rnn_relu", "gru") and ON_INTEL
+    return grad and steps == 1 and hidden_size >= 512 and cell in ("rnn", "rnn_relu", "gru") and on_intel()
 
 
 class Call(NamedTuple):

@@ -45,8 +45,8 @@ class Quick:
         vectors = options.parameter_sizes(stack)
         self._P, self._projected = stack.output_size, stack.proj_size
         self._num_plain, self._vectors = len(stack.weight_shapes), tuple(vectors)
-        self._shapes = (*stack.weight_shapes, *((size,) for size in vectors.values()))
-        self._weights = tuple(zip(names, self._shapes, strict=True))
+        shapes = (*stack.weight_shapes, *((size,) for size in vectors.values()))
+        self._weights = tuple(zip(names, shapes, strict=True))
         self._plain = not (self._draws or self._fixed.zoneout or vectors)
         plain = (self._cell, self._H, 1, stack.bias, batch_first, None, (self._fixed,), -1, self._vectors)
         self._call = Call(*plain, projected=stack.proj_size)
