@@ -65,7 +65,7 @@ struct Backward {
   /* A team's. */
   float* dg;              /* what reached W_hh h: blocked, [(unit block, gate)][row of the chunk][W] */
   float* dg_input;        /* what reached W_ih x; the same but for the GRU and layer normalisation */
-  float* left;            /* dg as a left factor, [(unit block, gate)][row of the chunk][S]; itself if factors are floats */
+  float* left;            /* dg as a left factor; itself if factors are floats */
   float* left_input;
   float* dh_rows;         /* where h is projected: of what a step puts out, [block][row of the chunk][W], */
   float* dh_left;         /* and as a left factor */
@@ -103,7 +103,7 @@ struct Backward {
     int64_t most = larger(a.shape.num_threads, 1);
     /* Adding up must cost less than it costs to exchange dgates, of which products of pairs take half. */
     const bool by_rows = !direct_weights && kPair * sum_floats <= steps.total_rows() * G * H &&
-                         divides_rows(a.shape, most, (hidden_panels + input_panels) * U * G * S * kPanel);
+                         divides_rows(a.shape, most, (hidden_panels + input_panels) * gate_blocks() * S * kPanel);
     if (!by_rows) most = smaller(most, unit_panels);
     double flops = 4.0 * double(steps.total_rows()) * double(H) * double(G * (I + P) + a.shape.P);
     threads = useful_threads(int(most), flops, by_rows ? 2.0 : double(T));
@@ -112,10 +112,10 @@ struct Backward {
 
   int64_t carve(float* memory) {
     Arena arena(memory);
-    int64_t K = U * G * S;
+    int64_t K = gate_blocks() * S;
     packed_hidden = reaches_back() && !direct_weights ? arena.array(hidden_panels * K * kColumns * W) : nullptr;
     packed_inputs = a.dx && !direct_weights ? arena.array(input_panels * K * kColumns * W) : nullptr;
-    packed_projection = projects && !direct_weights ? arena.array(unit_panels * h_blocks * S * kPanel) : nullptr;
+    packed_projection = projects && !direct_weights ? arena.array(unit_panels * padded(h_blocks) * S * kPanel) : nullptr;
     int64_t state = hidden_panels * kColumns * Bp * W, of_units = unit_panels * kColumns * Bp * W;
     recurrent = arena.array(direct_weights ? B * r_row : state);
     direct = has_direct ? arena.array(state) : nullptr;
@@ -130,6 +130,9 @@ struct Backward {
     return arena.floats();
   }
 
+  /* Blocks of W gates, with those that only fill up where products sum over them. */
+  int64_t gate_blocks() const { return padded(U * G); }
+
   int64_t carve_chunk(float* memory) {
     Arena arena(memory);
     dg = arena.array(U * G * odd(chunk_rows) * W);
@@ -138,13 +141,12 @@ struct Backward {
     left = dg;
     left_input = dg_input;
     if (kPair > 1 && !direct_weights) {
-      const int64_t factors = U * G * odd(chunk_rows) * S;
+      const int64_t factors = left_floats(U * G, odd(chunk_rows));
       left = arena.array(factors);
       left_input = two ? arena.array(factors) : left;
     }
-    int64_t of_chunk = h_blocks * odd(chunk_rows) * W;
-    dh_rows = dh_left = projects ? arena.array(of_chunk) : nullptr;
-    if (projects && kPair > 1 && !direct_weights) dh_left = arena.array(of_chunk / kPair);
+    dh_rows = dh_left = projects ? arena.array(h_blocks * odd(chunk_rows) * W) : nullptr;
+    if (projects && kPair > 1 && !direct_weights) dh_left = arena.array(left_floats(h_blocks, odd(chunk_rows)));
     dx = a.dx && !direct_weights ? arena.array(input_panels * chunk_rows * kPanel) : nullptr;
     weights.carve(arena, chunk_rows);
     return arena.floats();
@@ -197,6 +199,7 @@ struct Backward {
 
   void work(int thread, int count) {
     FlushSubnormals flush;
+    MatrixUnit unit;
     Team all(shared, thread, count);
     pack(all);
     start_state(all);
@@ -227,9 +230,9 @@ struct Backward {
     for (int64_t panel = team.begin(input_panels); panel < team.end(input_panels) && packed_inputs; ++panel)
       pack_columns(a.weight_ih, I, panel, packed_inputs);
     for (int64_t panel = team.begin(unit_panels); panel < team.end(unit_panels) && packed_projection; ++panel)
-      for (int64_t block = 0; block < h_blocks; ++block)
+      for (int64_t block = 0; block < padded(h_blocks); ++block)
         pack_deep_rows(a.weight_hr + block * W * H, sizes.outputs(block), H, panel * kPanel,
-                       packed_projection + (panel * h_blocks + block) * S * kPanel);
+                       packed_projection + (panel * padded(h_blocks) + block) * S * kPanel);
   }
 
   /* All steps of the rows [row0, row1), the last first. False: this thread has nothing more to do. */
@@ -243,6 +246,7 @@ struct Backward {
         rows.all += more;
       }
       weights.copy(team, first, last, row0, row1, rows.all, row_offset);
+      if (team.leads() && !direct_weights) fill_factors(rows.all);
       rows.at = rows.all;
       for (int64_t step = last - 1; step >= first; --step) {
         rows.end = row0 + steps.rows_of(step, row0, row1);
@@ -271,6 +275,13 @@ struct Backward {
       if (!team.wait()) return false;
     }
     return true;
+  }
+
+  /* The blocks of left factors that only fill up. */
+  void fill_factors(int64_t rows) const {
+    fill_left(left, U * G, odd(rows), 0, rows);
+    if (left_input != left) fill_left(left_input, U * G, odd(rows), 0, rows);
+    if (projects) fill_left(dh_left, h_blocks, odd(rows), 0, rows);
   }
 
   /* Whether anybody asks what goes back past a step, past any step. */
@@ -305,10 +316,12 @@ struct Backward {
 
   /* panel[(unit block, gate, u)][kColumns W] = weight[gate H + unit][columns]: the order of k in which dgates lie. */
   void pack_columns(const float* weight, int64_t columns, int64_t panel, float* packed) {
-    float* out = packed + panel * U * G * S * kPanel;
+    float* out = packed + panel * gate_blocks() * S * kPanel;
     for (int64_t block = 0; block < U; ++block)
       for (int gate = 0; gate < G; ++gate, out += S * kPanel)
         pack_deep_rows(weight + (gate * H + block * W) * columns, sizes.units(block), columns, panel * kPanel, out);
+    for (int64_t block = U * G; block < gate_blocks(); ++block, out += S * kPanel)
+      pack_deep_rows(weight, 0, columns, panel * kPanel, out);
   }
 
   /* Own blocks of units, and of columns of h. */
@@ -343,15 +356,15 @@ struct Backward {
     for (int64_t block = own_outputs(team).begin; block < own_outputs(team).end; ++block) {
       const Units u = {step, steps.time(step), block, 0, sizes.outputs(block), nullptr, nullptr};
       for (int64_t row = rows.begin; row < rows.end; ++row)
-        put(dh_rows, dh_left, block * rows.next() + rows.place(row), options ? reach<true>(u, row) : reach<false>(u, row));
+        put(dh_rows, dh_left, rows, block, row, options ? reach<true>(u, row) : reach<false>(u, row));
     }
   }
 
   /* dm = dh W_hr, own units. */
   void multiply_projection(const Team& team, int64_t step, const Rows& rows) {
     if (!direct_weights) {
-      multiply_deep(packed_projection, h_blocks, team.begin(unit_panels), team.end(unit_panels), dh_left + rows.at * S,
-                    odd(rows.all), rows.count(), step, Place{dm + rows.begin * W, W, Bp * W}, kColumns * Bp * W);
+      multiply_deep(packed_projection, padded(h_blocks), team.begin(unit_panels), team.end(unit_panels),
+                    left_at(dh_left, odd(rows.all), 0, rows.at), odd(rows.all), rows.count(), step, Place{dm + rows.begin * W, W, Bp * W}, kColumns * Bp * W);
       return;
     }
     int64_t column = own_units(team).begin * W, columns = smaller(own_units(team).end * W, H) - column;
@@ -374,7 +387,6 @@ struct Backward {
 
   template <bool kOptions>
   void run_step_rows(const Team& team, int64_t step, const Rows& rows, float* own_parts) {
-    const int64_t next = rows.next(); /* from one gate to the next */
     for (int64_t block = own_units(team).begin; block < own_units(team).end; ++block) {
       const Units u = units_at(step, block);
       for (int64_t row = rows.begin; row < rows.end; ++row) {
@@ -389,18 +401,17 @@ struct Backward {
         } else {
           differentiate<kOptions>(u, row, d, gates, input);
         }
-        int64_t to = block * G * next + rows.place(row);
-        for (int gate = 0; gate < G; ++gate) put(dg, left, to + gate * next, gates[gate]);
-        for (int gate = 0; kGru && gate < G; ++gate) put(dg_input, left_input, to + gate * next, input[gate]);
+        for (int gate = 0; gate < G; ++gate) put(dg, left, rows, block * G + gate, row, gates[gate]);
+        for (int gate = 0; kGru && gate < G; ++gate) put(dg_input, left_input, rows, block * G + gate, row, input[gate]);
       }
     }
   }
 
-  /* One gate's gradient, and the factor that is made of it. */
-  void put(float* gradients, float* factors, int64_t to, V v) const {
-    store(gradients + to, v);
+  /* Block `block` of a row's gradients, and the factor that is made of it. */
+  void put(float* gradients, float* factors, const Rows& rows, int64_t block, int64_t row, V v) const {
+    store(gradients + block * rows.next() + rows.place(row), v);
     if constexpr (kPair > 1)
-      if (!direct_weights) store_left(factors + to / kPair, v);
+      if (!direct_weights) store_left(left_at(factors, odd(rows.all), block, rows.at + row - rows.begin), v);
   }
 
   /* A block of units (or of columns of h) in one step; what the forward pass saved of it in this step and the one before. */
@@ -603,9 +614,9 @@ struct Backward {
     for (int64_t block = 0; block < U; ++block) {
       const float* saved = units_at(step, block).saved + row * saved_row + Cell::kSaved * W;
       for (int gate = 0; gate < G; ++gate) {
-        int64_t to = (block * G + gate) * next + place;
-        put(dg_input, left_input, to, of_x(load(dg_input + to), load(saved + gate * W)));
-        put(dg, left, to, of_h(load(dg + to), load(saved + (G + gate) * W)));
+        const int64_t of = block * G + gate, to = of * next + place;
+        put(dg_input, left_input, rows, of, row, of_x(load(dg_input + to), load(saved + gate * W)));
+        put(dg, left, rows, of, row, of_h(load(dg + to), load(saved + (G + gate) * W)));
       }
     }
   }
@@ -646,8 +657,8 @@ struct Backward {
     if (direct_weights)
       multiply_step_direct(team, rows);
     else
-      multiply_deep(packed_hidden, U * G, team.begin(hidden_panels), team.end(hidden_panels), left + rows.at * S,
-                    odd(rows.all), rows.count(), step, Place{recurrent + rows.begin * W, W, Bp * W}, kColumns * Bp * W);
+      multiply_deep(packed_hidden, gate_blocks(), team.begin(hidden_panels), team.end(hidden_panels),
+                    left_at(left, odd(rows.all), 0, rows.at), odd(rows.all), rows.count(), step, Place{recurrent + rows.begin * W, W, Bp * W}, kColumns * Bp * W);
     bool masked = a.options.h_mask || a.options.resets;
     if (!masked && !(a.dh0 && rows.end > n_before)) return;
     for (int64_t block = own_outputs(team).begin; block < own_outputs(team).end; ++block) {
@@ -726,7 +737,7 @@ struct Backward {
 
   void input_gradients(const Team& team, int64_t first_step, int64_t last_step, const Rows& rows) {
     int64_t first = team.begin(input_panels), last = team.end(input_panels);
-    multiply_deep(packed_inputs, U * G, first, last, left_input, odd(rows.all), rows.all, 0, Place{dx, kPanel, W},
+    multiply_deep(packed_inputs, gate_blocks(), first, last, left_input, odd(rows.all), rows.all, 0, Place{dx, kPanel, W},
                   rows.all * kPanel);
     int64_t at = 0;
     for (int64_t step = first_step; step < last_step; ++step) {

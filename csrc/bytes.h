@@ -52,12 +52,14 @@ static void multiply_bytes(int64_t k_blocks, const float* a, int64_t a_block, co
             load(start.p + r * start.row + n * start.vector) + sum[r][n] * load(scales + n * W));
 }
 
-template <int N, int R = max_rows<N>()>
+template <int N, int R = kAccumulators / N>
 static inline void multiply_bytes_rows(int rows, int64_t k_blocks, const float* a, int64_t a_block, const int8_t* panel,
                                        const float* scales, Place start, Place out) {
   if constexpr (R == 1) {
     multiply_bytes<1, N>(k_blocks, a, a_block, panel, scales, start, out);
   } else {
+    for (; rows > R; rows -= R, a += R * W, start = start.at(R, 0), out = out.at(R, 0)) /* where tiles have more rows */
+      multiply_bytes<R, N>(k_blocks, a, a_block, panel, scales, start, out);
     if (rows == R)
       multiply_bytes<R, N>(k_blocks, a, a_block, panel, scales, start, out);
     else

@@ -75,7 +75,7 @@ struct Language {
         upper(args.model.H, args.model.H), head{args.model.V, args.model.H}, steps(steps), status(LS_OK), shared{} {
     double inputs = double(model.table ? 0 : model.E) + double(model.layers - 1) * double(model.H);
     double weights = G * double(model.H) * (inputs + double(model.layers * model.H)) + double(model.V * model.H);
-    together = a.B < a.num_threads * max_rows<N>();
+    together = a.B < a.num_threads * (kAccumulators / N);
     /* A weight of few rows takes the time of five operations to come. */
     double flops = weights * (together ? larger(2 * a.B, model.int8 ? 2 : 5) : 2 * a.B) * double(steps);
     int most = int(smaller(a.num_threads, together ? upper.panels : a.B));
@@ -95,6 +95,7 @@ struct Language {
           threads,
           [](void* given, int thread, int count) {
             FlushSubnormals flush;
+            MatrixUnit unit;
             Context* context = static_cast<Context*>(given);
             context->self->work(*context->rows, Team(&context->self->shared, thread, count));
           },
@@ -110,6 +111,7 @@ struct Language {
 
   void work_alone(int thread, int count) {
     FlushSubnormals flush;
+    MatrixUnit unit;
     Rows rows{};
     rows.begin = a.B * thread / count;
     rows.count = a.B * (thread + 1) / count - rows.begin;
@@ -357,7 +359,7 @@ struct Language {
     const Sizes<Cell>& sizes = layer ? upper : first;
     const int64_t state = layer * layer_floats(rows), row_block = rows.room * W;
     Tiles tiles(rows.count, max_rows<N>());
-    alignas(64) float xg[kAccumulators * W], sums[kAccumulators * W];
+    alignas(64) float xg[tile_floats<N>()], sums[tile_floats<N>()];
     for (int64_t panel = team.begin(sizes.panels); panel < team.end(sizes.panels); ++panel) {
       const float *biases = biases_of(layer, panel), *inputs = biases + sizes.bias_floats(), *hidden = hidden_of(layer, panel);
       for (int64_t tile = 0; tile < tiles.count; ++tile) {

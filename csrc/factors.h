@@ -1,7 +1,10 @@
-/* What products multiply: floats, or in the target of that name numbers of bfloat16, a float's first 16 bits. Sums are float32.
+/* What products multiply: floats, or in the targets of that name numbers of bfloat16, a float's first 16 bits. Sums are float32.
 
-   Two numbers of bfloat16 that follow each other in k lie in the place of a float: blocks of a left factor are [row][S], panels
-   [k / kPair][N][W]. A factor with an odd number of k ends in a zero. */
+     kPair     factors that follow each other in k and lie in the place of one float: 1 float, or 2 numbers of bfloat16
+     kJoined   blocks of W columns of which a row of a left factor lies together: 2 where a matrix unit reads 64 bytes of it
+
+   Left factors are [k / (kJoined W)][row][kJoined S], panels [k / kPair][N][W]. A factor whose number of k does not fill its last
+   place, or its last kJoined blocks, ends in zeros. */
 
 #ifndef LONGSHORT_FACTORS_H
 #define LONGSHORT_FACTORS_H
@@ -13,7 +16,12 @@ namespace LS_TARGET {
 
 #if defined(__AVX512BF16__)
 
-constexpr int kPair = 2; /* factors in the place of a float */
+constexpr int kPair = 2;
+#if defined(__AMX_BF16__)
+constexpr int kJoined = 2;
+#else
+constexpr int kJoined = 1;
+#endif
 
 static inline VI to_bfloat16(V v) {
   return (VI)_mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)_mm512_cvtneps_pbh((__m512)v));
@@ -56,7 +64,7 @@ static inline float of_place(const float* p, int64_t k) {
 
 #else
 
-constexpr int kPair = 1;
+constexpr int kPair = 1, kJoined = 1;
 static inline V together(const V* v) { return v[0]; }
 static inline void store_right(float* p, int64_t, V v) { store(p, v); }
 static inline void store_left(float* p, V v) { store(p, v); }
@@ -68,19 +76,45 @@ static inline float of_place(const float* p, int64_t) { return *p; }
 
 constexpr int S = W / kPair; /* floats that a row of a block takes in a left factor */
 
+/* Rows of a panel that fill places, and where blocks are joined all of these. */
+constexpr int64_t kWhole = kJoined > 1 ? kJoined * W : kPair;
+
 /* How many places K rows of a panel take. */
-static inline int64_t slots(int64_t K) { return ceil_div(K, kPair); }
+static inline int64_t slots(int64_t K) { return ceil_div(K, kWhole) * kWhole / kPair; }
+
+/* Blocks of k with those that only fill up. */
+static inline int64_t padded(int64_t blocks) { return ceil_div(blocks, kJoined) * kJoined; }
+
+/* Floats of a left factor of `blocks` blocks, and where block `block` of a row lies in one that has room for `room` rows. */
+static inline int64_t left_floats(int64_t blocks, int64_t room) { return padded(blocks) * room * S; }
+static inline float* left_at(float* p, int64_t room, int64_t block, int64_t row) {
+  return p + ((block / kJoined * room + row) * kJoined + block % kJoined) * S;
+}
+
+/* Zeros in the blocks that only fill up a left factor of `blocks`. */
+static inline void fill_left(float* p, int64_t blocks, int64_t room, int64_t row0, int64_t row1) {
+  for (int64_t block = blocks; block < padded(blocks); ++block)
+    for (int64_t row = row0; row < row1; ++row) store_left(left_at(p, room, block, row), V{});
+}
 
 /* W rows of a panel, `p` the place of the first, `width` floats from one place to the next: the square at `v`. */
 static inline void store_square(float* p, int64_t width, const V* v) {
   for (int k = 0; k < W; k += kPair) store(p + k / kPair * width, together(v + k));
 }
 
-/* `rows` rows of a vector each as a panel that is W wide. */
-static inline void store_rows(const float* from, int64_t rows, float* panel) {
-  for (int64_t row = 0; row < rows; row += kPair, panel += W) {
-    const V both[2] = {load(from + row * W), row + 1 < rows ? load(from + (row + 1) * W) : V{}};
-    store(panel, together(both));
+/* `rows` rows of a vector each as the first factor of a product that sums over them: a panel that is W wide; where blocks are
+   joined squares of it, mirrored, which makes its columns the rows of a left factor. */
+static inline void store_rows(const float* from, int64_t rows, float* to) {
+  for (int64_t row = 0; row < rows; row += kWhole, to += kWhole / kPair * W) {
+    V places[W];
+    for (int i = 0; i < kWhole / kPair; ++i) {
+      V both[2] = {};
+      for (int k = 0; k < kPair; ++k)
+        if (row + kPair * i + k < rows) both[k] = load(from + (row + kPair * i + k) * W);
+      places[i] = together(both);
+    }
+    if (kJoined > 1) mirror(places); /* there are W of them */
+    for (int i = 0; i < kWhole / kPair; ++i) store(to + i * W, places[i]);
   }
 }
 

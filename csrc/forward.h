@@ -52,12 +52,12 @@ struct Forward {
   /* Shared scratch. */
   float* own_packed;
   const float* packed_projection;
-  float* h[2];   /* what W_hh reads, as a left factor [U][Bp][S], or [B][h_row]: of this step and of the next */
+  float* h[2];   /* what W_hh reads, as a left factor, or [B][h_row]: of this step and of the next */
   float* raw[2]; /* h before mask, reset and rounding, [U][Bp][W]; what W_hh reads where there are none */
   float* c;      /* blocked [U][Bp][W] */
-  float* m;      /* where h is projected, o tanh(c): as a left factor [U][Bp][S], or [B][m_row] */
+  float* m;      /* where h is projected, o tanh(c): as a left factor, or [B][m_row] */
   float* hr;     /* and m W_hr, [block][Bp][W] */
-  float* x;      /* a team's chunk, as a left factor [input block][row][S] */
+  float* x;      /* a team's chunk, as a left factor */
   float* xg;     /* a team's chunk [panel][row][N W] */
   float* hg;     /* with layer normalisation, W_hh h of a step [panel][row][N W] */
   Team::Shared* shared;
@@ -80,9 +80,10 @@ struct Forward {
     h_block = direct ? W : Bp * W;
     plan_teams();
     int64_t group = ceil_div(B, teams);
-    /* xg and x of a chunk should stay in the second-level cache. */
+    /* xg and x of a chunk should stay in the second-level cache; a matrix unit waits for the weights instead. */
     int64_t row_floats = sizes.panels * NW / team_size + sizes.input_blocks * W;
-    chunk_rows = larger(larger(group, 1), smaller(steps.total_rows(), smaller(larger((512 << 10) / row_floats, 24), 96)));
+    int64_t fitting = kJoined > 1 ? 256 : smaller(larger((512 << 10) / row_floats, 24), 96);
+    chunk_rows = larger(larger(group, 1), smaller(steps.total_rows(), fitting));
   }
 
   void plan_teams() {
@@ -104,18 +105,20 @@ struct Forward {
     packed = a.packed ? a.packed : own_packed;
     packed_projection = packed ? packed + panels_end : nullptr;
     int64_t state = h_blocks * Bp * W, of_units = sizes.U * Bp * W;
-    for (int i = 0; i < 2; ++i) h[i] = arena.array(direct ? B * h_row : state / kPair);
+    for (int i = 0; i < 2; ++i) h[i] = arena.array(direct ? B * h_row : left_floats(h_blocks, Bp));
     for (int i = 0; i < 2; ++i) raw[i] = raw_differs ? arena.array(direct ? B * h_row : state) : h[i];
     c = kLstm ? arena.array(of_units) : nullptr;
-    m = projects ? arena.array(direct ? B * m_row : of_units / kPair) : nullptr;
+    m = projects ? arena.array(direct ? B * m_row : left_floats(sizes.U, Bp)) : nullptr;
     hr = projects ? arena.array(projection.panels() * kColumns * Bp * W) : nullptr;
-    x = direct ? nullptr : arena.array(teams * sizes.input_blocks * odd(chunk_rows) * S);
+    x = direct ? nullptr : arena.array(teams * x_floats());
     xg = arena.array(teams * sizes.panels * chunk_rows * NW);
     hg = normal ? arena.array(sizes.panels * Bp * NW) : nullptr;
     row_offset = reinterpret_cast<int64_t*>(arena.array(2 * T));
     shared = reinterpret_cast<Team::Shared*>(arena.array(int64_t(sizeof(Team::Shared) / 4) * (teams + 1)));
     return arena.floats();
   }
+
+  int64_t x_floats() const { return left_floats(sizes.input_blocks, odd(chunk_rows)); }
 
   int32_t run() {
     if (steps.total_rows() == 0) {
@@ -150,6 +153,7 @@ struct Forward {
 
   void work(int thread, int count) {
     FlushSubnormals flush;
+    MatrixUnit unit;
     if (teams == 1) {
       Team team(shared, thread, count);
       if (own_packed) pack(team);
@@ -176,7 +180,7 @@ struct Forward {
   }
 
   void run_rows(Team team, int64_t row0, int64_t row1, int64_t index) {
-    float* x_chunk = x + index * sizes.input_blocks * odd(chunk_rows) * S;
+    float* x_chunk = x + index * x_floats();
     float* xg_chunk = xg + index * sizes.panels * chunk_rows * NW;
     start_state(team, row0, row1);
     for (int64_t first = 0, last; first < T; first = last) {
@@ -231,6 +235,10 @@ struct Forward {
         }
       }
     }
+    if (team.leads() && !direct) {
+      for (float* left : h) fill_left(left, h_blocks, Bp, row0, row1);
+      if (projects) fill_left(m, sizes.U, Bp, row0, row1);
+    }
     for (int64_t block = team.begin(sizes.U); block < team.end(sizes.U) && kLstm; ++block) {
       int units = sizes.units(block);
       for (int64_t row = row0; row < row1; ++row)
@@ -246,7 +254,7 @@ struct Forward {
     if (kPair == 1 || direct)
       store(h[step & 1] + h_at(block, row), value);
     else
-      store_left(h[step & 1] + h_at(block, row) / kPair, value);
+      store_left(left_at(h[step & 1], Bp, block, row), value);
   }
 
   bool is_reset(int64_t step, int64_t row) const {
@@ -262,13 +270,14 @@ struct Forward {
   }
 
   void copy_inputs(const Team& team, int64_t first, int64_t last, int64_t row0, int64_t row1, int64_t rows, float* chunk) {
+    const int64_t blocks = padded(sizes.input_blocks);
     int64_t at = 0;
     for (int64_t step = first; step < last; ++step) {
       int64_t t = steps.time(step), n = steps.rows_of(step, row0, row1);
       for (int64_t row = row0; row < row0 + n; ++row, ++at) {
         const float* from = a.x + steps.offset(t, row, a.x_step, a.x_row);
-        for (int64_t block = team.begin(sizes.input_blocks); block < team.end(sizes.input_blocks); ++block)
-          store_left(chunk + (block * odd(rows) + at) * S, row_block(from, sizes.I, block));
+        for (int64_t block = team.begin(blocks); block < team.end(blocks); ++block)
+          store_left(left_at(chunk, odd(rows), block, at), row_block(from, sizes.I, block));
       }
     }
   }
@@ -291,18 +300,23 @@ struct Forward {
     }
   }
 
-  void multiply_inputs(const Team& team, int64_t step, int64_t rows, const float* x_chunk, float* xg_chunk) {
-    int64_t first = team.begin(sizes.panels), blocks = sizes.input_blocks;
-    Panels panels(packed + first * sizes.panel_floats() + sizes.bias_floats(), sizes.input_floats(), sizes.panel_floats(),
-                  team.end(sizes.panels) - first, step);
+  void multiply_inputs(const Team& team, int64_t step, int64_t rows, float* x_chunk, float* xg_chunk) {
+    const int64_t first = team.begin(sizes.panels), blocks = padded(sizes.input_blocks);
+    const int64_t depth = kJoined > 1 ? kDepth : larger(blocks, 1); /* a matrix unit reads all rows again for each panel */
     Tiles tiles(rows, max_rows<N>());
-    for (int64_t i = 0; i < panels.count(); ++i) {
-      int64_t panel = first + panels.index(i);
-      float* biases = normal ? nullptr : const_cast<float*>(biases_of(panel));
-      for (int64_t tile = 0; tile < tiles.count; ++tile) {
-        int64_t row = tiles.begin(tile);
-        multiply_rows<N>(tiles.size(tile), blocks, x_chunk + row * S, odd(rows) * S, panels.at(i), Place{biases, 0, W},
-                         Place{xg_chunk + (panel * rows + row) * NW, NW, W}, panels.ahead(i, tile, tiles.count, blocks));
+    for (int64_t k = 0; k == 0 || k < blocks; k += depth) {
+      const int64_t deep = smaller(depth, blocks - k);
+      Panels panels(packed + first * sizes.panel_floats() + sizes.bias_floats() + k * S * NW, deep * S * NW,
+                    sizes.panel_floats(), team.end(sizes.panels) - first, step);
+      for (int64_t i = 0; i < panels.count(); ++i) {
+        int64_t panel = first + panels.index(i);
+        float* biases = normal ? nullptr : const_cast<float*>(biases_of(panel));
+        for (int64_t tile = 0; tile < tiles.count; ++tile) {
+          int64_t row = tiles.begin(tile);
+          const Place sums = {xg_chunk + (panel * rows + row) * NW, NW, W};
+          multiply_rows<N>(tiles.size(tile), deep, left_at(x_chunk, odd(rows), k, row), odd(rows), panels.at(i),
+                           k ? sums : Place{biases, 0, W}, sums, panels.ahead(i, tile, tiles.count, deep));
+        }
       }
     }
   }
@@ -335,7 +349,7 @@ struct Forward {
   }
 
   void run_step_direct(const Team& team, int64_t step, int64_t row0, int64_t n_rows, int64_t chunk, const float* xg_rows) {
-    Tiles tiles(n_rows, smaller(kDotRows, max_rows<N>()));
+    Tiles tiles(n_rows, smaller(kDotRows, kAccumulators / N));
     alignas(64) float sums[kAccumulators * W];
     int64_t first = team.begin(sizes.panels), count = team.end(sizes.panels) - first;
     for (int64_t i = 0; i < count; ++i) {
@@ -365,20 +379,21 @@ struct Forward {
 
   /* `xg_rows`: the step's first row in the chunk's first panel. */
   void run_step(const Team& team, int64_t step, int64_t row0, int64_t n, int64_t chunk, const float* xg_rows) {
-    int64_t first = team.begin(sizes.panels), blocks = sizes.hidden_blocks();
+    int64_t first = team.begin(sizes.panels), blocks = padded(sizes.hidden_blocks());
     int64_t before_hidden = sizes.bias_floats() + sizes.input_floats();
     Panels panels(packed + first * sizes.panel_floats() + before_hidden, sizes.hidden_floats(), sizes.panel_floats(),
                   team.end(sizes.panels) - first, step);
     Tiles tiles(n, max_rows<N>());
-    alignas(64) float sums[kAccumulators * W];
+    alignas(64) float sums[tile_floats<N>()];
     for (int64_t i = 0; i < panels.count(); ++i) {
       int64_t panel = first + panels.index(i);
       const float* hidden_bias = biases_of(panel) + 3 * W; /* the GRU's */
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         int64_t row = tiles.begin(tile);
         int rows = tiles.size(tile);
+        const float* left = left_at(h[step & 1], Bp, 0, row0 + row);
         if (normal) {
-          multiply_rows<N>(rows, blocks, h[step & 1] + (row0 + row) * S, Bp * S, panels.at(i), Place{nullptr, 0, 0},
+          multiply_rows<N>(rows, blocks, left, Bp, panels.at(i), Place{nullptr, 0, 0},
                            Place{hg_at(panel, row0 + row), NW, W}, panels.ahead(i, tile, tiles.count, blocks));
           continue;
         }
@@ -392,7 +407,7 @@ struct Forward {
           }
           start.p = sums;
         }
-        multiply_rows<N>(rows, blocks, h[step & 1] + (row0 + row) * S, Bp * S, panels.at(i), start, Place{sums, NW, W},
+        multiply_rows<N>(rows, blocks, left, Bp, panels.at(i), start, Place{sums, NW, W},
                          panels.ahead(i, tile, tiles.count, blocks));
         finish_tile(step, panel, row0 + row, rows, sums, xg_tile);
       }
@@ -506,14 +521,14 @@ struct Forward {
     if (direct)
       store(m + row * m_row + block * W, value);
     else
-      store_left(m + (block * Bp + row) * S, value);
+      store_left(left_at(m, Bp, block, row), value);
   }
 
   /* h = m W_hr of a step, own columns. */
   void project(const Team& team, int64_t step, int64_t row0, int64_t n) {
     int64_t first = team.begin(projection.panels()), last = team.end(projection.panels());
     if (!direct) /* in ascending order of k at every step, as all products that a forward pass makes */
-      multiply_deep(packed_projection, sizes.unit_blocks(), first, last, m + row0 * S, Bp, n, 0,
+      multiply_deep(packed_projection, padded(sizes.unit_blocks()), first, last, left_at(m, Bp, 0, row0), Bp, n, 0,
                     Place{hr + row0 * W, W, Bp * W}, kColumns * Bp * W);
     for (int64_t block = first * kColumns; block < smaller(last * kColumns, h_blocks); ++block) {
       float* sums = hr + (block * Bp + row0) * W;

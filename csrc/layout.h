@@ -63,8 +63,8 @@ struct Sizes {
   int64_t bias_floats() const { return Cell::kBiases * Cell::kUnits * W; }
   int64_t unit_blocks() const { return ceil_div(H, W); }
   int64_t hidden_blocks() const { return ceil_div(P, W); } /* of W columns of h */
-  int64_t input_floats() const { return input_blocks * S * N * W; }
-  int64_t hidden_floats() const { return hidden_blocks() * S * N * W; }
+  int64_t input_floats() const { return padded(input_blocks) * S * N * W; }
+  int64_t hidden_floats() const { return padded(hidden_blocks()) * S * N * W; }
   int64_t panel_floats() const { return bias_floats() + input_floats() + hidden_floats(); }
   int units(int64_t unit_block) const { /* of it that are not padding */
     return part_of(H - unit_block * W);
@@ -197,38 +197,12 @@ static inline int64_t odd(int64_t rows) { return rows | 1; }
 
 static inline void clear(float* p, int64_t floats) { __builtin_memset(p, 0, size_t(floats) * sizeof(float)); }
 
-/* The square of v's lanes, mirrored: v[i][j] becomes v[j][i]. Halves change places, then halves of halves, ... */
-static inline void mirror(V* v) {
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC unroll 8
-  for (int half = W / 2; half >= 1; half /= 2) {
-    VI low, high;
-    for (int lane = 0; lane < W; ++lane) {
-      low[lane] = lane & half ? W + lane - half : lane;
-      high[lane] = lane & half ? W + lane : lane + half;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) {
-      if (i & half) continue;
-      V a = v[i], b = v[i + half];
-      v[i] = __builtin_shuffle(a, b, low);
-      v[i + half] = __builtin_shuffle(a, b, high);
-    }
-  }
-#else
-  float square[W][W];
-  for (int i = 0; i < W; ++i)
-    for (int j = 0; j < W; ++j) square[j][i] = v[i][j];
-  for (int i = 0; i < W; ++i) v[i] = load(square[i]);
-#endif
-}
-
 /* panel[k][n W + u] = weight[row(n, u)][k]: W rows of the weights side by side. `rows` of the W are not padding. */
 static void transpose_block(const float* weight, int64_t stride, int rows, int64_t K, float* panel, int64_t panel_width) {
-  for (int64_t k = 0; k < K; k += W) {
+  for (int64_t k = 0; k < padded(ceil_div(K, W)) * W; k += W) {
     int left = int(smaller(K - k, W));
     V square[W];
-    for (int u = 0; u < W; ++u) square[u] = u < rows ? load_part(weight + u * stride + k, left) : V{};
+    for (int u = 0; u < W; ++u) square[u] = u < rows && left > 0 ? load_part(weight + u * stride + k, left) : V{};
     mirror(square);
     store_square(panel + k / kPair * panel_width, panel_width, square);
   }
@@ -287,7 +261,7 @@ static void pack_deep_rows(const float* rows, int count, int64_t columns, int64_
 struct Projection {
   int64_t H, P; /* P: 0 for none */
   int64_t panels() const { return ceil_div(P, kPanel); }
-  int64_t panel_floats() const { return ceil_div(H, W) * S * kPanel; }
+  int64_t panel_floats() const { return padded(ceil_div(H, W)) * S * kPanel; }
   int64_t floats() const { return panels() * panel_floats(); }
 
   void pack(const float* weight_hr, int64_t panel, float* packed) const {
@@ -299,9 +273,10 @@ struct Projection {
   }
 };
 
-/* Block `block` of W columns of a row. */
+/* Block `block` of W columns of a row; zeros where it has none. */
 static inline V row_block(const float* row, int64_t columns, int64_t block) {
-  return load_part(row + block * W, int(smaller(columns - block * W, W)));
+  const int left = int(smaller(columns - block * W, W));
+  return left > 0 ? load_part(row + block * W, left) : V{};
 }
 
 }  // namespace LS_TARGET

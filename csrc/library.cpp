@@ -2,6 +2,11 @@
 
 #include <stdlib.h>
 
+#if defined(LS_HAVE_AMX_BF16)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "internal.h"
 
 namespace ls {
@@ -11,6 +16,9 @@ extern const Target target_avx512;
 #endif
 #if defined(LS_HAVE_AVX512_BF16)
 extern const Target target_avx512_bf16;
+#endif
+#if defined(LS_HAVE_AMX_BF16)
+extern const Target target_amx_bf16;
 #endif
 #if defined(LS_HAVE_AVX2)
 extern const Target target_avx2;
@@ -28,11 +36,28 @@ const Target* const kTargets[] = {
 #endif
     &target_baseline,
 /* Last, so that nobody gets them who has not asked: */
+#if defined(LS_HAVE_AMX_BF16)
+    &target_amx_bf16,
+#endif
 #if defined(LS_HAVE_AVX512_BF16)
     &target_avx512_bf16,
 #endif
 };
 constexpr int32_t kNumTargets = sizeof kTargets / sizeof kTargets[0];
+
+#if defined(LS_HAVE_AMX_BF16)
+
+/* Whether the processor has matrix units and Linux lets this process use them, for which it has to be asked once. */
+bool has_matrix_units() {
+  static const bool has = [] {
+    constexpr long kAsk = 0x1023, kTileData = 18; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+           syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+  }();
+  return has;
+}
+
+#endif
 
 /* Whether processor and system have what the target's build assumes; GCC and Clang also ask the system (XGETBV). */
 bool supported(int32_t target) {
@@ -46,7 +71,11 @@ bool supported(int32_t target) {
   if (!__builtin_strcmp(name, "avx2")) return avx2;
   if (!__builtin_strcmp(name, "avx512")) return avx512;
 #if defined(LS_HAVE_AVX512_BF16)
-  if (!__builtin_strcmp(name, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (!__builtin_strcmp(name, "avx512_bf16")) return bf16;
+#endif
+#if defined(LS_HAVE_AMX_BF16)
+  if (!__builtin_strcmp(name, "amx_bf16")) return bf16 && has_matrix_units();
 #endif
 #else
   (void)target;

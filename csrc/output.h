@@ -22,7 +22,7 @@ struct Head {
   int64_t symbols, H;
   int64_t panels() const { return ceil_div(symbols, kHeadVectors * W); }
   int64_t blocks() const { return ceil_div(H, W); }
-  int64_t panel_floats() const { return (1 + blocks() * S) * kHeadVectors * W; }
+  int64_t panel_floats() const { return (1 + padded(blocks()) * S) * kHeadVectors * W; }
   int64_t width() const { return panels() * kHeadVectors * W; }
 
   void pack(const float* weight, const float* bias, float* packed, int64_t begin, int64_t end) const {
@@ -63,11 +63,11 @@ struct Loss {
   /* Shared scratch. */
   float* packed;     /* the head's panels: products with h */
   float* by_columns; /* [panel][symbol][kPanel]: products with dlogits */
-  float* x;          /* the chunk's h, as a left factor [block][row][S] */
+  float* x;          /* the chunk's h, as a left factor */
   float* columns;    /* and as the weights' gradients multiply it */
   float* logits;     /* then their gradients, blocked [block of symbols][row][W] */
-  float* left;       /* as a left factor, [block of symbols][row][S]: themselves where factors are floats */
-  float* right;      /* as the weights' gradients multiply them, [block of symbols][row / kPair][W] */
+  float* left;       /* as a left factor: themselves where factors are floats */
+  float* right;      /* as the weights' gradients multiply them, by `store_rows` */
   float* largest;    /* [row][W]: of each lane */
   double* sums;      /* of e^(logit - largest), by row */
   float* factors;    /* what turns that e^... into the gradient: scale / sum */
@@ -85,12 +85,12 @@ struct Loss {
   int64_t carve(float* memory) {
     Arena arena(memory);
     packed = arena.array(head.panels() * head.panel_floats());
-    by_columns = arena.array(ceil_div(H, kPanel) * blocks * S * kPanel);
-    x = arena.array(head.blocks() * room * S);
+    by_columns = arena.array(ceil_div(H, kPanel) * padded(blocks) * S * kPanel);
+    x = arena.array(left_floats(head.blocks(), room));
     columns = arena.array(ceil_div(H, kOuter) * slots(chunk) * kOuter);
     logits = left = right = arena.array(head.panels() * kHeadVectors * room * W);
     if constexpr (kPair > 1) {
-      left = arena.array(blocks * room * S);
+      left = arena.array(left_floats(blocks, room));
       right = arena.array(blocks * slots(chunk) * W);
     }
     largest = arena.array(chunk * W);
@@ -120,6 +120,7 @@ struct Loss {
 
   void work(int thread, int count) {
     FlushSubnormals flush;
+    MatrixUnit unit;
     Team team(shared, thread, count);
     head.pack(a.weight, a.bias, packed, team.begin(head.panels()), team.end(head.panels()));
     const int64_t panels = ceil_div(H, kPanel);
@@ -127,8 +128,9 @@ struct Loss {
     if (!team.wait()) return;
     for (int64_t first = 0; first < N; first += chunk) {
       const int64_t rows = smaller(chunk, N - first);
-      /* Rows that share a place in `columns` belong to one thread. */
-      const int64_t begin = team.begin(slots(rows)) * kPair, end = smaller(team.end(slots(rows)) * kPair, rows);
+      /* Rows that lie together in `columns` or in `right` belong to one thread. */
+      const int64_t groups = ceil_div(rows, kWhole), begin = team.begin(groups) * kWhole;
+      const int64_t end = smaller(team.end(groups) * kWhole, rows);
       if (begin < end) {
         copy_rows(first, rows, begin, end);
         multiply(begin, end);
@@ -142,19 +144,20 @@ struct Loss {
   }
 
   void pack_columns(int64_t panel) {
-    for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t block = 0; block < padded(blocks); ++block)
       pack_deep_rows(a.weight + block * W * H, symbols(block), H, panel * kPanel,
-                     by_columns + (panel * blocks + block) * S * kPanel);
+                     by_columns + (panel * padded(blocks) + block) * S * kPanel);
   }
 
   /* The chunk's rows [begin, end) of h, both ways. */
   void copy_rows(int64_t first, int64_t rows, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const float* h = a.h + (first + row) * H;
-      for (int64_t block = 0; block < head.blocks(); ++block)
-        store_left(x + (block * room + row) * S, row_block(h, H, block));
+      for (int64_t block = 0; block < padded(head.blocks()); ++block)
+        store_left(left_at(x, room, block, row), row_block(h, H, block));
       store_columns(h, nullptr, H, row, rows, 0, ceil_div(H, kOuter), columns);
     }
+    if (end == rows) fill_columns(H, rows, 0, ceil_div(H, kOuter), columns);
   }
 
   int symbols(int64_t block) const { return int(larger(smaller(a.V - block * W, W), 0)); }
@@ -169,9 +172,9 @@ struct Loss {
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         const int64_t row = begin + tiles.begin(tile), block = panel * kHeadVectors;
         float* out = logits + (block * room + row) * W;
-        multiply_rows<kHeadVectors>(tiles.size(tile), head.blocks(), x + row * S, room * S, panels.at(panel),
+        multiply_rows<kHeadVectors>(tiles.size(tile), padded(head.blocks()), left_at(x, room, 0, row), room, panels.at(panel),
                                 Place{const_cast<float*>(panels.at(panel)) - kWidth, 0, W}, Place{out, W, room * W},
-                                panels.ahead(panel, tile, tiles.count, head.blocks()));
+                                panels.ahead(panel, tile, tiles.count, padded(head.blocks())));
         for (int n = 0; n < kHeadVectors; ++n)
           for (int r = 0; r < tiles.size(tile); ++r) {
             float *p = out + (n * room + r) * W, *top = largest + (row + r) * W;
@@ -216,18 +219,19 @@ struct Loss {
         V d = targets[row] < 0 ? V{} : load(p) * factors[row];
         store(p, d);
         if (lane >= 0 && lane < W) p[lane] -= a.scale;
-        if constexpr (kPair > 1) store_left(left + (block * room + row) * S, load(p));
+        if constexpr (kPair > 1) store_left(left_at(left, room, block, row), load(p));
       }
       if constexpr (kPair > 1)
-        store_rows(logits + (block * room + begin) * W, end - begin, right + block * right_block() + begin / kPair * W);
+        store_rows(logits + (block * room + begin) * W, end - begin, right + block * right_block() + slots(begin) * W);
     }
+    if constexpr (kPair > 1) fill_left(left, blocks, room, begin, end);
   }
 
   int64_t right_block() const { return (kPair > 1 ? slots(chunk) : room) * W; }
 
   void hidden_gradients(int64_t first, int64_t begin, int64_t end) {
     const int64_t panels = ceil_div(H, kPanel);
-    multiply_deep(by_columns, blocks, 0, panels, left + begin * S, room, end - begin, 0,
+    multiply_deep(by_columns, padded(blocks), 0, panels, left_at(left, room, 0, begin), room, end - begin, 0,
                   Place{dh + begin * kPanel, kPanel, W}, room * kPanel);
     for (int64_t row = begin; row < end; ++row)
       for (int64_t column = 0; column < H; column += W)
@@ -237,11 +241,13 @@ struct Loss {
 
   /* Own pieces of dW, and own symbols of db. */
   void weight_gradients(const Team& team, int64_t rows, bool add) {
-    const int64_t panels = ceil_div(H, kOuter), pieces = blocks * panels;
+    const int64_t panels = ceil_div(H, kOuter), pieces = ceil_div(blocks, kOuterGroups) * panels;
     for (int64_t piece = team.begin(pieces); piece < team.end(pieces); ++piece) {
-      const int64_t block = piece / panels, column = piece % panels * kOuter;
-      multiply_outer_stripe(rows, right + block * right_block(), columns, a.dweight + block * W * H, column, column + kOuter, H,
-                            symbols(block), add);
+      const int64_t first = piece / panels * kOuterGroups, column = piece % panels * kOuter;
+      OuterRows of[kOuterGroups] = {};
+      for (int64_t block = first; block < smaller(first + kOuterGroups, blocks); ++block)
+        of[block - first] = {right + block * right_block(), a.dweight + block * W * H, symbols(block)};
+      multiply_outer_stripe(rows, of, columns, column, column + kOuter, H, add);
     }
     for (int64_t block = team.begin(blocks); block < team.end(blocks); ++block) {
       V sum{};

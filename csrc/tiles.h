@@ -4,34 +4,21 @@
    of a tile are then W floats apart, whatever K is: one pointer, one stream, no distance that is a multiple of 4096.
    A panel holds N vectors of columns of the other factor: [k][N][W].
 
-   What a place of either holds is in factors.h: a float, or two numbers of bfloat16. */
+   What a place of either holds is in factors.h: a float, or two numbers of bfloat16; how a matrix unit multiplies them in
+   amx.h. */
 
 #ifndef LONGSHORT_TILES_H
 #define LONGSHORT_TILES_H
 
-#include "factors.h"
+#include "amx.h"
 
 namespace ls {
 namespace LS_TARGET {
 
-/* Where a tile's sums start from and go to: row r, vector n is at p + r * row + n * vector. */
-struct Place {
-  float* p;
-  int64_t row, vector;
-};
-
-/* What to bring from the shared cache into the core's own while a tile is multiplied: the panel that comes next, a few
-   lines at every block of k, so that its transfer hides behind the arithmetic on this one. */
-struct Ahead {
-  const float* p;
-  int64_t lines; /* at every block; 0: nothing */
-};
-
 /* out[R][N W] = start + A[R][K] panel[K][N W], k ascending.
-   a: the tile's first row in blocked layout, `a_block` floats from one block of W columns to the next.
-   start.p NULL: from zero. */
+   a: the tile's first row in a left factor whose blocks have room for `room` rows. start.p NULL: from zero. */
 template <int R, int N>
-static void multiply(int64_t k_blocks, const float* a, int64_t a_block, const float* panel, Place start, Place out,
+static void multiply(int64_t k_blocks, const float* a, int64_t room, const float* panel, Place start, Place out,
                      Ahead ahead) {
   V sum[R][N];
 #pragma GCC unroll 32
@@ -39,8 +26,7 @@ static void multiply(int64_t k_blocks, const float* a, int64_t a_block, const fl
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) sum[r][n] = start.p ? load(start.p + r * start.row + n * start.vector) : V{};
   for (int64_t block = 0; block < k_blocks; ++block) {
-    for (int64_t line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.p + line * 16, 0, 2);
-    ahead.p += ahead.lines * 16;
+    ahead.bring(1);
 #pragma GCC unroll 4
     for (int k = 0; k < S; ++k) {
       V w[N];
@@ -53,7 +39,7 @@ static void multiply(int64_t k_blocks, const float* a, int64_t a_block, const fl
         for (int n = 0; n < N; ++n) sum[r][n] = multiply_add(s, w[n], sum[r][n]);
       }
     }
-    a += a_block;
+    a += room * S;
     panel += S * N * W;
   }
 #pragma GCC unroll 32
@@ -64,29 +50,38 @@ static void multiply(int64_t k_blocks, const float* a, int64_t a_block, const fl
 
 template <int N>
 constexpr int max_rows() {
-  return kAccumulators / N;
+  return kJoined > 1 ? 2 * kUnitRows : kAccumulators / N;
+}
+
+/* Floats of the sums of a tile of as many. */
+template <int N>
+constexpr int tile_floats() {
+  return max_rows<N>() * N * W;
 }
 
 /* The same for `rows` <= max_rows<N>(). */
 template <int N, int R = max_rows<N>()>
-static inline void multiply_rows(int rows, int64_t k_blocks, const float* a, int64_t a_block, const float* panel,
-                                 Place start, Place out, Ahead ahead) {
-  if constexpr (R == 1) {
-    multiply<1, N>(k_blocks, a, a_block, panel, start, out, ahead);
+static inline void multiply_rows(int rows, int64_t k_blocks, const float* a, int64_t room, const float* panel, Place start,
+                                 Place out, Ahead ahead) {
+  if constexpr (kJoined > 1) {
+    multiply_by_unit<N>(rows, k_blocks, a, room, panel, start, out, ahead);
+  } else if constexpr (R == 1) {
+    multiply<1, N>(k_blocks, a, room, panel, start, out, ahead);
   } else {
     if (rows == R)
-      multiply<R, N>(k_blocks, a, a_block, panel, start, out, ahead);
+      multiply<R, N>(k_blocks, a, room, panel, start, out, ahead);
     else
-      multiply_rows<N, R - 1>(rows, k_blocks, a, a_block, panel, start, out, ahead);
+      multiply_rows<N, R - 1>(rows, k_blocks, a, room, panel, start, out, ahead);
   }
 }
 
-/* The same of rows that are floats, blocked [k / W][row][W], whatever the factors of products are. */
+/* The same of rows that are floats, blocked [k / W][row][W] with `a_block` from one block to the next, whatever the factors of
+   products are. */
 template <int N>
 static inline void multiply_floats(int rows, int64_t k_blocks, const float* a, int64_t a_block, const float* panel,
                                    Place start, Place out) {
   if constexpr (kPair == 1) {
-    multiply_rows<N>(rows, k_blocks, a, a_block, panel, start, out, {});
+    multiply_rows<N>(rows, k_blocks, a, a_block / W, panel, start, out, {});
   } else {
     constexpr int kAtOnce = 16; /* blocks that are made factors at a time */
     float left[kAtOnce * max_rows<N>() * S];
@@ -95,18 +90,19 @@ static inline void multiply_floats(int rows, int64_t k_blocks, const float* a, i
       int64_t blocks = smaller(k_blocks - first, kAtOnce);
       for (int64_t block = 0; block < blocks; ++block)
         for (int r = 0; r < rows; ++r)
-          store_left(left + (block * rows + r) * S, load(a + (first + block) * a_block + r * W));
-      multiply_rows<N>(rows, blocks, left, rows * S, panel + first * S * N * W, first ? out : start, out, {});
+          store_left(left_at(left, rows, block, r), load(a + (first + block) * a_block + r * W));
+      fill_left(left, blocks, rows, 0, rows);
+      multiply_rows<N>(rows, padded(blocks), left, rows, panel + first * S * N * W, first ? out : start, out, {});
       first += blocks;
     } while (first < k_blocks);
   }
 }
 
-/* Rows cut into tiles of at most `most` rows, as even as they go. */
+/* Rows cut into tiles of at most `most` rows: as even as they go, or full ones first, for a unit that takes as long for few. */
 struct Tiles {
-  int64_t rows, count;
-  Tiles(int64_t rows, int64_t most) : rows(rows), count(ceil_div(rows, most)) {}
-  int64_t begin(int64_t tile) const { return rows * tile / count; }
+  int64_t rows, most, count;
+  Tiles(int64_t rows, int64_t most) : rows(rows), most(most), count(ceil_div(rows, most)) {}
+  int64_t begin(int64_t tile) const { return kJoined > 1 ? smaller(tile * most, rows) : rows * tile / count; }
   int size(int64_t tile) const { return int(begin(tile + 1) - begin(tile)); }
 };
 
@@ -136,13 +132,15 @@ class Panels {
 
 constexpr int kColumns = 2; /* vectors in a panel of a deep product */
 constexpr int kPanel = kColumns * W;
-constexpr int64_t kDepth = 1024 / W; /* blocks of k at a time: 128 KB of a panel, beside as many rows of the left factor */
+/* Blocks of k at a time: 128 KB of a panel, beside as many rows of the left factor. A matrix unit is through with a panel sooner,
+   so more of its rows have to be near. */
+constexpr int64_t kDepth = (kJoined > 1 ? 512 : 1024) / W;
 
-/* Products of `n` rows, the first at `from`, with the panels [first, last) of `all` blocks of k: panel p's sums go to
+/* Products of `n` rows, the first at `from`, with the panels [first, last) of `all` blocks of k, padded: panel p's sums go to
    out + p * out_panel. `room`: rows that a block of the left factor has room for. k is cut into blocks, so that rows and
    panel meet in the core's own cache; `turn` alternates. */
-static inline void multiply_deep(const float* packed, int64_t all, int64_t first, int64_t last, const float* from,
-                                 int64_t room, int64_t n, int64_t turn, Place out, int64_t out_panel) {
+static inline void multiply_deep(const float* packed, int64_t all, int64_t first, int64_t last, float* from, int64_t room,
+                                 int64_t n, int64_t turn, Place out, int64_t out_panel) {
   Tiles tiles(n, max_rows<kColumns>());
   const int64_t depths = ceil_div(all, kDepth);
   for (int64_t d = 0; d < depths; ++d) {
@@ -154,7 +152,7 @@ static inline void multiply_deep(const float* packed, int64_t all, int64_t first
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         int64_t row = tiles.begin(tile);
         Place sums = {out.p + (first + panels.index(i)) * out_panel + row * out.row, out.row, out.vector};
-        multiply_rows<kColumns>(tiles.size(tile), blocks, from + (k * room + row) * S, room * S, panels.at(i),
+        multiply_rows<kColumns>(tiles.size(tile), blocks, left_at(from, room, k, row), room, panels.at(i),
                                 Place{d ? sums.p : nullptr, sums.row, sums.vector}, sums,
                                 panels.ahead(i, tile, tiles.count, blocks));
       }
@@ -162,12 +160,11 @@ static inline void multiply_deep(const float* packed, int64_t all, int64_t first
 }
 
 /* Columns that a tile of `multiply_outer` has, and its rows: they divide W. */
-constexpr int kOuterVectors = 3;
+constexpr int kOuterVectors = kJoined > 1 ? 2 : 3;
 constexpr int kOuter = kOuterVectors * W;
 constexpr int kOuterRows = kAccumulators / kOuterVectors < W ? kAccumulators / kOuterVectors : W;
 
-/* c[r][column] (+)= sum over k of a[k][r] panel[k][column]: a and panel are laid out as panels, a is W floats wide; c has
-   `stride`. */
+/* c[r][column] (+)= sum over k of a[k][r] panel[k][column]: a as `store_rows` leaves it; c has `stride`. */
 template <int N>
 static void multiply_outer(int64_t K, const float* a, const float* panel, float* c, int64_t stride, int rows, int columns,
                            bool add) {
@@ -228,14 +225,40 @@ static inline void multiply_outer_rows(int64_t K, const float* a, const float* p
     multiply_outer<1>(K, a, panel, c + column, columns, rows, valid, add);
 }
 
-/* The same for `units` <= W rows of c, whose factors lie side by side in a, and the panels that begin at the columns
-   from `begin` to `end`, of those that lie at `panels`: rows from end to end before the next. */
-static inline void multiply_outer_stripe(int64_t K, const float* a, const float* panels, float* c, int64_t begin, int64_t end,
-                                         int64_t columns, int units, bool add) {
-  for (int u = 0; u < units; u += kOuterRows)
-    for (int64_t column = begin; column < end; column += kOuter)
-      multiply_outer_rows(K, a + u, panels + column * slots(K), c + u * columns, column, columns,
-                          int(smaller(units - u, kOuterRows)), add);
+/* `units` <= W rows of c, and their factors as `store_rows` leaves them. */
+struct OuterRows {
+  const float* a;
+  float* c;
+  int units;
+};
+
+/* How many of them are multiplied at once. */
+constexpr int kOuterGroups = kJoined > 1 ? 2 : 1;
+
+/* The same for kOuterGroups of them, the last perhaps without units, and the panels that begin at the columns from `begin` to
+   `end`, of those that lie at `panels`: rows from end to end before the next. */
+static inline void multiply_outer_stripe(int64_t K, const OuterRows* of, const float* panels, int64_t begin, int64_t end,
+                                         int64_t columns, bool add) {
+#if defined(__AMX_BF16__)
+  for (int64_t column = begin; column < smaller(end, columns); column += kOuter) {
+    TileRows rows[kOuterGroups];
+    for (int i = 0; i < kOuterGroups; ++i) {
+      const Place out = {of[i].c + column, columns, W};
+      rows[i] = {of[i].units, of[i].a, add ? out : Place{nullptr, 0, 0}, out};
+    }
+    const float* panel = panels + column * slots(K);
+    const int64_t blocks = ceil_div(K, kWhole) * kJoined, valid = smaller(columns - column, kOuter);
+    if (vectors_at(column, columns) == 2)
+      multiply_outer_by_unit<2>(blocks, rows, panel, int(valid));
+    else
+      multiply_outer_by_unit<1>(blocks, rows, panel, int(valid));
+  }
+#else
+  for (int u = 0; u < of->units; u += kOuterRows)
+    for (int64_t column = begin; column < smaller(end, columns); column += kOuter)
+      multiply_outer_rows(K, of->a + u, panels + column * slots(K), of->c + u * columns, column, columns,
+                          int(smaller(of->units - u, kOuterRows)), add);
+#endif
 }
 
 /* Row `at` of a matrix into the panels [first, last) of `multiply_outer`, of `rows` rows. NULL: zeros; `mask` multiplies. */
@@ -251,6 +274,12 @@ static inline void store_columns(const float* from, const float* mask, int64_t c
       store_right(to + i * W, at, mask ? v * load_part(mask + column, valid) : v);
     }
   }
+}
+
+/* Zeros in the rows of such panels that only fill up. Those of the last place are already there. */
+static inline void fill_columns(int64_t columns, int64_t rows, int64_t first, int64_t last, float* out) {
+  for (int64_t at = ceil_div(rows, kPair) * kPair; at < slots(rows) * kPair; at += kPair)
+    store_columns(nullptr, nullptr, columns, at, rows, first, last, out);
 }
 
 }  // namespace LS_TARGET

@@ -115,6 +115,32 @@ static inline float sum_lanes(V v) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
+/* The square of v's lanes, mirrored: v[i][j] becomes v[j][i]. Halves change places, then halves of halves, ... */
+static inline void mirror(V* v) {
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 8
+  for (int half = W / 2; half >= 1; half /= 2) {
+    VI low, high;
+    for (int lane = 0; lane < W; ++lane) {
+      low[lane] = lane & half ? W + lane - half : lane;
+      high[lane] = lane & half ? W + lane : lane + half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      if (i & half) continue;
+      V a = v[i], b = v[i + half];
+      v[i] = __builtin_shuffle(a, b, low);
+      v[i + half] = __builtin_shuffle(a, b, high);
+    }
+  }
+#else
+  float square[W][W];
+  for (int i = 0; i < W; ++i)
+    for (int j = 0; j < W; ++j) square[j][i] = v[i][j];
+  for (int i = 0; i < W; ++i) v[i] = load(square[i]);
+#endif
+}
+
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -42,7 +42,7 @@ struct WeightGradients {
   float* h_columns;
   float* m_columns;
   int64_t* symbols;   /* of the chunk's rows, with a table */
-  float* right;       /* where factors are not floats, gradients as they are multiplied: [.][row of the chunk / kPair][W] */
+  float* right;       /* where factors are not floats, gradients as they are multiplied, by `store_rows` */
   float* right_input;
   float* dh_right;
 
@@ -64,7 +64,7 @@ struct WeightGradients {
     h_columns = sums[kWeightHh].p ? arena.array(ceil_div(P, kOuter) * width) : nullptr;
     m_columns = of_projection ? arena.array(ceil_div(H, kOuter) * width) : nullptr;
     symbols = sums[kTable].p ? reinterpret_cast<int64_t*>(arena.array(2 * chunk_rows)) : nullptr;
-    const int64_t most = slots(odd(chunk_rows)) * W;
+    const int64_t most = slots(chunk_rows) * W;
     right = kPair > 1 ? arena.array(U * G * most) : nullptr;
     right_input = kPair > 1 && two ? arena.array(U * G * most) : right;
     dh_right = kPair > 1 && of_projection ? arena.array(sizes.hidden_blocks() * most) : nullptr;
@@ -102,6 +102,14 @@ struct WeightGradients {
         copy_row(team, h, mask, P, at, rows, h_columns);
       }
     }
+    fill(team, I, rows, x_columns);
+    fill(team, H, rows, m_columns);
+    fill(team, P, rows, h_columns);
+  }
+
+  static void fill(const Team& team, int64_t columns, int64_t rows, float* out) {
+    const int64_t panels = ceil_div(columns, kOuter);
+    if (out) fill_columns(columns, rows, team.begin(panels), team.end(panels), out);
   }
 
   /* Own panels of one row. */
@@ -152,10 +160,10 @@ struct WeightGradients {
       const Blocks outputs = own_blocks(team, sizes.hidden_blocks());
       turn_rows(outputs.begin, outputs.end, dh, rows, dh_right);
       const float* factors = kPair > 1 ? dh_right : dh;
-      for (int64_t column = 0; column < H; column += kOuter)
-        for (int64_t block = outputs.begin; block < outputs.end; ++block)
-          multiply_outer_stripe(rows, factors + block * right_rows(rows), m_columns, sums[kWeightHr].p + block * W * H, column,
-                                column + kOuter, H, sizes.outputs(block), more);
+      const auto group = [&](int64_t block) {
+        return OuterRows{factors + block * right_rows(rows), sums[kWeightHr].p + block * W * H, sizes.outputs(block)};
+      };
+      multiply_groups(outputs.begin, outputs.end, group, rows, m_columns, kOuter, H, more);
     }
     if (sums[kBiasIh].p) sum_rows(own, dg_input, rows, sums[kBiasIh].p, more);
     if (sums[kBiasHh].p) sum_rows(own, dg, rows, sums[kBiasHh].p, more);
@@ -190,13 +198,23 @@ struct WeightGradients {
   void outer_columns(int64_t first, int64_t last, const float* gradients, int64_t rows, const float* operands,
                      int64_t columns, float* weight, bool more) {
     const bool near = rows * columns <= kNear; /* then rows of the gradient are written from end to end */
-    const int64_t stripe = near ? columns : kOuter;
+    const auto group = [&](int64_t i) {
+      const int64_t block = i / G, gate = i % G;
+      return OuterRows{gradients + i * right_rows(rows), weight + (gate * H + block * W) * columns, sizes.units(block)};
+    };
+    multiply_groups(first * G, last * G, group, rows, operands, near ? columns : kOuter, columns, more);
+  }
+
+  /* Products of groups of rows of the gradients, `group` says which, with the columns, a stripe of them after the other. */
+  template <class Group>
+  static void multiply_groups(int64_t first, int64_t last, Group group, int64_t rows, const float* operands, int64_t stripe,
+                              int64_t columns, bool more) {
     for (int64_t begin = 0; begin < columns; begin += stripe)
-      for (int64_t block = first; block < last; ++block)
-        for (int gate = 0; gate < G; ++gate)
-          multiply_outer_stripe(rows, gradients + (block * G + gate) * right_rows(rows), operands,
-                                weight + (gate * H + block * W) * columns, begin, begin + stripe, columns, sizes.units(block),
-                                more);
+      for (int64_t i = first; i < last; i += kOuterGroups) {
+        OuterRows of[kOuterGroups] = {};
+        for (int at = 0; at < kOuterGroups && i + at < last; ++at) of[at] = group(i + at);
+        multiply_outer_stripe(rows, of, operands, begin, begin + stripe, columns, more);
+      }
   }
 
   void sum_rows(Blocks own, const float* gradients, int64_t rows, float* bias, bool more) {

@@ -425,8 +425,8 @@ def test_autocast_is_of_both_sides() -> None:
         found = benchmarks.result(settings, measure=measure)
         assert set(under) == {autocast}
         assert found["command"].endswith("--autocast") == autocast
-        if native.has_bfloat16():
-            assert ({row["kernel"] for row in found["rows"]} == {native.BFLOAT16}) == autocast
+        if best := native.bfloat16():
+            assert ({row["kernel"] for row in found["rows"]} == {best}) == autocast
 
 
 def test_beside_a_neighbour_a_varying_product_is_no_noise() -> None:

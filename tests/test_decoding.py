@@ -21,7 +21,7 @@ from longshort.native_model import DecodeArgs, Draw, NativeModel, SamplingStruct
 from longshort.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 
 pytestmark = pytest.mark.skipif(not native.targets(), reason="there is no kernel library")
-FLOAT32_TARGETS = [name for name in native.built_targets() if name != native.BFLOAT16]
+FLOAT32_TARGETS = [name for name in native.built_targets() if name not in native.BFLOAT16]
 TOKENIZER = CharTokenizer("abcdefgh \n")
 
 

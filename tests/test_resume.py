@@ -87,7 +87,7 @@ def state_of(out: Path) -> dict[str, Any]:
         {"heldout": 0.0, "weight_decay": 0.1, "clip": None},
         {"validate_every": 7, "patience": 2, "lr": 1.0},
         pytest.param(
-            {"precision": "bfloat16"}, marks=pytest.mark.skipif(not native.has_bfloat16(), reason="no bfloat16")
+            {"precision": "bfloat16"}, marks=pytest.mark.skipif(not native.bfloat16(), reason="no bfloat16")
         ),
     ],
 )

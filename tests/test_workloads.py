@@ -142,7 +142,7 @@ def test_what_is_measured_is_what_is_promised() -> None:
     assert written.ours_units == 2_000
 
 
-@pytest.mark.skipif(not native.has_bfloat16(), reason="this processor has no products of bfloat16")
+@pytest.mark.skipif(not native.bfloat16(), reason="this processor has no products of bfloat16")
 @pytest.mark.parametrize("build", [KINDS["train"][1], *KINDS["generate"], *KINDS["score"]])
 def test_both_sides_run_in_bfloat16(build: Callable[[Setting], Contest]) -> None:
     contest = build(Setting(1, "bfloat16", "bfloat16"))

@@ -138,8 +138,6 @@ class Decoder:
         if runs_natively(config) and native.ready():
             layers = [self._layer_weights(layer) for layer in range(config.layers)]
             rows = w["embedding.weight"] if config.embedding else np.eye(config.vocab_size, dtype=np.float32)
-            if precision == "bfloat16":
-                native.need_bfloat16()
             self._native = NativeModel(
                 config.cell,
                 layers,
@@ -148,7 +146,7 @@ class Decoder:
                 int8=precision == "int8",
                 residual=config.residual,
                 gains=[self._gains(layer) for layer in range(config.layers)] if config.layer_norm else (),
-                target=native.BFLOAT16 if precision == "bfloat16" else None,
+                target=native.need_bfloat16() if precision == "bfloat16" else None,
             )
         elif precision != "float32":
             raise UsageError(f"Weights of {precision} need native kernels. {native.reason()}")

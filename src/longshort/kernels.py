@@ -34,7 +34,7 @@ _TORCH_CAN = frozenset({"packed", "lengths", "proj_size"})
 NATIVE = "native"
 """What `use` takes for the best of the native targets."""
 BFLOAT16 = "bfloat16"
-"""What `use` takes for the native target whose products are of bfloat16."""
+"""What `use` takes for the best native target whose products are of bfloat16."""
 _forced: str | None = None
 
 
@@ -55,7 +55,7 @@ class Choice(NamedTuple):
 def available() -> tuple[str, ...]:
     """Return the names of the implementations that give the same results, fastest first: what `use` takes.
 
-    Beside them it takes `bfloat16` where `native.has_bfloat16`.
+    Beside them it takes `bfloat16` where there is `native.bfloat16`.
     """
     return (*native.targets(), "torch", "reference")
 
@@ -84,10 +84,11 @@ def use(name: str) -> Iterator[None]:
     """
     global _forced
     names = (*available(), NATIVE, BFLOAT16, "auto")
-    if name in (BFLOAT16, native.BFLOAT16):
-        native.need_bfloat16()
-        name = native.BFLOAT16
-    elif name in native.built_targets() and name not in names:
+    if name == BFLOAT16:
+        name = native.need_bfloat16()
+    elif name in native.supported():
+        pass
+    elif name in native.built_targets():
         raise UsageError(f"This processor cannot run the kernels {name!r}; it can run {', '.join(available())}.")
     elif name not in names:
         close = difflib.get_close_matches(name, names, n=1)
@@ -148,8 +149,8 @@ def choose(
     if forced == "reference":
         return Choice("reference", "forced by kernels.use")
     slower = needs <= _TORCH_CAN and stack is not None and ops.is_slower(cell, steps, stack.hidden_size, grad)
-    if casts and forced in (None, native.BFLOAT16) and not slower and _stands_in(cell, needs, x):
-        return Choice(native.BFLOAT16, "autocast asks for bfloat16, which our products can have", grad, True)
+    if casts and (forced is None or forced in native.BFLOAT16) and not slower and _stands_in(cell, needs, x):
+        return Choice(forced or native.need_bfloat16(), "autocast asks for bfloat16, which our products can have", grad, True)
     if forced != "torch":
         lacks = _native_lacks(cell, needs, x)
         if not lacks and forced:
@@ -210,7 +211,7 @@ def _stands_in(cell: str, needs: frozenset[str], x: Tensor | None) -> bool:
     """Return whether autocast to bfloat16 is on and our kernels with such products can run a call in its place."""
     if x is None or torch.compiler.is_compiling() or not torch.is_autocast_enabled("cpu"):
         return False
-    if torch.get_autocast_dtype("cpu") is not torch.bfloat16 or not native.has_bfloat16():
+    if torch.get_autocast_dtype("cpu") is not torch.bfloat16 or not native.bfloat16():
         return False
     return not _native_lacks(cell, needs, x, casts=True)
 

@@ -3,8 +3,8 @@
 The library is loaded when it is first asked for. What its functions mean is written in `csrc/longshort.h`;
 `native_layers.py` and `native_model.py` call them on NumPy arrays, `ops.py` on tensors. Environment:
 
-    LONGSHORT_TARGET=avx2       the build of the kernels that runs, instead of the best this processor has; avx512_bf16
-                                multiplies numbers of bfloat16, and runs only where it is asked for
+    LONGSHORT_TARGET=avx2       the build of the kernels that runs, instead of the best this processor has; amx_bf16 and
+                                avx512_bf16 multiply numbers of bfloat16, and run only where they are asked for
     LONGSHORT_LIBRARY=PATH      another library than the package's own, such as one with sanitizers
 """
 
@@ -46,8 +46,8 @@ SHOWN = {
     COUPLED: ("f", "g", "o", "c"),
 }
 """What a forward pass can show beside h, in the library's order."""
-BFLOAT16 = "avx512_bf16"
-"""The target whose products have factors of bfloat16: about 3 digits, sums and everything else in float32."""
+BFLOAT16 = ("amx_bf16", "avx512_bf16")
+"""The targets whose products have factors of bfloat16, best first: about 3 digits, sums and everything else in float32."""
 FUNCTIONS = {"exp": 0, "tanh": 1, "sigmoid": 2}
 PATH = Path(__file__).parent / "_lib" / "liblongshort.so"
 """Where the build puts the library."""
@@ -191,33 +191,36 @@ def need() -> ctypes.CDLL:
 
 
 def built_targets() -> tuple[str, ...]:
-    """Return the targets that the library was built for, best first, then `BFLOAT16`; none without a library."""
+    """Return the targets that the library was built for, best first, then those of `BFLOAT16`; none without a library."""
     found = library()
     return _names(found) if found else ()
 
 
 def targets() -> tuple[str, ...]:
     """Return the targets of float32 that this processor can run, best first; none without a library."""
-    return tuple(name for name in _supported() if name != BFLOAT16)
+    return tuple(name for name in supported() if name not in BFLOAT16)
 
 
-def has_bfloat16() -> bool:
-    """Return whether this processor can run the target `BFLOAT16`."""
-    return BFLOAT16 in _supported()
+def bfloat16() -> str | None:
+    """Return the best of the targets `BFLOAT16` that this processor can run; None where there is none."""
+    return next((name for name in supported() if name in BFLOAT16), None)
 
 
-def need_bfloat16() -> None:
-    """Raise UsageError where this processor cannot run the target `BFLOAT16`, with what could."""
-    if not has_bfloat16():
+def need_bfloat16() -> str:
+    """Return the same; UsageError where there is none, with what could run it."""
+    found = bfloat16()
+    if found is None:
         raise UsageError(
             f"This machine's kernels have no products of bfloat16. {reason()}".rstrip(),
             "They need a processor with AVX512-BF16 (AMD Zen 4, Intel Cooper Lake and Sapphire Rapids, or later).",
         )
+    return found
 
 
-def _supported() -> tuple[str, ...]:
+def supported() -> tuple[str, ...]:
+    """Return all targets that this processor can run: `targets`, then those of `BFLOAT16`."""
     found = library()
-    return tuple(name for i, name in enumerate(_names(found)) if found.ls_target_supported(i)) if found else ()
+    return _supported(found) if found else ()
 
 
 def active_target() -> str | None:
@@ -239,6 +242,11 @@ def threading() -> str | None:
     """Return whose threads run the kernels: `own`, or `openmp`, the pool of the process; None without a library."""
     found = library()
     return ("own", "openmp")[found.ls_threading()] if found else None
+
+
+@functools.cache
+def _supported(found: ctypes.CDLL) -> tuple[str, ...]:
+    return tuple(name for i, name in enumerate(_names(found)) if found.ls_target_supported(i))
 
 
 @functools.cache
