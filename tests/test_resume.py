@@ -86,9 +86,7 @@ def state_of(out: Path) -> dict[str, Any]:
         {"drop_incomplete": True, "embedding": 0, "single_bias": True, "init": "normal"},
         {"heldout": 0.0, "weight_decay": 0.1, "clip": None},
         {"validate_every": 7, "patience": 2, "lr": 1.0},
-        pytest.param(
-            {"precision": "bfloat16"}, marks=pytest.mark.skipif(not native.bfloat16(), reason="no bfloat16")
-        ),
+        pytest.param({"precision": "bfloat16"}, marks=pytest.mark.skipif(not native.bfloat16(), reason="no bfloat16")),
     ],
 )
 def test_a_stopped_run_ends_as_one_that_never_stopped(text_file: Path, tmp_path: Path, given: dict[str, Any]) -> None:

@@ -150,7 +150,8 @@ def choose(
         return Choice("reference", "forced by kernels.use")
     slower = needs <= _TORCH_CAN and stack is not None and ops.is_slower(cell, steps, stack.hidden_size, grad)
     if casts and (forced is None or forced in native.BFLOAT16) and not slower and _stands_in(cell, needs, x):
-        return Choice(forced or native.need_bfloat16(), "autocast asks for bfloat16, which our products can have", grad, True)
+        name = forced or native.need_bfloat16()
+        return Choice(name, "autocast asks for bfloat16, which our products can have", grad, True)
     if forced != "torch":
         lacks = _native_lacks(cell, needs, x)
         if not lacks and forced:

@@ -47,7 +47,7 @@ SHOWN = {
 }
 """What a forward pass can show beside h, in the library's order."""
 BFLOAT16 = ("amx_bf16", "avx512_bf16")
-"""The targets whose products have factors of bfloat16, best first: about 3 digits, sums and everything else in float32."""
+"""The targets whose products have factors of bfloat16, best first: about 3 digits; sums and all else are float32."""
 FUNCTIONS = {"exp": 0, "tanh": 1, "sigmoid": 2}
 PATH = Path(__file__).parent / "_lib" / "liblongshort.so"
 """Where the build puts the library."""
@@ -191,7 +191,7 @@ def need() -> ctypes.CDLL:
 
 
 def built_targets() -> tuple[str, ...]:
-    """Return the targets that the library was built for, best first, then those of `BFLOAT16`; none without a library."""
+    """Return the targets that the library was built for, best first, then `BFLOAT16`; none without a library."""
     found = library()
     return _names(found) if found else ()
 
