@@ -269,29 +269,3 @@ assert os.waitpid(child, 0)[1] == 0
 """
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=60)
-
-
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize(("ours", "theirs", "size"), [(longshort.GRU, nn.GRU, 512), (longshort.RNN, nn.RNN, 600)])
-def test_one_step_with_gradients_goes_where_it_is_fastest(
-    ours: Any, theirs: Any, size: int, batch_first: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ops, "on_intel", lambda: True)
-    layer, peer = (make(4, size, batch_first=batch_first) for make in (ours, theirs))
-    peer.load_state_dict(layer.state_dict())
-    x = torch.randn(2, 1, 4) if batch_first else torch.randn(1, 2, 4)
-    assert kernels.explain(layer, x).name == "torch"
-    assert "faster" in kernels.explain(layer, x).reason
-    assert type(layer(x)[0].grad_fn) is type(peer(x)[0].grad_fn)
-    for hx in (None, torch.randn(1, 2, size)):
-        assert all(torch.equal(a, b) for a, b in zip(layer(x, hx), peer(x, hx), strict=True))
-    with torch.no_grad():
-        assert kernels.explain(layer, x).name in native.targets()
-        same(layer(x), peer(x))
-    with kernels.use(native.targets()[0]):
-        assert kernels.explain(layer, x).name == native.targets()[0]
-        same(layer(x), peer(x))
-    monkeypatch.setattr(ops, "on_intel", lambda: False)
-    assert kernels.explain(layer, x).name == native.active_target()
-    assert type(layer(x)[0].grad_fn) is not type(peer(x)[0].grad_fn)
-    same(layer(x), peer(x))

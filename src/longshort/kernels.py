@@ -122,10 +122,7 @@ def choose(
     cell: str,
     needs: frozenset[str] = frozenset(),
     *,
-    stack: Stack | None = None,
     x: Tensor | None = None,
-    steps: int | None = None,
-    rows: int | None = None,
     grad: bool = False,
     casts: bool = False,
 ) -> Choice:
@@ -135,10 +132,7 @@ def choose(
         cell: name of the cell.
         needs: what the call has beyond a plain layer: the names of the layer's active options, and of `packed`,
             `lengths`, `resets`, `return_gates` and `proj_size` those that it uses.
-        stack: the layers, where they are known.
         x: input, for its type and device; None where it is not known.
-        steps: T, where it is known.
-        rows: B, where it is known.
         grad: whether gradients are wanted.
         casts: whether the caller hands the call to `run_layers`, which does what autocast asks for.
 
@@ -148,16 +142,13 @@ def choose(
     forced = _forced
     if forced == "reference":
         return Choice("reference", "forced by kernels.use")
-    slower = needs <= _TORCH_CAN and stack is not None and ops.is_slower(cell, steps, stack.hidden_size, grad)
-    if casts and (forced is None or forced in native.BFLOAT16) and not slower and _stands_in(cell, needs, x):
+    if casts and (forced is None or forced in native.BFLOAT16) and _stands_in(cell, needs, x):
         name = forced or native.need_bfloat16()
         return Choice(name, "autocast asks for bfloat16, which our products can have", grad, True)
     if forced != "torch":
         lacks = _native_lacks(cell, needs, x)
         if not lacks and forced:
             return Choice(forced, "forced by kernels.use", grad)
-        if not lacks and slower:
-            return Choice("torch", "for one step of so many units with gradients PyTorch's kernel is the faster one")
         if not lacks:
             return Choice(_active_target(), "the native kernels run this call", grad)
         if forced:
@@ -411,7 +402,7 @@ def run(
     inputs = (x_TBI, *state, *flat, *(tensor for each in options for tensor in each.vectors.values()))
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     needs = frozenset({"layer_norm"} if options else ())
-    choice = choose(cell, needs, stack=stack, x=x_TBI, steps=x_TBI.shape[0], rows=x_TBI.shape[1], grad=grad)
+    choice = choose(cell, needs, x=x_TBI, grad=grad)
     return run_layers(choice, stack, x_TBI, state, flat, dropout=dropout, training=training, options=options)
 
 

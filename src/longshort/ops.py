@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longshort import backends, buffers, cells, machine, native
+from longshort import backends, buffers, cells, native
 from longshort.cells import VECTORS, Options, Readings, Sequences, Stack, State
 from longshort.native_model import LossArgs
 
@@ -52,17 +52,6 @@ TARGETS = {name: number for number, name in enumerate(native.built_targets())}
 """The library's number of each target; empty without a library."""
 SUPPORTED = native.targets()
 """The targets that this processor can run, best first."""
-
-
-@functools.cache
-def on_intel() -> bool:
-    """Return whether the processor is Intel's, for which the products that PyTorch's kernels call are made."""
-    return "Intel" in machine.processor()
-
-
-def is_slower(cell: str, steps: int | None, hidden_size: int, grad: bool) -> bool:
-    """Return whether PyTorch's kernel was measured to be faster on such a processor: docs/log.md has the figures."""
-    return grad and steps == 1 and hidden_size >= 512 and cell in ("rnn", "rnn_relu", "gru") and on_intel()
 
 
 class Call(NamedTuple):

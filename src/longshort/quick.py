@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from longshort import backends, native, ops
+from longshort import native, ops
 from longshort.buffers import Gradients, Saved
 from longshort.cells import Options, Stack
 from longshort.ops import BACKWARD, FORWARD, Call, address, check, library
@@ -47,7 +47,6 @@ class Quick:
         self._num_plain, self._vectors = len(stack.weight_shapes), tuple(vectors)
         shapes = (*stack.weight_shapes, *((size,) for size in vectors.values()))
         self._weights = tuple(zip(names, shapes, strict=True))
-        self._plain = not (self._draws or self._fixed.zoneout or vectors)
         plain = (self._cell, self._H, 1, stack.bias, batch_first, None, (self._fixed,), -1, self._vectors)
         self._call = Call(*plain, projected=stack.proj_size)
 
@@ -92,10 +91,6 @@ class Quick:
         if self._draws:  # last of all: a call that goes another way draws its own
             having = self._options.for_direction(self._stack, {}, x, T, B, training=True, resets_TB=None)
         if grad:
-            if target < 0 and self._plain and ops.is_slower(self._cell, T, H, grad=True):
-                h_0 = x.new_zeros(1, B, H) if h_0 is None else h_0
-                run = backends.TORCH_OPS[self._cell]
-                return run(x, h_0, weights, self._bias, 1, 0.0, False, False, self._batch_first)
             y, *after = _Trained.apply(self, target, having, x, h_0, c_0, *weights)  # type: ignore[no-untyped-call]
             return y, tuple(after) if self._lstm else after[0]
         y, h_n, c_n = self.forward(target, having, x, h_0, c_0, weights, packed, None)
