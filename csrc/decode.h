@@ -64,6 +64,7 @@ struct Language {
     float* xg;     /* with layer normalisation the input's share of the gates, [panel][room][N W] */
     float* hg;     /* the state's */
     float* sum[2]; /* [U][room][W]: what residual layers put out, one and the one above it */
+    float* left;   /* of each thread two left factors, where those are not floats */
     float* logits; /* [row][head.width()] */
     void* choice;  /* scratch of `choose` */
     int64_t* ids;
@@ -163,6 +164,7 @@ struct Language {
     rows.xg = arena.array(gate_floats);
     rows.hg = arena.array(gate_floats);
     for (float*& sum : rows.sum) sum = model.residual ? arena.array(layer_floats(rows)) : nullptr;
+    rows.left = has_factors() ? arena.array((together ? threads : 1) * 2 * factor_floats(rows)) : nullptr;
     rows.logits = arena.array(rows.count * head.width());
     rows.choice = arena.array(int64_t(choice_bytes(model.V) / sizeof(float)));
     rows.ids = reinterpret_cast<int64_t*>(arena.array(2 * rows.count));
@@ -234,15 +236,32 @@ struct Language {
       }
   }
 
-  /* out = start + a weights, of floats or of bytes with their scales. */
+  /* Whether products with weights that are not of eight bits multiply something else than floats. */
+  bool has_factors() const { return kPair > 1 && !model.int8; }
+  int64_t factor_floats(const Rows& rows) const {
+    return left_floats(larger(first.input_blocks, upper.hidden_blocks()), rows.room);
+  }
+
+  /* What a layer reads, `from` [block][room][W], as its products read it: this thread's `which`-th left factor. */
+  float* factors(const Rows& rows, const float* from, int64_t blocks, int which, const Team& team) const {
+    if (!has_factors()) return const_cast<float*>(from);
+    float* left = rows.left + (2 * team.index() + which) * factor_floats(rows);
+    for (int64_t block = 0; block < blocks; ++block)
+      for (int64_t row = 0; row < rows.count; ++row)
+        store_left(left_at(left, rows.room, block, row), load(from + (block * rows.room + row) * W));
+    fill_left(left, blocks, rows.room, 0, rows.count);
+    return left;
+  }
+
+  /* out = start + a weights of `count` rows from `row`, of floats or of bytes with their scales. */
   template <int Vectors>
-  void product(int rows, int64_t blocks, const float* a_rows, int64_t a_block, const float* weights, Place start,
+  void product(const Rows& rows, int64_t row, int count, int64_t blocks, float* a_factors, const float* weights, Place start,
                Place out) const {
     if (!model.int8)
-      multiply_floats<Vectors>(rows, blocks, a_rows, a_block, weights, start, out);
+      multiply_rows<Vectors>(count, padded(blocks), left_at(a_factors, rows.room, 0, row), rows.room, weights, start, out, {});
     else
-      multiply_bytes_rows<Vectors>(rows, blocks, a_rows, a_block, reinterpret_cast<const int8_t*>(weights + Vectors * W),
-                                   weights, start, out);
+      multiply_bytes_rows<Vectors>(count, blocks, a_factors + row * W, rows.room * W,
+                                   reinterpret_cast<const int8_t*>(weights + Vectors * W), weights, start, out);
   }
 
   void copy_embedding(const Rows& rows) {
@@ -274,7 +293,8 @@ struct Language {
   /* With layer normalisation a row's gates need the whole row. First both shares of all of them, without biases: */
   void run_products(const Rows& rows, int64_t layer, int now, const float* below, const Team& team) {
     const Sizes<Cell>& sizes = sizes_of(layer);
-    const float* before = rows.h[now] + layer * layer_floats(rows);
+    float* before = factors(rows, rows.h[now] + layer * layer_floats(rows), sizes.hidden_blocks(), 1, team);
+    float* inputs_below = from_table(layer) ? nullptr : factors(rows, below, sizes.input_blocks, 0, team);
     Tiles tiles(rows.count, max_rows<N>());
     alignas(64) static const float zeros[NW] = {};
     const Place start = {const_cast<float*>(zeros), 0, W};
@@ -286,8 +306,8 @@ struct Language {
         if (from_table(layer))
           copy_table(rows, panel, row, count, rows.xg + at);
         else
-          product<N>(count, sizes.input_blocks, below + row * W, rows.room * W, inputs, start, Place{rows.xg + at, NW, W});
-        product<N>(count, sizes.hidden_blocks(), before + row * W, rows.room * W, hidden_of(layer, panel), start,
+          product<N>(rows, row, count, sizes.input_blocks, inputs_below, inputs, start, Place{rows.xg + at, NW, W});
+        product<N>(rows, row, count, sizes.hidden_blocks(), before, hidden_of(layer, panel), start,
                    Place{rows.hg + at, NW, W});
       }
     }
@@ -357,7 +377,9 @@ struct Language {
   /* `sum`: where the new h is stored once more, with what is `below` added; NULL: nowhere. */
   void run_layer(const Rows& rows, int64_t layer, int now, const float* below, float* sum, const Team& team) {
     const Sizes<Cell>& sizes = layer ? upper : first;
-    const int64_t state = layer * layer_floats(rows), row_block = rows.room * W;
+    const int64_t state = layer * layer_floats(rows);
+    float* before = factors(rows, rows.h[now] + state, sizes.hidden_blocks(), 1, team);
+    float* inputs_below = from_table(layer) ? nullptr : factors(rows, below, sizes.input_blocks, 0, team);
     Tiles tiles(rows.count, max_rows<N>());
     alignas(64) float xg[tile_floats<N>()], sums[tile_floats<N>()];
     for (int64_t panel = team.begin(sizes.panels); panel < team.end(sizes.panels); ++panel) {
@@ -369,7 +391,7 @@ struct Language {
           copy_table(rows, panel, row, count, xg);
         } else {
           Place start = {const_cast<float*>(biases), 0, W};
-          product<N>(count, sizes.input_blocks, below + row * W, row_block, inputs, start, Place{xg, NW, W});
+          product<N>(rows, row, count, sizes.input_blocks, inputs_below, inputs, start, Place{xg, NW, W});
         }
         Place start = {xg, NW, W};
         if constexpr (kGru) { /* n starts from its own hidden bias: r multiplies the sum before the input's share is added */
@@ -377,7 +399,7 @@ struct Language {
           for (int r = 0; r < count; ++r) store(sums + r * NW + 2 * W, load(biases + 3 * W));
           start.p = sums;
         }
-        product<N>(count, sizes.hidden_blocks(), rows.h[now] + state + row * W, row_block, hidden, start, Place{sums, NW, W});
+        product<N>(rows, row, count, sizes.hidden_blocks(), before, hidden, start, Place{sums, NW, W});
         finish_tile(rows, layer, panel, row, count, now, sums, xg, below, sum);
       }
     }
@@ -410,13 +432,14 @@ struct Language {
   }
 
   void run_head(const Rows& rows, const float* h, const Team& team) {
+    float* state = factors(rows, h, head.blocks(), 0, team);
     Tiles tiles(rows.count, max_rows<kHeadVectors>());
     for (int64_t panel = team.begin(head.panels()); panel < team.end(head.panels()); ++panel) {
       const float* packed = model.head + panel * (model.int8 ? head_bytes(head) : head.panel_floats());
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         const int64_t row = tiles.begin(tile);
         float* out = rows.logits + row * head.width() + panel * kHeadVectors * W;
-        product<kHeadVectors>(tiles.size(tile), head.blocks(), h + row * W, rows.room * W, packed + kHeadVectors * W,
+        product<kHeadVectors>(rows, row, tiles.size(tile), head.blocks(), state, packed + kHeadVectors * W,
                               Place{const_cast<float*>(packed), 0, W}, Place{out, head.width(), W});
       }
     }

@@ -62,6 +62,8 @@ class Team {
   /* Waits until all have come here. False: this thread has nothing more to do. */
   bool wait();
 
+  int index() const { return index_; }
+
   /* Whether this is the first thread, which stays where the others leave. */
   bool leads() const { return index_ == 0; }
 

@@ -75,29 +75,6 @@ static inline void multiply_rows(int rows, int64_t k_blocks, const float* a, int
   }
 }
 
-/* The same of rows that are floats, blocked [k / W][row][W] with `a_block` from one block to the next, whatever the factors of
-   products are. */
-template <int N>
-static inline void multiply_floats(int rows, int64_t k_blocks, const float* a, int64_t a_block, const float* panel,
-                                   Place start, Place out) {
-  if constexpr (kPair == 1) {
-    multiply_rows<N>(rows, k_blocks, a, a_block / W, panel, start, out, {});
-  } else {
-    constexpr int kAtOnce = 16; /* blocks that are made factors at a time */
-    float left[kAtOnce * max_rows<N>() * S];
-    int64_t first = 0;
-    do {
-      int64_t blocks = smaller(k_blocks - first, kAtOnce);
-      for (int64_t block = 0; block < blocks; ++block)
-        for (int r = 0; r < rows; ++r)
-          store_left(left_at(left, rows, block, r), load(a + (first + block) * a_block + r * W));
-      fill_left(left, blocks, rows, 0, rows);
-      multiply_rows<N>(rows, padded(blocks), left, rows, panel + first * S * N * W, first ? out : start, out, {});
-      first += blocks;
-    } while (first < k_blocks);
-  }
-}
-
 /* Rows cut into tiles of at most `most` rows: as even as they go, or full ones first, for a unit that takes as long for few. */
 struct Tiles {
   int64_t rows, most, count;
