@@ -70,7 +70,7 @@ def test_what_is_refused(constructor: str) -> None:
         eval(constructor, dict(NAMES))
 
 
-@pytest.mark.parametrize("measured", ["projection", "autocast"])
+@pytest.mark.parametrize("measured", ["projection", "autocast", "autocast-xeon"])
 def test_the_tables_of_figures_are_the_result_files(measured: str) -> None:
     result = f"benchmarks/results/2026-11-26-layers-{measured}.json"
     script = [sys.executable, "benchmarks/layers_table.py", result]

@@ -22,8 +22,9 @@ SESSIONS = re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS = [line[2:] for block in SESSIONS for line in block.splitlines() if line.startswith("$ ")]
 COMMANDS += [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 THREE_MINUTES = ROOT / "benchmarks" / "results" / "2026-11-26-tinyshakespeare-3-minutes.json"
-LAYERS = ROOT / "benchmarks" / "results" / "2026-11-25-layers-marks.json"
+LAYERS = ROOT / "benchmarks" / "results" / "2026-11-26-layers-marks-xeon.json"
 LAYERS_ELSEWHERE = ROOT / "benchmarks" / "results" / "2026-11-26-layers-marks-gradients.json"
+LAYERS_ON_MATRIX_UNITS = ROOT / "benchmarks" / "results" / "2026-11-26-layers-marks-amx.json"
 LAYERS_IN_BFLOAT16 = ROOT / "benchmarks" / "results" / "2026-11-26-layers-marks-bfloat16.json"
 NATIVE = ROOT / "benchmarks" / "results" / "2026-11-24-lecture-native.json"
 RECORDS = ("2026-11-25-shakespeare-record.json", "2026-11-26-shakespeare-bfloat16.json")
@@ -124,7 +125,7 @@ def test_the_layers_table_is_the_result_file() -> None:
     script = [sys.executable, str(ROOT / "benchmarks" / "layers_table.py"), str(LAYERS)]
     table = subprocess.run(script, capture_output=True, text=True, check=True).stdout
     assert table in PAGE
-    for other in (LAYERS_ELSEWHERE, LAYERS_IN_BFLOAT16):
+    for other in (LAYERS_ELSEWHERE, LAYERS_ON_MATRIX_UNITS, LAYERS_IN_BFLOAT16):
         script[-1] = str(other)
         table = subprocess.run(script, capture_output=True, text=True, check=True).stdout
         assert table in PAGE
