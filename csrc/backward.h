@@ -364,7 +364,8 @@ struct Backward {
   void multiply_projection(const Team& team, int64_t step, const Rows& rows) {
     if (!direct_weights) {
       multiply_deep(packed_projection, padded(h_blocks), team.begin(unit_panels), team.end(unit_panels),
-                    left_at(dh_left, odd(rows.all), 0, rows.at), odd(rows.all), rows.count(), step, Place{dm + rows.begin * W, W, Bp * W}, kColumns * Bp * W);
+                    left_at(dh_left, odd(rows.all), 0, rows.at), odd(rows.all), rows.count(), step,
+                    Place{dm + rows.begin * W, W, Bp * W}, kColumns * Bp * W);
       return;
     }
     int64_t column = own_units(team).begin * W, columns = smaller(own_units(team).end * W, H) - column;
@@ -658,7 +659,8 @@ struct Backward {
       multiply_step_direct(team, rows);
     else
       multiply_deep(packed_hidden, gate_blocks(), team.begin(hidden_panels), team.end(hidden_panels),
-                    left_at(left, odd(rows.all), 0, rows.at), odd(rows.all), rows.count(), step, Place{recurrent + rows.begin * W, W, Bp * W}, kColumns * Bp * W);
+                    left_at(left, odd(rows.all), 0, rows.at), odd(rows.all), rows.count(), step,
+                    Place{recurrent + rows.begin * W, W, Bp * W}, kColumns * Bp * W);
     bool masked = a.options.h_mask || a.options.resets;
     if (!masked && !(a.dh0 && rows.end > n_before)) return;
     for (int64_t block = own_outputs(team).begin; block < own_outputs(team).end; ++block) {

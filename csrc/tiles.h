@@ -218,8 +218,8 @@ static inline void multiply_outer_stripe(int64_t K, const OuterRows* of, const f
                                          int64_t columns, bool add) {
 #if defined(__AMX_BF16__)
   for (int64_t column = begin; column < smaller(end, columns); column += kOuter) {
-    TileRows rows[kOuterGroups];
-    for (int i = 0; i < kOuterGroups; ++i) {
+    TileRows rows[kOuterGroups] = {};
+    for (int i = 0; i < kOuterGroups && of[i].units; ++i) {
       const Place out = {of[i].c + column, columns, W};
       rows[i] = {of[i].units, of[i].a, add ? out : Place{nullptr, 0, 0}, out};
     }
