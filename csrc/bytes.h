@@ -58,8 +58,6 @@ static inline void multiply_bytes_rows(int rows, int64_t k_blocks, const float* 
   if constexpr (R == 1) {
     multiply_bytes<1, N>(k_blocks, a, a_block, panel, scales, start, out);
   } else {
-    for (; rows > R; rows -= R, a += R * W, start = start.at(R, 0), out = out.at(R, 0)) /* where tiles have more rows */
-      multiply_bytes<R, N>(k_blocks, a, a_block, panel, scales, start, out);
     if (rows == R)
       multiply_bytes<R, N>(k_blocks, a, a_block, panel, scales, start, out);
     else

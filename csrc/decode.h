@@ -257,11 +257,15 @@ struct Language {
   template <int Vectors>
   void product(const Rows& rows, int64_t row, int count, int64_t blocks, float* a_factors, const float* weights, Place start,
                Place out) const {
-    if (!model.int8)
+    if (!model.int8) {
       multiply_rows<Vectors>(count, padded(blocks), left_at(a_factors, rows.room, 0, row), rows.room, weights, start, out, {});
-    else
-      multiply_bytes_rows<Vectors>(count, blocks, a_factors + row * W, rows.room * W,
-                                   reinterpret_cast<const int8_t*>(weights + Vectors * W), weights, start, out);
+      return;
+    }
+    constexpr int kMost = kAccumulators / Vectors; /* a matrix unit's tiles have more rows */
+    for (int done = 0; done < count; done += kMost)
+      multiply_bytes_rows<Vectors>(int(smaller(count - done, kMost)), blocks, a_factors + (row + done) * W, rows.room * W,
+                                   reinterpret_cast<const int8_t*>(weights + Vectors * W), weights, start.at(done, 0),
+                                   out.at(done, 0));
   }
 
   void copy_embedding(const Rows& rows) {

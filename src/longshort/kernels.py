@@ -142,9 +142,8 @@ def choose(
     forced = _forced
     if forced == "reference":
         return Choice("reference", "forced by kernels.use")
-    if casts and (forced is None or forced in native.BFLOAT16) and _stands_in(cell, needs, x):
-        name = forced or native.need_bfloat16()
-        return Choice(name, "autocast asks for bfloat16, which our products can have", grad, True)
+    if casts and (forced is None or forced in native.BFLOAT16) and (best := _stand_in(cell, needs, x)):
+        return Choice(forced or best, "autocast asks for bfloat16, which our products can have", grad, True)
     if forced != "torch":
         lacks = _native_lacks(cell, needs, x)
         if not lacks and forced:
@@ -199,13 +198,13 @@ def _native_lacks(cell: str, needs: frozenset[str], x: Tensor | None, casts: boo
     return "" if x.layout is torch.strided else f"they run dense tensors, not {x.layout}"
 
 
-def _stands_in(cell: str, needs: frozenset[str], x: Tensor | None) -> bool:
-    """Return whether autocast to bfloat16 is on and our kernels with such products can run a call in its place."""
+def _stand_in(cell: str, needs: frozenset[str], x: Tensor | None) -> str | None:
+    """Return our target with products of bfloat16 if autocast asks for such and it can run a call in its place."""
     if x is None or torch.compiler.is_compiling() or not torch.is_autocast_enabled("cpu"):
-        return False
-    if torch.get_autocast_dtype("cpu") is not torch.bfloat16 or not native.bfloat16():
-        return False
-    return not _native_lacks(cell, needs, x, casts=True)
+        return None
+    if torch.get_autocast_dtype("cpu") is not torch.bfloat16 or _native_lacks(cell, needs, x, casts=True):
+        return None
+    return native.bfloat16()
 
 
 def _graphed() -> bool:
