@@ -268,6 +268,23 @@ def test_eight_bits_are_the_model_with_rounded_weights(
     assert text == "".join(generate(same, TOKENIZER, "abc", 50, Sampling(temperature=0)))
 
 
+@pytest.mark.parametrize("target", native.BFLOAT16)
+def test_eight_bits_of_many_rows_where_tiles_have_more_than_vectors(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if target not in native.supported():
+        pytest.skip(f"this processor has no {target}")
+    monkeypatch.setattr(native, "active_target", lambda: target)
+    _, model = models(cell="lstm", layers=2, hidden=37)
+    few, whole = (Decoder(model.config, model.weights(), TOKENIZER, name) for name in ("int8", "float32"))
+    ids_TB = np.random.default_rng(5).integers(10, size=(9, 70))
+    nats_TB, _ = few.nats(ids_TB, ids_TB, None)
+    np.testing.assert_allclose(nats_TB, whole.nats(ids_TB, ids_TB, None)[0], atol=0.2)
+    for row in (0, 15, 31, 69):
+        alone, _ = few.nats(ids_TB[:, row : row + 1], ids_TB[:, row : row + 1], None)
+        assert alone[:, 0].tobytes() == nats_TB[:, row].tobytes()
+
+
 def test_what_eight_bits_cost_is_small_and_exact() -> None:
     decoder, model = models(hidden=64)
     few = Decoder(model.config, model.weights(), TOKENIZER, "int8")
