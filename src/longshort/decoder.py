@@ -22,7 +22,7 @@ from longshort.config import SHRINKAGE, ModelConfig, adaptive_cutoffs
 from longshort.errors import CheckpointError, UsageError
 from longshort.model_files import Saved
 from longshort.native_layers import Weights
-from longshort.native_model import Draw, NativeModel, normalise
+from longshort.native_model import Draw, NativeModel, normalise, product
 from longshort.text import tokenizers
 from longshort.text.tokenizers import Tokenizer
 
@@ -166,7 +166,7 @@ class Decoder:
         """What each symbol gives the gates of the first layer, (V + 1, G), for NumPy."""
         table_VG = self._weights["recurrent.weight_ih_l0"].T
         if self.config.embedding:
-            table_VG = self._weights["embedding.weight"] @ table_VG
+            table_VG = product(self._weights["embedding.weight"], table_VG)
         return normalised(self._weights, "ih_l0", with_unknown(table_VG)) + self._weights["recurrent.bias_ih_l0"]
 
     def _start(self, batch_size: int, state: State | None) -> State:
@@ -194,7 +194,7 @@ class Decoder:
             if layer == 0:
                 x_TBG = self._table[ids_TB]
             else:
-                x_TBG = normalised(w, f"ih_l{layer}", x_TBH @ w[f"recurrent.weight_ih_l{layer}"].T)
+                x_TBG = normalised(w, f"ih_l{layer}", product(x_TBH, w[f"recurrent.weight_ih_l{layer}"].T))
                 x_TBG += w[f"recurrent.bias_ih_l{layer}"]
             weight_hh, bias_hh = w[f"recurrent.weight_hh_l{layer}"], w[f"recurrent.bias_hh_l{layer}"]
             now = tuple(tensor[layer] for tensor in before)
@@ -202,7 +202,7 @@ class Decoder:
             seen: list[Gates] = []
             for t in range(T):
                 # (G, H) times a column is BLAS's fast product for one row; the transposed one is, for several.
-                h_BG = (weight_hh @ now[0][0])[None] if B == 1 else now[0] @ weight_hh.T
+                h_BG = product(weight_hh, now[0][0])[None] if B == 1 else product(now[0], weight_hh.T)
                 now, gates = step(x_TBG[t], normalised(w, f"hh_l{layer}", h_BG) + bias_hh, now)
                 h_TBH[t] = now[0]
                 if readings is not None:
@@ -224,7 +224,7 @@ class Decoder:
             nats_TB, _ = self._native.read(inputs_TB, after, targets_TB, threads=self.threads)
             return cast("NDArray[np.float64]", nats_TB), after
         h_TBH, state = self._run(inputs_TB, state)
-        logits_TBV = (h_TBH @ self._output + self._weights["output.bias"]).astype(np.float64)
+        logits_TBV = (product(h_TBH, self._output) + self._weights["output.bias"]).astype(np.float64)
         largest_TB1 = logits_TBV.max(axis=-1, keepdims=True)
         log_sum_TB = np.log(np.exp(logits_TBV - largest_TB1).sum(axis=-1)) + largest_TB1[..., 0]
         target_logits_TB = np.take_along_axis(logits_TBV, targets_TB[..., None], axis=-1)[..., 0]
@@ -236,7 +236,7 @@ class Decoder:
             after = self._start(1, state)
             return self._native.read(ids_T[:, None], after, threads=self.threads)[1][0], after
         h_TBH, state = self._run(ids_T[:, None], state)
-        return h_TBH[-1, 0] @ self._output + self._weights["output.bias"], state
+        return product(h_TBH[-1, 0], self._output) + self._weights["output.bias"], state
 
     def readings(self, ids_T: NDArray[np.int64]) -> list[Readings]:
         """Read `ids_T` from a zero state and return what each layer had at every step, in float32 weights.

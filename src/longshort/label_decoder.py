@@ -19,6 +19,7 @@ from longshort.examples import Batch
 from longshort.labelling import LabelModel, read_saved
 from longshort.model_files import Saved
 from longshort.native_layers import Gains, Options, Sequences, Weights
+from longshort.native_model import product
 from longshort.text.tokenizers import Tokenizer
 
 
@@ -67,7 +68,7 @@ class LabelDecoder(LabelModel):
             read = np.concatenate(ends, axis=-1)
         elif not config.per_step:
             read = x_TBI.sum(0) / np.maximum(lengths_B, 1)[:, None].astype(np.float32)
-        logits: NDArray[np.float64] = (read @ self._weights["output.weight"].T).astype(np.float64)
+        logits: NDArray[np.float64] = product(read, self._weights["output.weight"].T).astype(np.float64)
         return logits + self._weights["output.bias"]
 
     def _inputs(self, batch: Batch) -> Array:
@@ -99,11 +100,12 @@ class LabelDecoder(LabelModel):
     def _run(self, of: str, x_TBI: Array, lengths_B: NDArray[np.int64]) -> tuple[Array, Array]:
         """The same by NumPy, step by step."""
         w, (T, B), H = self._weights, x_TBI.shape[:2], self.config.hidden
-        x_TBG = normalised(w, f"ih_{of}", x_TBI @ w[f"recurrent.weight_ih_{of}"].T) + w[f"recurrent.bias_ih_{of}"]
+        x_TBG = normalised(w, f"ih_{of}", product(x_TBI, w[f"recurrent.weight_ih_{of}"].T))
+        x_TBG += w[f"recurrent.bias_ih_{of}"]
         step, y_TBH = step_of(self._cell, w, of), np.zeros((T, B, H), np.float32)
         state: State = tuple(np.zeros((B, H), np.float32) for _ in self._cell.states)
         for t in reversed(range(T)) if of.endswith("_reverse") else range(T):
-            h_BG = normalised(w, f"hh_{of}", state[0] @ w[f"recurrent.weight_hh_{of}"].T)
+            h_BG = normalised(w, f"hh_{of}", product(state[0], w[f"recurrent.weight_hh_{of}"].T))
             after, _ = step(x_TBG[t], h_BG + w[f"recurrent.bias_hh_{of}"], state)
             has_B1 = (lengths_B > t)[:, None]
             state = tuple(np.where(has_B1, new, old) for new, old in zip(after, state, strict=True))

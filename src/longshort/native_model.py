@@ -266,11 +266,23 @@ def normalise(x_BN: Array, gamma_N: Array) -> Array:
     return y
 
 
+def product(left: Array, right: Array) -> Array:
+    """Return `left @ right` without NumPy's warnings of it, which say nothing of the result.
+
+    OpenBLAS's AVX-512 kernel for five columns multiplies what lies on the stack into sums that it throws away, so that
+    now and then an "invalid value" is told of a right product; and with weights of a run that diverged, who reads the
+    figures sees it.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        found: Array = left @ right
+    return found
+
+
 def _gates(cell: str, weights: Weights, rows: Array, gamma_ih: Array | None) -> Array:
     """Return what each row gives the gates, (V + 1, G): the product with W_ih and the biases that it can take in."""
-    with np.errstate(invalid="ignore", over="ignore"):  # weights of a run that diverged: who reads the figures sees it
-        gates = rows @ weights.weight_ih.T
-        if gamma_ih is not None:
+    gates = product(rows, weights.weight_ih.T)
+    if gamma_ih is not None:
+        with np.errstate(invalid="ignore", over="ignore"):
             gates = normalise(gates, gamma_ih)
     if weights.bias_ih is not None:
         gates += weights.bias_ih
