@@ -13,7 +13,8 @@ namespace LS_TARGET {
 
 constexpr int kUnitRows = 16;
 
-/* Where a tile's sums start from and go to: row r, vector n is at p + r * row + n * vector. */
+/* Where a tile's sums start from and go to: row r, vector n is at p + r * row + n * vector. Handed on by reference: a copy
+   on the stack is read in wider parts than it was written in, for which a processor waits until all its stores are done. */
 struct Place {
   float* p;
   int64_t row, vector;
@@ -48,12 +49,12 @@ static inline void load_tile(const float* p, int64_t stride) {
 }
 
 template <int kRegister>
-static inline void store_tile(Place out) {
+static inline void store_tile(const Place& out) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(out.p), "r"(out.row * 4), "i"(kRegister) : "memory");
 }
 
 template <int kRegister>
-static inline void start_tile(Place start) {
+static inline void start_tile(const Place& start) {
   if (start.p)
     load_tile<kRegister>(start.p, start.row);
   else
@@ -158,8 +159,8 @@ static void multiply_two_tiles(int64_t k_blocks, const TileRows* rows, int64_t r
 
 /* out[rows][N W] = start + A[rows][K] panel[K][N W] of `rows` <= 32; the first of them is at `a`. */
 template <int N>
-static void multiply_by_unit(int rows, int64_t k_blocks, const float* a, int64_t room, const float* panel, Place start, Place out,
-                             Ahead ahead) {
+static void multiply_by_unit(int rows, int64_t k_blocks, const float* a, int64_t room, const float* panel,
+                             const Place& start, const Place& out, Ahead ahead) {
   if (rows <= kUnitRows) {
     multiply_tile<N>(k_blocks, {rows, a, start, out}, room, panel, N, ahead);
     return;
@@ -209,8 +210,8 @@ struct MatrixUnit {
 };
 
 template <int N>
-void multiply_by_unit(int rows, int64_t k_blocks, const float* a, int64_t room, const float* panel, Place start, Place out,
-                      Ahead ahead);
+void multiply_by_unit(int rows, int64_t k_blocks, const float* a, int64_t room, const float* panel, const Place& start,
+                      const Place& out, Ahead ahead);
 
 #endif
 

@@ -26,7 +26,7 @@ static inline V load(const int8_t* p) {
 /* As `multiply`, of a panel of bytes with N W scales. */
 template <int R, int N>
 static void multiply_bytes(int64_t k_blocks, const float* a, int64_t a_block, const int8_t* panel, const float* scales,
-                           Place start, Place out) {
+                           const Place& start, const Place& out) {
   V sum[R][N];
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n) sum[r][n] = V{};
@@ -54,7 +54,7 @@ static void multiply_bytes(int64_t k_blocks, const float* a, int64_t a_block, co
 
 template <int N, int R = kAccumulators / N>
 static inline void multiply_bytes_rows(int rows, int64_t k_blocks, const float* a, int64_t a_block, const int8_t* panel,
-                                       const float* scales, Place start, Place out) {
+                                       const float* scales, const Place& start, const Place& out) {
   if constexpr (R == 1) {
     multiply_bytes<1, N>(k_blocks, a, a_block, panel, scales, start, out);
   } else {

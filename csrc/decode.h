@@ -255,8 +255,8 @@ struct Language {
 
   /* out = start + a weights of `count` rows from `row`, of floats or of bytes with their scales. */
   template <int Vectors>
-  void product(const Rows& rows, int64_t row, int count, int64_t blocks, float* a_factors, const float* weights, Place start,
-               Place out) const {
+  void product(const Rows& rows, int64_t row, int count, int64_t blocks, float* a_factors, const float* weights,
+               const Place& start, const Place& out) const {
     if (!model.int8) {
       multiply_rows<Vectors>(count, padded(blocks), left_at(a_factors, rows.room, 0, row), rows.room, weights, start, out, {});
       return;

@@ -18,7 +18,7 @@ namespace LS_TARGET {
 /* out[R][N W] = start + A[R][K] panel[K][N W], k ascending.
    a: the tile's first row in a left factor whose blocks have room for `room` rows. start.p NULL: from zero. */
 template <int R, int N>
-static void multiply(int64_t k_blocks, const float* a, int64_t room, const float* panel, Place start, Place out,
+static void multiply(int64_t k_blocks, const float* a, int64_t room, const float* panel, const Place& start, const Place& out,
                      Ahead ahead) {
   V sum[R][N];
 #pragma GCC unroll 32
@@ -61,8 +61,8 @@ constexpr int tile_floats() {
 
 /* The same for `rows` <= max_rows<N>(). */
 template <int N, int R = max_rows<N>()>
-static inline void multiply_rows(int rows, int64_t k_blocks, const float* a, int64_t room, const float* panel, Place start,
-                                 Place out, Ahead ahead) {
+static inline void multiply_rows(int rows, int64_t k_blocks, const float* a, int64_t room, const float* panel,
+                                 const Place& start, const Place& out, Ahead ahead) {
   if constexpr (kJoined > 1) {
     multiply_by_unit<N>(rows, k_blocks, a, room, panel, start, out, ahead);
   } else if constexpr (R == 1) {
@@ -117,7 +117,7 @@ constexpr int64_t kDepth = (kJoined > 1 ? 512 : 1024) / W;
    out + p * out_panel. `room`: rows that a block of the left factor has room for. k is cut into blocks, so that rows and
    panel meet in the core's own cache; `turn` alternates. */
 static inline void multiply_deep(const float* packed, int64_t all, int64_t first, int64_t last, float* from, int64_t room,
-                                 int64_t n, int64_t turn, Place out, int64_t out_panel) {
+                                 int64_t n, int64_t turn, const Place& out, int64_t out_panel) {
   Tiles tiles(n, max_rows<kColumns>());
   const int64_t depths = ceil_div(all, kDepth);
   for (int64_t d = 0; d < depths; ++d) {
