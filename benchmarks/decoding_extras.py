@@ -81,7 +81,7 @@ def main() -> None:
                 "python -c ''": lambda: seconds(command("-c", "")),
             }
         )
-        exact, names = longshort.load(run), ["int8", *(["bfloat16"] if native.has_bfloat16() else [])]
+        exact, names = longshort.load(run), ["int8", *(["bfloat16"] if native.bfloat16() else [])]
         decoders = {"float32": exact, **{name: longshort.load(run, weights=name) for name in names}}
         for decoder in decoders.values():
             decoder.threads = 1

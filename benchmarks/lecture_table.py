@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from longshort.screen import summary
+from longshort.tables import summary
 
 
 def main(path: str) -> None:

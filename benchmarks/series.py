@@ -33,7 +33,7 @@ def models(known: Any, hidden: int) -> dict[str, Any]:
     }
 
 
-def main(picture: str | None) -> None:
+def main(picture: str | None = None) -> None:
     torch.set_num_threads(1)
     rows = []
     for name, make, fitted, noise in (
@@ -72,4 +72,4 @@ def main(picture: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main(*(sys.argv[1:2] or [None]))
+    main(*sys.argv[1:2])

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import longshort
+from longshort.loop import Finished
 from longshort.text import corpus
 from longshort.text.hidden_markov import HiddenMarkov
 
@@ -64,11 +65,12 @@ def main() -> None:
     examples, rest = (longshort.Examples(*zip(*part, strict=True)) for part in (learn, heldout))
     weights = examples.balanced_weights()
     config = longshort.LabelTrainConfig(out=args.out, cell="gru", epochs=4, class_weights=weights)
-    *_, finished = longshort.train_labels(config, examples, rest)
-    found = finished.heldout
+    *_, last = longshort.train_labels(config, examples, rest)
+    assert isinstance(last, Finished)  # nothing asks it to stop
+    found = last.heldout
     print(f"accuracy {found.accuracy:.3f}, macro F1 {found.macro_f1:.3f}")
     print("rows: what it is, columns: what is said", *found.confusion, sep="\n")
-    print(f"{finished.seconds:.0f} s for {len(learn)} lines, {len(heldout)} held out")
+    print(f"{last.seconds:.0f} s for {len(learn)} lines, {len(heldout)} held out")
 
 
 if __name__ == "__main__":

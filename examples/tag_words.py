@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import longshort
+from longshort.loop import Finished
 from longshort.text.hidden_markov import HiddenMarkov
 
 TAGS = ("article", "adjective", "noun", "verb", "end")
@@ -53,9 +54,10 @@ def main() -> None:
         best = float(np.concatenate([each.max(1) for each in posterior]).mean())
         out = args.out + "-forward" * forward_only
         config = longshort.LabelTrainConfig(out=out, epochs=4, lr=1e-2, hidden=32, bidirectional=not forward_only)
-        *_, finished = longshort.train_labels(config, examples, heldout)
+        *_, last = longshort.train_labels(config, examples, heldout)
+        assert isinstance(last, Finished)  # nothing asks it to stop
         name = "forward only" if forward_only else "both directions"
-        print(f"{name:<16} accuracy {finished.heldout.accuracy:.3f}, best possible {best:.3f}")
+        print(f"{name:<16} accuracy {last.heldout.accuracy:.3f}, best possible {best:.3f}")
     sentence = ["the", "old", "man", "watch", "the", "light", "boat", "."]
     tagger = longshort.load(Path(args.out))
     print(" ".join(f"{word}/{tag}" for word, tag in zip(sentence, tagger.predict([sentence])[0], strict=True)))

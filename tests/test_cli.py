@@ -236,6 +236,8 @@ def test_doctor_tells_versions_and_kernels(capsys: pytest.CaptureFixture[str]) -
     report = json.loads(out_of(capsys, "doctor", "--json"))
     assert report["kernels"] == [*report["native_kernels"], "torch", "reference"]
     assert report["native_kernels"] == list(native.targets())
+    assert [*report["native_kernels"], *report["bfloat16_kernels"]] == list(native.supported())
+    assert next(iter(report["bfloat16_kernels"]), None) == native.bfloat16()
     assert report["native_target"] == native.active_target()
     assert report["native_threads"] == native.threading()
     assert report["advice"] == []

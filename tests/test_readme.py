@@ -165,6 +165,14 @@ def test_the_record_is_the_result_file() -> None:
         assert f"| `{flags}` | {' | '.join(figures)} |" in PAGE
 
 
+def test_the_record_by_matrix_units_is_the_result_file() -> None:
+    path = ROOT / "benchmarks" / "results" / "2026-11-26-shakespeare-amx.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    seconds = "{:.0f}, {:.0f} and {:.0f} seconds".format(*(row["seconds"] for row in rows))
+    nats = "{:.3f}, {:.3f} and {:.3f} in blocks".format(*(next(iter(row["nats"].values())) for row in rows))
+    assert f"By the matrix units of a Xeon (below) the bfloat16 rows take {seconds} and score {nats}." in PAGE
+
+
 def test_the_page_opens_with_the_sentence_and_ends_with_the_tree() -> None:
     assert PAGE.split("\n")[2].startswith("longshort trains and runs small LSTM, GRU and RNN models on ordinary CPUs:")
     tree = PAGE.rsplit("```", 2)[1]

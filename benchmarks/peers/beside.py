@@ -73,7 +73,7 @@ def _measure(script: str, peer: str, package: str) -> None:
 
     with tempfile.TemporaryDirectory() as place:
         given = Path(place, "given.npz")
-        np.savez(given, ids=ids, **model.weights())
+        np.savez(given, allow_pickle=False, ids=ids, **model.weights())
         environment = os.environ | {"PYTHONPATH": os.environ["PEER_PACKAGES"], "OMP_NUM_THREADS": "2"}
         with subprocess.Popen(
             [sys.executable, script, str(given)],
@@ -82,12 +82,13 @@ def _measure(script: str, peer: str, package: str) -> None:
             stdout=subprocess.PIPE,
             text=True,
         ) as child:
+            questions, answers = child.stdin, child.stdout
+            assert questions is not None
+            assert answers is not None
 
             def ask(count: int) -> list[float]:
-                assert child.stdin is not None
-                assert child.stdout is not None
-                print(count, file=child.stdin, flush=True)
-                return [float(word) for word in child.stdout.readline().split()]
+                print(count, file=questions, flush=True)
+                return [float(word) for word in answers.readline().split()]
 
             np.testing.assert_allclose(ask(STEPS_COMPARED), step(STEPS_COMPARED), rtol=1e-4)
             ours, theirs = [], []
@@ -99,7 +100,7 @@ def _measure(script: str, peer: str, package: str) -> None:
                 if block:
                     ours.append((middle - begin) / STEPS_A_BLOCK)
                     theirs.append((time.perf_counter() - middle) / STEPS_A_BLOCK)
-            child.stdin.close()
+            questions.close()
     ratio = statistics.median(theirs) / statistics.median(ours)
     rates = {"ours_per_second": 1 / statistics.median(ours), "peer_per_second": 1 / statistics.median(theirs)}
     row = {"name": "the lecture's: one-hot, 1 x 256, SGD", "peer": peer, "unit": "steps", "ratio": ratio, **rates}

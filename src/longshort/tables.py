@@ -243,13 +243,10 @@ def print_doctor(report: Mapping[str, Any]) -> None:
     table = Table.grid(padding=(0, 3))
     for name, value in report.items():
         if name != "advice":
+            shown = "not installed" if value is None else str(value)
             if isinstance(value, list):
-                shown = ", ".join(value)
-            elif isinstance(value, bool):
-                shown = "yes" if value else "no"
-            else:
-                shown = "not installed" if value is None else str(value)
-            table.add_row(name.replace("_", " "), visible(shown or "none"))
+                shown = ", ".join(value) or "none"
+            table.add_row(name.replace("_", " "), visible(shown))
     console.print(table)
     for line in report["advice"] or ["Nothing is missing."]:
         console.print(line, markup=False)
