@@ -42,6 +42,12 @@ void parallel(int num_threads, void (*body)(void* context, int thread, int count
    depends on nothing else: sums that are made in so many parts have the same bits in every call. */
 int useful_threads(int wanted, double flops, double steps);
 
+/* What has to wait for weights, counted in operations that could be made meanwhile. A step of fewer rows than this takes as
+   long as one of so many, since the weights come from the core's second-level cache. */
+constexpr int64_t kRowsOfAStep = 6;
+/* And once a call after an update, which has left them wherever its threads ran. */
+constexpr double kFlopsPerUpdatedWeight = 32.0;
+
 bool set_threading(bool openmp);
 bool uses_openmp();
 
