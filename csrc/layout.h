@@ -149,7 +149,7 @@ static inline int64_t saved_offset(const Sizes<Cell>& sizes, int64_t saved_row, 
    step fewer than rows whose sums over lanes cost as much. The sizes at which that turns were measured: docs/log.md. */
 static inline bool reads_direct(const ls_shape& s, int64_t rows, bool backward) {
   if (backward || s.T > 1) return rows <= 8;
-  return 5 * W * rows <= 4 * (s.I + (s.P ? s.P : s.H));
+  return 3 * W * rows <= 2 * (s.I + (s.P ? s.P : s.H));
 }
 
 /* Whether threads divide a batch's rows and not the units: they wait for nobody at each step then, but each reads all weights.
