@@ -56,9 +56,7 @@ def main() -> None:
     if args.file:
         learn, heldout = from_files(args.file)
     else:
-        languages = {
-            name: HiddenMarkov.drawn(3, 8, seed, sharpness=0.6) for seed, name in enumerate(("ar", "bo", "cu"))
-        }
+        languages = {name: HiddenMarkov.drawn(3, 8, i, sharpness=0.6) for i, name in enumerate(("ar", "bo", "cu"))}
         generator = np.random.default_rng(0)
         learn, heldout = (made_up(languages, n, generator) for n in (args.count, args.count // 3))
         print(f"best possible accuracy {best_possible(languages, heldout):.3f}")
