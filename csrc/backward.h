@@ -105,8 +105,8 @@ struct Backward {
     const bool by_rows = !direct_weights && kPair * sum_floats <= steps.total_rows() * G * H &&
                          divides_rows(a.shape, most, (hidden_panels + input_panels) * gate_blocks() * S * kPanel);
     if (!by_rows) most = smaller(most, unit_panels);
-    const double rows = double(steps.total_rows()), of_steps = double(larger(steps.total_rows(), kRowsOfAStep * T));
-    double flops = 4.0 * rows * double(H) * double(G * (I + P) + a.shape.P) + 2.0 * (of_steps - rows) * double(H * G * P);
+    const double rows = double(steps.total_rows()), waited_for = rows_waited_for(steps.total_rows(), T);
+    double flops = 4.0 * rows * double(H) * double(G * (I + P) + a.shape.P) + 2.0 * (waited_for - rows) * double(H * G * P);
     flops += kFlopsPerUpdatedWeight * double(H * G * (I + P));
     threads = useful_threads(int(most), flops, by_rows ? 2.0 : double(T));
     teams = by_rows ? threads : 1;

@@ -90,8 +90,8 @@ struct Forward {
     const int64_t most = larger(smaller(a.shape.num_threads, sizes.panels * larger(B, 1)), 1);
     const int64_t weights = sizes.panels * sizes.panel_floats() + projection.floats();
     const bool by_rows = !direct && divides_rows(a.shape, most, weights);
-    const double rows = double(steps.total_rows()), of_steps = double(larger(steps.total_rows(), kRowsOfAStep * T));
-    double flops = 2.0 * double(H) * (rows * double(G * sizes.I + a.shape.P) + of_steps * double(G * P));
+    const double rows = double(steps.total_rows()), waited_for = rows_waited_for(steps.total_rows(), T);
+    double flops = 2.0 * double(H) * (rows * double(G * sizes.I + a.shape.P) + waited_for * double(G * P));
     if (a.saved) flops += kFlopsPerUpdatedWeight * double(weights);
     threads = useful_threads(int(most), flops, by_rows ? 1.0 : double(T));
     teams = by_rows ? threads : 1;

@@ -42,10 +42,14 @@ void parallel(int num_threads, void (*body)(void* context, int thread, int count
    depends on nothing else: sums that are made in so many parts have the same bits in every call. */
 int useful_threads(int wanted, double flops, double steps);
 
-/* What has to wait for weights, counted in operations that could be made meanwhile. A step of fewer rows than this takes as
-   long as one of so many, since the weights come from the core's second-level cache. */
+/* The rows that a product of `rows` in `steps` steps takes as long as: one of fewer than kRowsOfAStep at a time waits for its
+   weights, which come from the core's second-level cache, as long as one of so many. */
 constexpr int64_t kRowsOfAStep = 6;
-/* And once a call after an update, which has left them wherever its threads ran. */
+inline double rows_waited_for(int64_t rows, int64_t steps) {
+  return double(rows > kRowsOfAStep * steps ? rows : kRowsOfAStep * steps);
+}
+
+/* Operations that could be made while a weight comes, once a call, from wherever the threads of an update have left it. */
 constexpr double kFlopsPerUpdatedWeight = 32.0;
 
 bool set_threading(bool openmp);

@@ -84,7 +84,6 @@ def test_it_gives_what_pytorch_gives(
     assert decoder.predict(sequences) == [model.float().predict([each])[0] for each in sequences]
 
 
-@pytest.mark.skipif(not native.targets(), reason=native.reason())
 def test_a_product_tells_nothing_of_what_was_thrown_away() -> None:
     """OpenBLAS raises the processor's flag of an invalid product by chance: here one raises it for certain."""
     endless, nothing = np.full((1, 1), np.inf, np.float32), np.zeros((1, 1), np.float32)
@@ -93,6 +92,7 @@ def test_a_product_tells_nothing_of_what_was_thrown_away() -> None:
     assert np.isnan(product(endless, nothing)).all()
 
 
+@pytest.mark.skipif(not native.targets(), reason=native.reason())
 def test_company_does_not_change_a_probability() -> None:
     model = made(layers=2, bidirectional=True, hidden=20)
     decoder = LabelDecoder(model.config, model.weights())
