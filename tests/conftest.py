@@ -47,6 +47,14 @@ def shared_text(name: str) -> Path:
     return path
 
 
+def need_target(target: str) -> None:
+    """Skip the test, naming the target, where this processor cannot run it."""
+    from longshort import native
+
+    if target not in native.supported():
+        pytest.skip(f"this processor has no {target}")
+
+
 @pytest.fixture(scope="session")
 def english() -> str:
     """About 20,000 characters of made-up English: repeatable on every Python."""

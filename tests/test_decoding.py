@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import need_target
 from longshort import native, native_layers, native_model, training
 from longshort.config import TrainConfig
 from longshort.decoder import Decoder
@@ -70,8 +71,7 @@ def start(model: LanguageModel, prompts: list[list[int]]) -> tuple[Any, tuple[An
 def test_what_is_written_has_the_probabilities_of_the_model(
     cell: str, given: dict[str, Any], target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if target not in native.targets():
-        pytest.skip(f"this processor has no {target}")
+    need_target(target)
     monkeypatch.setattr(native, "active_target", lambda: target)
     if not given.get("table", True):
         monkeypatch.setattr(native_model, "TABLE_BYTES", 0)
@@ -242,8 +242,7 @@ def rounded(weights: Any) -> Any:
 def test_eight_bits_are_the_model_with_rounded_weights(
     cell: str, table: bool, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if target not in native.targets():
-        pytest.skip(f"this processor has no {target}")
+    need_target(target)
     monkeypatch.setattr(native, "active_target", lambda: target)
     if not table:
         monkeypatch.setattr(native_model, "TABLE_BYTES", 0)
@@ -272,8 +271,7 @@ def test_eight_bits_are_the_model_with_rounded_weights(
 def test_eight_bits_of_many_rows_where_tiles_have_more_than_vectors(
     target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if target not in native.supported():
-        pytest.skip(f"this processor has no {target}")
+    need_target(target)
     monkeypatch.setattr(native, "active_target", lambda: target)
     _, model = models(cell="lstm", layers=2, hidden=37)
     few, whole = (Decoder(model.config, model.weights(), TOKENIZER, name) for name in ("int8", "float32"))

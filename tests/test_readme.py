@@ -92,7 +92,7 @@ def test_every_command_of_the_readme_runs(
             (place / target).write_bytes((ROOT / source).read_bytes())
         else:
             assert program in ("git", "cd", "pip", "uv", "python"), command
-    assert ran == {"demo", "train", "resume", "eval", "generate", "score", "inspect", "compare", "doctor"}
+    assert ran == {"demo", "train", "resume", "eval", "generate", "score", "inspect", "export", "compare", "doctor"}
 
 
 def test_every_python_program_of_the_readme_runs(place: Path, english: str) -> None:

@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conftest import need_target
 from longshort import head, kernels, native, ops, training
 from longshort.cells import Stack
 from longshort.config import TrainConfig
@@ -46,8 +47,7 @@ CELLS = ["lstm", "gru", "rnn", "rnn_relu"]
 def test_symbols_give_what_one_hot_rows_give(
     target: str, cell: str, T: int, B: int, V: int, H: int, layers: int, with_lengths: bool, seed: int
 ) -> None:
-    if target not in native.targets():
-        pytest.skip(f"this processor has no {target}")
+    need_target(target)
     torch.manual_seed(seed)
     stack = Stack(cell, V, H, layers)
     ids = torch.randint(V + 1, (T, B))
@@ -130,8 +130,7 @@ def loss_of(
 def test_the_loss_and_its_gradients_are_exact(
     target: str, N: int, V: int, H: int, size: float, tokens: int, seed: int
 ) -> None:
-    if target not in native.targets():
-        pytest.skip(f"this processor has no {target}")
+    need_target(target)
     torch.manual_seed(seed)
     given = torch.randn(N, H), torch.randn(V, H) * size / H**0.5, torch.randn(V)
     targets = torch.randint(-1, V, (N,))
@@ -150,8 +149,7 @@ def test_the_loss_and_its_gradients_are_exact(
 @pytest.mark.parametrize("V", [65, 40_000])
 def test_the_loss_has_the_same_bits_in_any_number_of_threads(target: str, V: int) -> None:
     """Of many symbols several chunks are made: 40,000 of them have 209 rows each."""
-    if target not in ops.TARGETS or not ops.library.ls_target_supported(ops.TARGETS[target]):
-        pytest.skip(f"this processor has no {target}")
+    need_target(target)
     torch.manual_seed(0)
     N = 1100 if V < 100 else 250
     given = torch.randn(N, 50), torch.randn(V, 50), torch.randn(V), torch.randint(-1, V, (N,))

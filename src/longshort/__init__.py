@@ -10,6 +10,7 @@
     longshort.evaluate_dynamically               the same for a model that learns while it reads
     longshort.SequenceClassifier, SequenceTagger a class for a sequence, a tag for each of its steps
     longshort.train_labels(LabelTrainConfig(...), Examples(...))     trains them; resume_labels, evaluate_labels
+    longshort.export_onnx(model, path)           a trained model as a file for other runtimes
     longshort.SequenceRegressor                  vectors in, vectors out: series of numbers
     longshort.kernels                            which implementation runs, and why
     longshort.scratch                            the textbook
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from longshort.layers import LSTM as LSTM
     from longshort.layers import RNN as RNN
     from longshort.model import LanguageModel as LanguageModel
+    from longshort.onnx_files import export_onnx as export_onnx
     from longshort.scoring import score as score
     from longshort.series import SequenceRegressor as SequenceRegressor
     from longshort.supervision import resume_labels as resume_labels
@@ -92,6 +94,7 @@ _HOME = {
     "TrainConfig": "config",
     "convert": "conversion",
     "evaluate": "evaluation",
+    "export_onnx": "onnx_files",
     "evaluate_dynamically": "dynamic",
     "generate": "generation",
     "inspect": "inspection",

@@ -293,6 +293,33 @@ def score(
             print(screen.marked_line(found, colour=sys.stdout.isatty()))
 
 
+@app.command
+def export(
+    model: Annotated[str, Parameter(help="A run or a model directory.")],
+    /,
+    *,
+    out: Annotated[str | None, Parameter(help="The file (default: the model's name with .onnx, here).")] = None,
+    json: Json = False,
+) -> None:
+    """Write a model as an ONNX file, which other runtimes run without longshort, and compare both."""
+    from longshort import onnx_files
+
+    path = Path(out) if out is not None else Path(f"{Path(model).resolve().name}.onnx")
+    if path.suffix != ".onnx":
+        raise UsageError(f"The file is written as ONNX, not {str(path)!r}.", "End the name of --out in .onnx.")
+    found = onnx_files.export_onnx(onnx_files.load(model), path)
+    if json:
+        console.print_json({"model": model, **found.to_dict()})
+        return
+    print(f"{found.file}: {found.bytes / 1e6:.1f} MB, ONNX operators of version {found.opset}")
+    for kind, arrays in (("in", found.inputs), ("out", found.outputs)):
+        print(f"{kind:<4}", ", ".join(f"{name} ({', '.join(map(str, shape))})" for name, shape in arrays.items()))
+    if found.checked_with is None:
+        console.say("longshort: not compared with the model, as there is no runtime: pip install onnxruntime")
+    else:
+        print(f"{found.checked_with} gives the same, to {found.largest_difference:.1e}.")
+
+
 app.command(inspecting.inspect)
 app.command(measuring.compare)
 app.command(measuring.bench)

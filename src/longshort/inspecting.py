@@ -72,11 +72,12 @@ def inspect(
     loaded = models.reader(model)
     if out is not None:
         durable.require_writable_directory(Path(out).absolute().parent)
+    last = loaded.config.layers - 1
+    drawn = last if layer is None else layer
+    if not 0 <= drawn <= last:
+        raise UsageError(f"--layer must be from 0 to {last}, not {drawn}.")
     found = inspect(loaded, loaded.tokenizer, text)
     chosen = None if unit is None else _chosen(found, unit, value)
-    drawn = len(found.layers) - 1 if layer is None else layer
-    if not 0 <= drawn < len(found.layers):
-        raise UsageError(f"--layer must be from 0 to {len(found.layers) - 1}, not {drawn}.")
     if out is not None:
         found.save(out)
     if plot is not None:

@@ -71,6 +71,10 @@ class LabelDecoder(LabelModel):
         logits: NDArray[np.float64] = product(read, self._weights["output.weight"].T).astype(np.float64)
         return logits + self._weights["output.bias"]
 
+    def weights(self) -> dict[str, Array]:
+        """Return the weights by name, as they were given."""
+        return dict(self._weights)
+
     def _inputs(self, batch: Batch) -> Array:
         """Return what the first layer reads, (T, B, I)."""
         config, inputs = self.config, batch.inputs

@@ -108,7 +108,11 @@ def advice() -> list[str]:
         )
     elif tuple(int(part) for part in torch.split(".")[:2] if part.isdigit()) != TESTED_TORCH:
         lines.append(f"torch {torch} is untested; 2.10 to 2.13 are meant to work, 2.13 is tested.")
-    for package, extra, purpose in (("pooch", "train", "download named corpora"), ("matplotlib", "plot", "draw plots")):
+    for package, extra, purpose in (
+        ("pooch", "train", "download named corpora"),
+        ("matplotlib", "plot", "draw plots"),
+        ("onnx", "export", "write ONNX files"),
+    ):
         if version_of(package) is None:
             lines.append(f"{package} is missing, which is needed to {purpose}: pip install 'longshort[{extra}]'")
     return lines
