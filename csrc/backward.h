@@ -537,23 +537,6 @@ struct Backward {
           run_row_normal<false>(step, row, rows, own_parts + share * part_floats());
   }
 
-  /* v gets the gradient that reaches x through x_hat = (x - mean) scale, from `d` that reaches x_hat: scale (d - mean of d -
-     x_hat times the mean of d x_hat). */
-  struct Through {
-    V sum{}, product{};
-    float mean, slope, scale;
-    void add(V d, V x_hat) {
-      sum += d;
-      product += d * x_hat;
-    }
-    void close(int64_t count, float by) {
-      mean = sum_lanes(sum) / float(count);
-      slope = sum_lanes(product) / float(count);
-      scale = by;
-    }
-    V operator()(V d, V x_hat) const { return (d - mean - x_hat * slope) * scale; }
-  };
-
   /* Of each gate gamma_ih, gamma_hh, bias_ih, bias_hh; of the LSTM gamma_c, beta_c, and the peepholes of i, f, o. */
   static constexpr int kParts = 4 * G + 5;
   int64_t part_floats() const { return kParts * U * W; }

@@ -43,6 +43,23 @@ static inline Moments moments(const Sizes<Cell>& sizes, const float* row, int64_
   return {mean, 1.0f / __builtin_sqrtf(sum_lanes(square[0]) / count + 1e-5f)};
 }
 
+/* The gradient that reaches x through x_hat = (x - mean) scale, from d that reaches x_hat: scale (d - mean of d - x_hat times
+   the mean of d x_hat). The row's d are added one after the other, then it is closed, then it gives what reaches x. */
+struct Through {
+  V sum{}, product{};
+  float mean, slope, scale;
+  void add(V d, V x_hat) {
+    sum += d;
+    product += d * x_hat;
+  }
+  void close(int64_t count, float by) {
+    mean = sum_lanes(sum) / float(count);
+    slope = sum_lanes(product) / float(count);
+    scale = by;
+  }
+  V operator()(V d, V x_hat) const { return (d - mean - x_hat * slope) * scale; }
+};
+
 }  // namespace LS_TARGET
 }  // namespace ls
 

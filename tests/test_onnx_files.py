@@ -182,24 +182,29 @@ def test_the_verb_says_what_it_wrote_and_how_near_it_is(tmp_path: Path, capsys: 
 
 
 def test_the_page_and_the_example_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, english: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    saved(language_model(hidden=256), tmp_path / "my-text-run")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-text.txt").write_text(english, encoding="utf-8")
+    assert main(["train", "my-text.txt", "--steps", "2", "--out", "my-text-run"]) == 0
     page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"^(longshort .*)$", page, re.MULTILINE)
     assert main(shlex.split(command)[1:]) == 0
-    capsys.readouterr()
-    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    exec(program, {})
-    assert capsys.readouterr().out.removesuffix("\n") in [*"abcdefgh ", "\n"]
-    example = [sys.executable, str(ROOT / "examples" / "write_onnx.py"), "my-text-run.onnx"]
-    done = subprocess.run(
-        [*example, "--prompt", "bad x", "--length", "40", "--temperature", "0"], capture_output=True, check=True
-    )
     decoder = longshort.load("my-text-run")
-    ours = "".join(generate(decoder, decoder.tokenizer, "bad x", 40, Sampling(temperature=0)))
-    assert done.stdout.decode() == f"bad x{ours}\n"
+    by_runtime, by_torch = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    capsys.readouterr()
+    exec(by_runtime, {})
+    ids = decoder.tokenizer.encode("the ").astype(np.int64)
+    likeliest = decoder.tokenizer.decode([int(decoder.logits(ids, None)[0].argmax())])
+    assert capsys.readouterr().out == f"{likeliest}\n"
+    names: dict[str, Any] = {}
+    exec(by_torch, names)
+    wanted, _ = decoder.logits(np.array([0, 1, 2]), None)
+    np.testing.assert_allclose(names["logits"][-1, 0].detach().numpy(), wanted, atol=1e-5)
+    example = [sys.executable, str(ROOT / "examples" / "write_onnx.py"), "my-text-run.onnx", "--temperature", "0"]
+    done = subprocess.run([*example, "--prompt", "the ☃", "--length", "40"], capture_output=True, check=True)
+    ours = "".join(generate(decoder, decoder.tokenizer, "the ☃", 40, Sampling(temperature=0)))
+    assert done.stdout.decode() == f"the ☃{ours}\n"
 
 
 def test_the_pages_figures_are_the_result_files() -> None:

@@ -99,6 +99,34 @@ def test_targets_of_their_own_and_several_series() -> None:
         model.forecast(new, 2)
 
 
+def test_a_short_series_does_not_cut_the_windows_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rng = made(inputs=2), np.random.default_rng(0)
+    given = [rng.normal(size=(length, 2)).astype(np.float32) for length in (41, 4, 26)]
+    read: list[Any] = []
+    forward = model.forward
+
+    def recorded(x_TBI: Any, lengths: Any) -> Any:
+        y_TBO, state = forward(x_TBI, lengths=lengths)
+        read.append((x_TBI, lengths, y_TBO.detach(), model.scale_O.clone()))
+        return y_TBO, state
+
+    monkeypatch.setattr(model, "forward", recorded)
+    losses: list[float] = []
+    fit(model, given, seq_len=25, batch_size=40, steps=3, report=lambda _, loss: losses.append(loss))
+    for (x_TBI, lengths, y_TBO, scale_O), found in zip(read, losses, strict=True):
+        assert len(x_TBI) == 25
+        assert set(lengths.tolist()) == {25, 3}
+        squares = []
+        for row, length in enumerate(lengths.tolist()):
+            window, following = x_TBI[:length, row].numpy(), []
+            for each in given:  # the window is part of exactly one series, and what follows it is known
+                starts = [t for t in range(len(each) - length) if np.array_equal(each[t : t + length], window)]
+                following += [each[t + 1 : t + 1 + length] for t in starts]
+            (target,) = following
+            squares.append(((y_TBO[:length, row].numpy() - target) / scale_O.numpy()) ** 2)
+        assert found == pytest.approx(float(np.concatenate(squares).mean()), rel=1e-5)
+
+
 def test_rows_of_several_lengths_are_read_side_by_side() -> None:
     model = made(inputs=2, layers=2).eval()
     rows = [torch.randn(length, 2) for length in (5, 0, 3)]

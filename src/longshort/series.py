@@ -137,7 +137,8 @@ def fit(
         model: to be trained.
         inputs: a series (T, I), or a list of them.
         targets: what follows each step, (T, O) or a list; if None, the series itself a step later.
-        seq_len: steps of a window; each begins from a zero state, at a random place.
+        seq_len: steps of a window at most; each begins from a zero state, at a random place. Shorter series are whole
+            windows.
         batch_size: windows of a step.
         steps: updates.
         lr: highest learning rate (AdamW); it falls to zero as a cosine.
@@ -179,16 +180,17 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     model.train()
-    length = min(seq_len, *(len(x) for x, _ in pairs))
     for step in range(1, steps + 1):
         windows = []
         for number in generator.choice(len(pairs), size=batch_size, p=chances / chances.sum()):
             x, y = pairs[number]
-            first = int(generator.integers(len(x) - length + 1))
-            windows.append((x[first : first + length], y[first : first + length]))
-        x_TBI, y_TBO = (torch.stack(parts, dim=1) for parts in zip(*windows, strict=True))
-        predicted_TBO, _ = model(x_TBI)
-        loss = ((predicted_TBO - y_TBO) / model.scale_O).square().mean()
+            first = int(generator.integers(max(len(x) - seq_len, 0) + 1))
+            windows.append((x[first : first + seq_len], y[first : first + seq_len]))
+        x_TBI, y_TBO = (nn.utils.rnn.pad_sequence(list(parts)) for parts in zip(*windows, strict=True))
+        lengths_B = torch.tensor([len(x) for x, _ in windows])
+        has_TB = torch.arange(len(x_TBI)).unsqueeze(1) < lengths_B
+        predicted_TBO, _ = model(x_TBI, lengths=None if bool(has_TB.all()) else lengths_B)
+        loss = ((predicted_TBO - y_TBO) / model.scale_O)[has_TB].square().mean()
         if not bool(loss.isfinite()):
             raise TrainingError(
                 f"Training diverged at step {step}: the loss is {loss.item()}.", f"Try an lr below {lr:g}."
