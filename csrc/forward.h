@@ -45,6 +45,7 @@ struct Forward {
   bool options, raw_differs, normal, projects;
   int64_t saved_row; /* floats that a row of a unit block saves */
   bool direct;        /* the weights are read as they lie; h has its rows one after the other then */
+  bool passing;       /* a single step: each thread packs its panels one after the other into the same place */
   int64_t h_row, h_block, m_row;
   const float* packed;
   int64_t* row_offset;
@@ -79,6 +80,7 @@ struct Forward {
     m_row = sizes.U * W + W;
     h_block = direct ? W : Bp * W;
     plan_teams();
+    passing = T == 1 && teams == 1 && !a.packed && !direct && !normal && !a.tokens.table;
     int64_t group = ceil_div(B, teams);
     /* xg and x of a chunk should stay in the second-level cache; a matrix unit waits for the weights instead. */
     int64_t row_floats = sizes.panels * NW / team_size + sizes.input_blocks * W;
@@ -101,7 +103,7 @@ struct Forward {
 
   int64_t carve(float* memory) {
     Arena arena(memory);
-    int64_t panels_end = sizes.panels * sizes.panel_floats();
+    int64_t panels_end = (passing ? team_size : sizes.panels) * sizes.panel_floats();
     int64_t packed_floats = direct ? sizes.panels * sizes.bias_floats() : panels_end + projection.floats();
     own_packed = a.packed ? nullptr : arena.array(packed_floats);
     packed = a.packed ? a.packed : own_packed;
@@ -172,13 +174,39 @@ struct Forward {
   }
 
   void pack(const Team& team) {
-    for (int64_t panel = team.begin(sizes.panels); panel < team.end(sizes.panels); ++panel)
+    for (int64_t panel = team.begin(sizes.panels); panel < team.end(sizes.panels) && !passing; ++panel)
       if (direct)
         pack_biases<Cell>(sizes, panel, a.bias_ih, a.bias_hh, own_packed + panel * sizes.bias_floats());
       else
-        pack_panel<Cell>(sizes, panel, a.weight_ih, a.weight_hh, a.bias_ih, a.bias_hh, own_packed);
+        pack_panel(panel, own_packed + panel * sizes.panel_floats());
     for (int64_t panel = team.begin(projection.panels()); panel < team.end(projection.panels()) && !direct; ++panel)
-      projection.pack(a.weight_hr, panel, own_packed + sizes.panels * sizes.panel_floats());
+      projection.pack(a.weight_hr, panel, const_cast<float*>(packed_projection));
+  }
+
+  void pack_panel(int64_t panel, float* out) {
+    LS_TARGET::pack_panel<Cell>(sizes, panel, a.weight_ih, a.weight_hh, a.bias_ih, a.bias_hh, out);
+  }
+
+  /* A thread's panels, and where the first of them lies packed; the others lie behind it. */
+  struct Own {
+    int64_t first, count;
+    const float* packed;
+  };
+
+  Own own_panels(const Team& team) const {
+    const int64_t first = team.begin(sizes.panels);
+    return {first, team.end(sizes.panels) - first, packed + first * sizes.panel_floats()};
+  }
+
+  /* Packed weights that are read once need not all lie in memory: a panel stays in the core's own cache until its products are
+     done, and the next one takes its place. */
+  void run_only_step(const Team& team, int64_t row0, int64_t rows, float* x_chunk, float* xg_chunk) {
+    float* place = own_packed + team.index() * sizes.panel_floats();
+    for (int64_t panel = team.begin(sizes.panels); panel < team.end(sizes.panels); ++panel) {
+      pack_panel(panel, place);
+      multiply_inputs({panel, 1, place}, 0, rows, x_chunk, xg_chunk);
+      run_step({panel, 1, place}, 0, row0, rows, rows, xg_chunk);
+    }
   }
 
   void run_rows(Team team, int64_t row0, int64_t row1, int64_t index) {
@@ -201,15 +229,18 @@ struct Forward {
       } else {
         copy_inputs(team, first, last, row0, row1, rows, x_chunk);
         if (!team.wait()) return;
-        multiply_inputs(team, first, rows, x_chunk, xg_chunk);
+        if (passing)
+          run_only_step(team, row0, rows, x_chunk, xg_chunk);
+        else
+          multiply_inputs(own_panels(team), first, rows, x_chunk, xg_chunk);
       }
       int64_t row_in_chunk = 0;
       for (int64_t step = first; step < last; ++step) {
         int64_t n = steps.rows_of(step, row0, row1);
         if (direct)
           run_step_direct(team, step, row0, n, rows, xg_chunk + row_in_chunk * NW);
-        else
-          run_step(team, step, row0, n, rows, xg_chunk + row_in_chunk * NW);
+        else if (!passing)
+          run_step(own_panels(team), step, row0, n, rows, xg_chunk + row_in_chunk * NW);
         if (normal) {
           if (!team.wait()) return;
           finish_rows(team, step, row0, n, rows, xg_chunk + row_in_chunk * NW);
@@ -302,17 +333,16 @@ struct Forward {
     }
   }
 
-  void multiply_inputs(const Team& team, int64_t step, int64_t rows, float* x_chunk, float* xg_chunk) {
-    const int64_t first = team.begin(sizes.panels), blocks = padded(sizes.input_blocks);
+  void multiply_inputs(const Own& own, int64_t step, int64_t rows, float* x_chunk, float* xg_chunk) {
+    const int64_t blocks = padded(sizes.input_blocks);
     const int64_t depth = kJoined > 1 ? kDepth : larger(blocks, 1); /* a matrix unit reads all rows again for each panel */
     Tiles tiles(rows, max_rows<N>());
     for (int64_t k = 0; k == 0 || k < blocks; k += depth) {
       const int64_t deep = smaller(depth, blocks - k);
-      Panels panels(packed + first * sizes.panel_floats() + sizes.bias_floats() + k * S * NW, deep * S * NW,
-                    sizes.panel_floats(), team.end(sizes.panels) - first, step);
+      Panels panels(own.packed + sizes.bias_floats() + k * S * NW, deep * S * NW, sizes.panel_floats(), own.count, step);
       for (int64_t i = 0; i < panels.count(); ++i) {
-        int64_t panel = first + panels.index(i);
-        float* biases = normal ? nullptr : const_cast<float*>(biases_of(panel));
+        int64_t panel = own.first + panels.index(i);
+        float* biases = normal ? nullptr : const_cast<float*>(own.packed + panels.index(i) * sizes.panel_floats());
         for (int64_t tile = 0; tile < tiles.count; ++tile) {
           int64_t row = tiles.begin(tile);
           const Place sums = {xg_chunk + (panel * rows + row) * NW, NW, W};
@@ -380,16 +410,14 @@ struct Forward {
   }
 
   /* `xg_rows`: the step's first row in the chunk's first panel. */
-  void run_step(const Team& team, int64_t step, int64_t row0, int64_t n, int64_t chunk, const float* xg_rows) {
-    int64_t first = team.begin(sizes.panels), blocks = padded(sizes.hidden_blocks());
-    int64_t before_hidden = sizes.bias_floats() + sizes.input_floats();
-    Panels panels(packed + first * sizes.panel_floats() + before_hidden, sizes.hidden_floats(), sizes.panel_floats(),
-                  team.end(sizes.panels) - first, step);
+  void run_step(const Own& own, int64_t step, int64_t row0, int64_t n, int64_t chunk, const float* xg_rows) {
+    const int64_t blocks = padded(sizes.hidden_blocks()), before_hidden = sizes.bias_floats() + sizes.input_floats();
+    Panels panels(own.packed + before_hidden, sizes.hidden_floats(), sizes.panel_floats(), own.count, step);
     Tiles tiles(n, max_rows<N>());
     alignas(64) float sums[tile_floats<N>()];
     for (int64_t i = 0; i < panels.count(); ++i) {
-      int64_t panel = first + panels.index(i);
-      const float* hidden_bias = biases_of(panel) + 3 * W; /* the GRU's */
+      int64_t panel = own.first + panels.index(i);
+      const float* hidden_bias = own.packed + panels.index(i) * sizes.panel_floats() + 3 * W; /* the GRU's */
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         int64_t row = tiles.begin(tile);
         int rows = tiles.size(tile);

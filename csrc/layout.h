@@ -228,10 +228,9 @@ static void pack_biases(const Sizes<Cell>& sizes, int64_t panel, const float* bi
 
 template <class Cell>
 static void pack_panel(const Sizes<Cell>& sizes, int64_t panel, const float* weight_ih, const float* weight_hh,
-                       const float* bias_ih, const float* bias_hh, float* packed) {
+                       const float* bias_ih, const float* bias_hh, float* out) {
   constexpr int N = Sizes<Cell>::N;
   const int64_t I = sizes.I, H = sizes.H, P = sizes.P;
-  float* out = packed + panel * sizes.panel_floats();
   float* inputs = out + sizes.bias_floats();
   float* hidden = inputs + sizes.input_floats();
   pack_biases<Cell>(sizes, panel, bias_ih, bias_hh, out);

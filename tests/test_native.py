@@ -22,7 +22,7 @@ from longshort.native_layers import Options, Sequences
 from native_reference import CELLS, TARGETS, Array, Case, Reference, close, placed, same
 
 LANES = {"avx512": 16, "avx2": 8, "baseline": 4}
-LARGER = [(9, 2, 40, 200), (6, 33, 64, 64), (5, 20, 30, 130)]
+LARGER = [(9, 2, 40, 200), (6, 33, 64, 64), (5, 20, 30, 130), (1, 66, 64, 200)]
 DIRECTIONS = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 EVERY_CELL = pytest.mark.parametrize("cell", CELLS)
 needs_library = pytest.mark.skipif(native.library() is None, reason=native.reason())
