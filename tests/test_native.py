@@ -211,7 +211,7 @@ def test_peepholes(target: str, cell: str, reverse: bool) -> None:
 def test_projections(target: str, cell: str, reverse: bool) -> None:
     rng, W = np.random.default_rng(0), LANES[target]
     shapes = [(1, 1, 3, 5, 2), (2, 3, 4, 2 * W, W), (4, 5, 6, 2 * W - 1, W + 1), (3, W + 3, 3, 3 * W + 2, 2 * W + 1)]
-    shapes += [(T, B, I, H, P) for (T, B, I, H), P in zip(LARGER, (2 * W + 3, 24, 5), strict=True)]
+    shapes += [(T, B, I, H, P) for (T, B, I, H), P in zip(LARGER, (2 * W + 3, 24, 5, 11), strict=True)]
     for (T, B, I, H, P), bias in zip(shapes, itertools.cycle((True, False)), strict=False):
         for threads in {1, 1 + (B > 9), 1 + 2 * (B > 30)}:
             Case(rng, cell, T=T, B=B, I=I, H=H, P=P, bias=bias, offset=1).check(target, reverse, threads)
