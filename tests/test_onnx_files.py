@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 import longshort
 from conftest import ROOT
-from longshort import checkpoint, machine, onnx_files, training
+from longshort import checkpoint, onnx_files, training
 from longshort.cli import main
 from longshort.config import LabelModelConfig, TrainConfig
 from longshort.errors import LongshortError, OutputError, UsageError
@@ -335,4 +335,3 @@ def test_an_adaptive_softmax_without_torch_names_what_is_missing(
     monkeypatch.setattr(onnx_files, "version_of", lambda package: None)
     with pytest.raises(LongshortError, match="adaptive softmax needs PyTorch"):
         onnx_files.load(tmp_path / "model")
-    assert machine.version_of("torch")

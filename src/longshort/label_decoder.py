@@ -59,7 +59,7 @@ class LabelDecoder(LabelModel):
         run = self._run_native if self._native else self._run
         x_TBI, ends = self._inputs(batch), list[Array]()
         for layer in range(config.layers):
-            found = [run(f"l{layer}{suffix}", x_TBI, lengths_B) for suffix in _suffixes(config)]
+            found = [run(f"l{layer}{suffix}", x_TBI, lengths_B) for suffix in suffixes(config)]
             y_TBH = np.concatenate([y for y, _ in found], axis=-1)
             x_TBI = x_TBI + y_TBH if layer and config.residual else y_TBH
             ends = [end for _, end in found]
@@ -117,7 +117,8 @@ class LabelDecoder(LabelModel):
         return y_TBH, state[0]
 
 
-def _suffixes(config: LabelModelConfig) -> tuple[str, ...]:
+def suffixes(config: LabelModelConfig) -> tuple[str, ...]:
+    """Return how the weights of each direction end, behind the layer's number."""
     return ("", "_reverse")[: 1 + config.bidirectional]
 
 
@@ -134,7 +135,7 @@ def _weight_shapes(config: LabelModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (V, config.embedding)} if V and config.embedding else {}
     for layer in range(config.layers):
         width = D * H if layer else config.inputs or config.embedding or V
-        for suffix in _suffixes(config):
+        for suffix in suffixes(config):
             of = f"l{layer}{suffix}"
             plain = {"weight_ih": (G, width), "weight_hh": (G, H), "bias_ih": (G,), "bias_hh": (G,)}
             shapes |= {f"recurrent.{name}_{of}": shape for name, shape in plain.items()}

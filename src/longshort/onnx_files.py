@@ -247,7 +247,7 @@ class _Graph:
             self.constant(f"R_{name}", np.stack(weights("weight_hh"))),
             self.constant(f"B_{name}", np.stack(biases)),
         ]
-        outputs = [f"{part}_{name}" for part in ("Y", "Y_h", "Y_c")[: 3 if cell == "lstm" else 2]]
+        outputs = [f"{part}_{name}" for part in ("Y", *(f"Y_{state}" for state in decoder.CELLS[cell].states))]
         attributes = dict(operator.attributes or {})
         if operator.activations:
             attributes["activations"] = operator.activations * len(of)
@@ -276,7 +276,7 @@ def _language_model(graph: _Graph, config: ModelConfig) -> None:
     """Fill the graph of a language model."""
     L, H, V = config.layers, config.hidden, config.vocab_size
     x = graph.symbols(graph.input("ids", ("T", "B"), np.int64), config)
-    states = ("h", "c") if config.cell == "lstm" else ("h",)
+    states = decoder.CELLS[config.cell].states
     before: list[list[str]] = []
     for name in states:
         parts = [f"{name}_l{layer}" for layer in range(L)]
@@ -323,7 +323,7 @@ def _labelling(graph: _Graph, config: LabelModelConfig) -> None:
     lengths = graph.add("Cast", given, to=_type_number(np.int32))
     ends: list[str] = []
     for layer in range(config.layers):
-        of = [f"l{layer}{suffix}" for suffix in ("", "_reverse")[: 1 + config.bidirectional]]
+        of = [f"l{layer}{suffix}" for suffix in label_decoder.suffixes(config)]
         y, ends = graph.layer(config.cell, x, of, lengths=lengths)
         x = graph.add("Add", x, y) if layer and config.residual else y
     if not config.per_step and config.pooling == "ends":
@@ -375,7 +375,7 @@ def _compare_texts(model: Any, run: Callable[..., list[Array]]) -> Pairs:
     """Return what the model and the file say after made-up texts, and after a second piece of each."""
     config, random = model.config, np.random.default_rng(0)
     ids_TB = random.integers(0, config.vocab_size + 1, (2 * COMPARED_STEPS, 3))
-    names = ("h", "c") if config.cell == "lstm" else ("h",)
+    names = decoder.CELLS[config.cell].states
     state = [np.zeros((config.layers, ids_TB.shape[1], config.hidden), np.float32) for _ in names]
     found: Pairs = []
     own: list[Any] = [None] * ids_TB.shape[1]
