@@ -8,38 +8,30 @@
 namespace ls {
 namespace LS_TARGET {
 
-/* Lane u of the result is the sum of v[u]'s lanes. */
-static inline V sum_lanes(V* v) {
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC unroll 8
-  for (int half = W / 2; half >= 1; half /= 2) {
-    VI first, second; /* of two vectors, the even and the odd pieces of `half` lanes */
-    for (int lane = 0; lane < W; ++lane) {
-      int piece = lane / half, even = piece & ~1, from = piece & 1 ? W : 0;
-      first[lane] = from + even * half + lane % half;
-      second[lane] = from + (even + 1) * half + lane % half;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < half; ++i)
-      v[i] = __builtin_shuffle(v[i], v[i + half], first) + __builtin_shuffle(v[i], v[i + half], second);
-  }
-  return v[0];
-#else
-  float sums[W] = {};
-  for (int u = 0; u < W; ++u)
-    for (int lane = 0; lane < W; ++lane) sums[u] += v[u][lane];
-  return load(sums);
-#endif
-}
-
 constexpr int kDotColumns = 4;
 constexpr int kDotRows = kAccumulators / kDotColumns;
+
+/* Lane u of the result is the sum of sum[u]'s lanes in every fourth, for kDotColumns of them. */
+static inline V sums_of_fourths(const V* sum) {
+  return folded<1>(folded<2>(sum[0], sum[2]), folded<2>(sum[1], sum[3]));
+}
+
+/* Of vectors of such fourths' sums, one for each kDotColumns lanes of the result, the whole sums. */
+template <int kHalf = W / 2>
+static inline V sums_of_wholes(V* sum) {
+  if constexpr (kHalf < kDotColumns) {
+    return sum[0];
+  } else {
+    for (int i = 0; i < kHalf / kDotColumns; ++i) sum[i] = folded<kHalf>(sum[i], sum[i + kHalf / kDotColumns]);
+    return sums_of_wholes<kHalf / 2>(sum);
+  }
+}
 
 /* out[r], lane u = start + sum over k of a[r][k] weight[u][k], for `units` lanes; the others are start. */
 template <int R>
 static void dot(int64_t K, const float* a, int64_t a_row, const float* weight, int64_t stride, int units, float* out,
                 int64_t out_row) {
-  V sums[R][W];
+  V sums[R][W / kDotColumns];
   for (int u0 = 0; u0 < W; u0 += kDotColumns) {
     V sum[R][kDotColumns];
     const float* w[kDotColumns];
@@ -60,18 +52,22 @@ static void dot(int64_t K, const float* a, int64_t a_row, const float* weight, i
           for (int r = 0; r < R; ++r) sum[r][u] += x[r] * y;
         }
       }
-      int left = int(K - k);
-      for (int r = 0; left && r < R; ++r) {
-        V x = load_part(a + r * a_row + k, left);
-        for (int u = 0; u < kDotColumns; ++u) sum[r][u] += x * load_part(w[u] + k, left);
+      if (int left = int(K - k)) {
+        V y[kDotColumns];
+        for (int u = 0; u < kDotColumns; ++u) y[u] = load_part(w[u] + k, left);
+        for (int r = 0; r < R; ++r) {
+          V x = load_part(a + r * a_row + k, left);
+          for (int u = 0; u < kDotColumns; ++u) sum[r][u] += x * y[u];
+        }
       }
     }
-    for (int r = 0; r < R; ++r)
-      for (int u = 0; u < kDotColumns; ++u) sums[r][u0 + u] = u0 + u < units ? sum[r][u] : V{};
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sums[r][u0 / kDotColumns] = sums_of_fourths(sum[r]);
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     float* to = out + r * out_row;
-    store(to, load(to) + sum_lanes(sums[r]));
+    store(to, load(to) + first_lanes(sums_of_wholes(sums[r]), units));
   }
 }
 

@@ -146,10 +146,14 @@ static inline int64_t saved_offset(const Sizes<Cell>& sizes, int64_t saved_row, 
 }
 
 /* Whether a call reads the weights as they lie, because packing them would cost more than it saves: few rows, and for a single
-   step fewer than rows whose sums over lanes cost as much. The sizes at which that turns were measured: docs/log.md. */
+   step fewer than rows whose sums over lanes cost as much, of weights whose vectors lie across two lines of the cache fewer
+   still. Products of pairs are faster packed. The numbers of rows at which that turns were measured: docs/log.md. */
 static inline bool reads_direct(const ls_shape& s, int64_t rows, bool backward) {
   if (backward || s.T > 1) return rows <= 8;
-  return 3 * W * rows <= 2 * (s.I + (s.P ? s.P : s.H));
+  if (kJoined > 1) return rows <= 12;
+  const int64_t P = s.P ? s.P : s.H;
+  if ((s.I % W || P % W) && W * rows > 384) return false;
+  return (kPair > 1 ? 3 : 1) * W * rows <= 2 * (s.I + P);
 }
 
 /* Whether threads divide a batch's rows and not the units: they wait for nobody at each step then, but each reads all weights.

@@ -115,30 +115,59 @@ static inline float sum_lanes(V v) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-/* The square of v's lanes, mirrored: v[i][j] becomes v[j][i]. Halves change places, then halves of halves, ... */
-static inline void mirror(V* v) {
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC unroll 8
-  for (int half = W / 2; half >= 1; half /= 2) {
-    VI low, high;
-    for (int lane = 0; lane < W; ++lane) {
-      low[lane] = lane & half ? W + lane - half : lane;
-      high[lane] = lane & half ? W + lane : lane + half;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) {
-      if (i & half) continue;
-      V a = v[i], b = v[i + half];
-      v[i] = __builtin_shuffle(a, b, low);
-      v[i + half] = __builtin_shuffle(a, b, high);
-    }
-  }
+/* Lanes of two vectors by number, those of b from W on. GCC makes a shuffle of an index that is computed, even where all of it
+   is known, of one instruction for every lane; so the numbers are part of the type. */
+template <int... kFrom>
+static inline V lanes_of(V a, V b) {
+#if defined(__clang__)
+  return (V)__builtin_shufflevector(a, b, kFrom...);
 #else
-  float square[W][W];
-  for (int i = 0; i < W; ++i)
-    for (int j = 0; j < W; ++j) square[j][i] = v[i][j];
-  for (int i = 0; i < W; ++i) v[i] = load(square[i]);
+  return __builtin_shuffle(a, b, VI{kFrom...});
 #endif
+}
+
+template <class Int, Int... kLane>
+struct LaneList {};
+
+template <int kCount>
+struct Counted {
+#if defined(__clang__)
+  using Lanes = __make_integer_seq<LaneList, int, kCount>;
+#else
+  using Lanes = LaneList<int, __integer_pack(kCount)...>;
+#endif
+};
+using AllLanes = Counted<W>::Lanes;
+
+/* Two vectors cut in pieces of kHalf lanes: a's even ones and b's odd ones. */
+template <int kHalf, int... kLane>
+static inline V kept(V a, V b, LaneList<int, kLane...>) {
+  return VI{(kLane & kHalf ? -1 : 0)...} ? b : a;
+}
+
+/* And a's odd ones and b's even ones, each where the other was. */
+template <int kHalf, int... kLane>
+static inline V crossed(V a, V b, LaneList<int, kLane...>) {
+  return lanes_of<(kLane & kHalf ? W + kLane - kHalf : kLane + kHalf)...>(a, b);
+}
+
+/* The square of v's lanes, mirrored: v[i][j] becomes v[j][i]. Halves change places, then halves of halves, ... */
+template <int kHalf = W / 2>
+static inline void mirror(V* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    if (i & kHalf) continue;
+    V a = v[i], b = v[i + kHalf], exchanged = crossed<kHalf>(a, b, AllLanes());
+    v[i] = kept<kHalf>(a, exchanged, AllLanes());
+    v[i + kHalf] = kept<kHalf>(exchanged, b, AllLanes());
+  }
+  if constexpr (kHalf > 1) mirror<kHalf / 2>(v);
+}
+
+/* Sums of two neighbouring pieces of a vector, a's in its even places and b's in its odd ones. */
+template <int kHalf>
+static inline V folded(V a, V b) {
+  return kept<kHalf>(a, b, AllLanes()) + crossed<kHalf>(a, b, AllLanes());
 }
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
