@@ -45,6 +45,7 @@ struct Backward {
   bool has_direct, normal, peeps, projects;
   int64_t saved_row; /* floats that a row of a unit block has saved */
   bool direct_weights;    /* they are read as they lie; `recurrent` has its rows one after the other then */
+  bool passing;           /* a single step: each thread packs its panels one after the other into the same place */
   int64_t r_row, m_row, r_block;
 
   /* Shared scratch. */
@@ -91,6 +92,7 @@ struct Backward {
     hidden_panels = ceil_div(h_blocks, kColumns);
     input_panels = ceil_div(sizes.input_blocks, kColumns);
     plan_teams();
+    passing = T == 1 && teams == 1 && !direct_weights;
     int64_t fitting = (1 << 20) / (U * G * W); /* 4 MB of dgates */
     int64_t group = larger(ceil_div(B, teams), 1), all = teams > 1 ? T * group : steps.total_rows();
     chunk_rows = larger(group, smaller(all, smaller(larger(fitting, 64), 512)));
@@ -114,9 +116,8 @@ struct Backward {
 
   int64_t carve(float* memory) {
     Arena arena(memory);
-    int64_t K = gate_blocks() * S;
-    packed_hidden = reaches_back() && !direct_weights ? arena.array(hidden_panels * K * kColumns * W) : nullptr;
-    packed_inputs = a.dx && !direct_weights ? arena.array(input_panels * K * kColumns * W) : nullptr;
+    packed_hidden = reaches_back() && !direct_weights ? arena.array(places(hidden_panels)) : nullptr;
+    packed_inputs = a.dx && !direct_weights ? arena.array(places(input_panels)) : nullptr;
     packed_projection = projects && !direct_weights ? arena.array(unit_panels * padded(h_blocks) * S * kPanel) : nullptr;
     int64_t state = hidden_panels * kColumns * Bp * W, of_units = unit_panels * kColumns * Bp * W;
     recurrent = arena.array(direct_weights ? B * r_row : state);
@@ -134,6 +135,8 @@ struct Backward {
 
   /* Blocks of W gates, with those that only fill up where products sum over them. */
   int64_t gate_blocks() const { return padded(U * G); }
+  int64_t panel_floats() const { return gate_blocks() * S * kPanel; }
+  int64_t places(int64_t panels) const { return (passing ? threads : panels) * panel_floats(); }
 
   int64_t carve_chunk(float* memory) {
     Arena arena(memory);
@@ -227,10 +230,10 @@ struct Backward {
   }
 
   void pack(const Team& team) {
-    for (int64_t panel = team.begin(hidden_panels); panel < team.end(hidden_panels) && packed_hidden; ++panel)
-      pack_columns(a.weight_hh, P, panel, packed_hidden);
-    for (int64_t panel = team.begin(input_panels); panel < team.end(input_panels) && packed_inputs; ++panel)
-      pack_columns(a.weight_ih, I, panel, packed_inputs);
+    for (int64_t panel = team.begin(hidden_panels); panel < team.end(hidden_panels) && packed_hidden && !passing; ++panel)
+      pack_columns(a.weight_hh, P, panel, packed_hidden + panel * panel_floats());
+    for (int64_t panel = team.begin(input_panels); panel < team.end(input_panels) && packed_inputs && !passing; ++panel)
+      pack_columns(a.weight_ih, I, panel, packed_inputs + panel * panel_floats());
     for (int64_t panel = team.begin(unit_panels); panel < team.end(unit_panels) && packed_projection; ++panel)
       for (int64_t block = 0; block < padded(h_blocks); ++block)
         pack_deep_rows(a.weight_hr + block * W * H, sizes.outputs(block), H, panel * kPanel,
@@ -317,8 +320,7 @@ struct Backward {
   }
 
   /* panel[(unit block, gate, u)][kColumns W] = weight[gate H + unit][columns]: the order of k in which dgates lie. */
-  void pack_columns(const float* weight, int64_t columns, int64_t panel, float* packed) {
-    float* out = packed + panel * gate_blocks() * S * kPanel;
+  void pack_columns(const float* weight, int64_t columns, int64_t panel, float* out) const {
     for (int64_t block = 0; block < U; ++block)
       for (int gate = 0; gate < G; ++gate, out += S * kPanel)
         pack_deep_rows(weight + (gate * H + block * W) * columns, sizes.units(block), columns, panel * kPanel, out);
@@ -637,15 +639,29 @@ struct Backward {
     return a.h0 ? load_part(a.h0 + steps.batch_row(row) * H + block * W, units) : V{};
   }
 
+  /* dgates, a left factor of `rows`, `n` of them, times a matrix: own panels of it. */
+  void multiply_gates(const Team& team, float* packed, const float* weight, int64_t columns, int64_t panels, float* from,
+                      int64_t rows, int64_t n, int64_t turn, const Place& out, int64_t out_panel) const {
+    if (!passing) {
+      multiply_deep(packed, gate_blocks(), team.begin(panels), team.end(panels), from, odd(rows), n, turn, out, out_panel);
+      return;
+    }
+    float* place = packed + team.index() * panel_floats();
+    for (int64_t panel = team.begin(panels); panel < team.end(panels); ++panel) {
+      pack_columns(weight, columns, panel, place);
+      multiply_deep(place, gate_blocks(), 0, 1, from, odd(rows), n, turn, Place{out.p + panel * out_panel, out.row, out.vector},
+                    out_panel);
+    }
+  }
+
   /* recurrent = dgates W_hh for the step before, own units. */
   void multiply_step(const Team& team, int64_t step, const Rows& rows) {
     int64_t n_before = step > 0 ? steps.rows(step - 1) : 0;
     if (direct_weights)
       multiply_step_direct(team, rows);
     else
-      multiply_deep(packed_hidden, gate_blocks(), team.begin(hidden_panels), team.end(hidden_panels),
-                    left_at(left, odd(rows.all), 0, rows.at), odd(rows.all), rows.count(), step,
-                    Place{recurrent + rows.begin * W, W, Bp * W}, kColumns * Bp * W);
+      multiply_gates(team, packed_hidden, a.weight_hh, P, hidden_panels, left_at(left, odd(rows.all), 0, rows.at), rows.all,
+                     rows.count(), step, Place{recurrent + rows.begin * W, W, Bp * W}, kColumns * Bp * W);
     bool masked = a.options.h_mask || a.options.resets;
     if (!masked && !(a.dh0 && rows.end > n_before)) return;
     for (int64_t block = own_outputs(team).begin; block < own_outputs(team).end; ++block) {
@@ -724,8 +740,8 @@ struct Backward {
 
   void input_gradients(const Team& team, int64_t first_step, int64_t last_step, const Rows& rows) {
     int64_t first = team.begin(input_panels), last = team.end(input_panels);
-    multiply_deep(packed_inputs, gate_blocks(), first, last, left_input, odd(rows.all), rows.all, 0, Place{dx, kPanel, W},
-                  rows.all * kPanel);
+    multiply_gates(team, packed_inputs, a.weight_ih, I, input_panels, left_input, rows.all, rows.all, 0, Place{dx, kPanel, W},
+                   rows.all * kPanel);
     int64_t at = 0;
     for (int64_t step = first_step; step < last_step; ++step) {
       int64_t t = steps.time(step);
