@@ -99,7 +99,7 @@ def test_nothing_of_others_is_shipped() -> None:
     if listed.returncode:
         pytest.skip("not a git checkout")
     # JSON files are results, PNG files plots of them.
-    allowed = {".py", ".md", ".toml", ".json", ".png", ".svg", ".typed", ".cpp", ".h", ".yml"}
+    allowed = {".py", ".md", ".toml", ".json", ".png", ".svg", ".typed", ".cpp", ".h", ".yml", ".html", ".js", ".css"}
     plain = {"LICENSE", "Makefile", ".gitignore", ".gitattributes", "constraints.txt", "CMakeLists.txt", "run"}
     for line in listed.stdout.splitlines():
         path = Path(line)

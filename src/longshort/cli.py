@@ -24,7 +24,7 @@ from cyclopts import App, Parameter
 import longshort
 from longshort import console, durable, inspecting, measuring, models
 from longshort.config import TrainConfig
-from longshort.errors import LongshortError, UsageError
+from longshort.errors import LongshortError, MissingExtraError, UsageError
 from longshort.flags import Corpus, DataDir, Int, Json, OwnCell, TrainFlags
 from longshort.interruption import Interrupted, Interruption
 
@@ -318,6 +318,44 @@ def export(
         console.say("longshort: not compared with the model, as there is no runtime: pip install onnxruntime")
     else:
         print(f"{found.checked_with} gives the same, to {found.largest_difference:.1e}.")
+
+
+@app.command
+def serve(
+    model: Annotated[str, Parameter(help="A run or a model directory.")],
+    /,
+    *,
+    host: Annotated[
+        str, Parameter(help="Address to listen on. Any but this machine's own wants a token in LONGSHORT_TOKEN.")
+    ] = "127.0.0.1",
+    port: Annotated[Int, Parameter(help="0 for one that is free.")] = 8000,
+    allow_host: Annotated[
+        tuple[str, ...], Parameter(help="A name under which it is asked; may be given several times.", negative="")
+    ] = (),
+    weights: Annotated[
+        Literal["float32", "bfloat16", "int8"],
+        Parameter(help="Less memory to read for each symbol: a half, a quarter. Says what it costs."),
+    ] = "float32",
+    cell: OwnCell = None,
+) -> None:
+    """Answer over HTTP, in the shape of OpenAI's completions, and with a page that writes and looks inside."""
+    from longshort.machine import version_of
+
+    for package in ("FastAPI", "uvicorn"):
+        if version_of(package.lower()) is None:
+            raise MissingExtraError(package, "serve", "longshort serve")
+    if not 0 <= port <= 65535:
+        raise UsageError(f"--port must be from 0 to 65535, not {port}.")
+    console.load_cell(cell)
+    from longshort import server
+
+    rules = server.rules(host, allow_host)
+    loaded, name = models.decoder(model, weights), Path(model).resolve().name
+    with Interruption() as interruption, interruption.deferred():
+        server.serve(
+            loaded, name, host, port, rules, interruption, lambda address: console.say(f"{name} answers at {address}")
+        )
+    raise Interrupted(interruption.signal or signal.SIGTERM, "stopped.")
 
 
 app.command(inspecting.inspect)

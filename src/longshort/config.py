@@ -48,6 +48,16 @@ def option(
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "flag": flag, **limits})
 
 
+_HINTS: dict[type[Any], dict[str, Any]] = {}
+
+
+def _hints(options: type[Any]) -> dict[str, Any]:
+    """Return the types of a class's options, which take longer to find than to check: they are found once."""
+    if options not in _HINTS:
+        _HINTS[options] = get_type_hints(options)
+    return _HINTS[options]
+
+
 def flag_of(field: dataclasses.Field[Any]) -> str:
     """Return the flag of an option on the command line."""
     return field.metadata["flag"] or f"--{field.name.replace('_', '-')}"
@@ -58,7 +68,7 @@ class Options:
     """Base of the configurations: checks every option, and names the one that is wrong."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = _hints(type(self))
         for field in dataclasses.fields(self):
             _check(field, hints[field.name], getattr(self, field.name))
 
@@ -75,7 +85,7 @@ class Options:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
                 raise ConfigError(f"Unknown option {name!r} in {where}.", hint)
-        hints = get_type_hints(cls)
+        hints = _hints(cls)
         wants_tuple = {name for name, hint in hints.items() if "tuple" in str(hint)}
         return cls(**{k: tuple(v) if k in wants_tuple and isinstance(v, list) else v for k, v in values.items()})
 

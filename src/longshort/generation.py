@@ -114,23 +114,109 @@ def generate_many(
     Raises:
         VocabularyError: as `generate`.
     """
-    newline = tokenizer.newline if model.config.lines else None
-    texts = [
-        _Text(number, request, model, tokenizer, newline, ends is not None) for number, request in enumerate(requests)
-    ]
-    if isinstance(model, Decoder) and model.writes:
-        yield from _side_by_side(model, [text for text in texts if text.left], newline)
-    else:
-        for text in texts:
-            while text.left:
-                sampling, stream = text.request.sampling, text.request.stream
-                chosen = choose(text.logits_V, sampling, uniform(sampling.seed, stream, text.position))
-                yield from text.take([chosen])
-                if text.left or ends is not None:
-                    state = None if chosen == newline else text.state
-                    text.logits_V, text.state = model.logits(np.array([chosen]), state)
-    if ends is not None:
-        ends |= {text.number: text.end() for text in texts}
+    writing = Writing(model, tokenizer, goes_on=ends is not None)
+    for request in requests:
+        writing.add(request)
+    while writing.numbers:
+        yield from writing.advance(ends)
+
+
+class Writing:
+    """Texts that grow side by side; others may join them, and leave, between two calls of `advance`.
+
+    Args:
+        model: a decoder, which on the native kernels reads its weights once a step for all texts; on NumPy, or as a
+            `LanguageModel`, it writes a symbol of one text after the other.
+        tokenizer: the model's.
+        goes_on: whether the end of each text is asked for.
+    """
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, *, goes_on: bool = False) -> None:
+        self._model, self._tokenizer, self._goes_on = model, tokenizer, goes_on
+        self._newline = tokenizer.newline if model.config.lines else None
+        self._native = model if isinstance(model, Decoder) and model.writes else None
+        self._texts: dict[int, _Text] = {}
+        self._rows: list[_Text] = []  # whose states lie side by side, in `_logits_BV` and `_state`
+        self._next, self._steps = 0, 1
+        self.ended: list[tuple[int, bool]] = []
+        """Of the last call of `advance`: the texts that came to their end, and whether a stop was the reason."""
+
+    @property
+    def numbers(self) -> list[int]:
+        """The texts that are not at their end."""
+        return list(self._texts)
+
+    def add(self, request: Request) -> int:
+        """Read a prompt and return the number of the text, from 0 in the order in which they come.
+
+        Raises:
+            VocabularyError: as `generate`.
+        """
+        number = self._next
+        text = _Text(number, request, self._model, self._tokenizer, self._newline, self._goes_on)
+        self._next, self._texts[number] = number + 1, text
+        return number
+
+    def drop(self, number: int) -> None:
+        """Write no more of a text; nothing happens where it is at its end."""
+        self._texts.pop(number, None)
+
+    def advance(self, ends: dict[int, Continuation] | None = None) -> Iterator[tuple[int, str]]:
+        """Write on for about a thirtieth of a second; yield (number, piece) of what has become certain.
+
+        Args:
+            ends: filled with where the texts end that have come to their end.
+        """
+        texts = [text for text in self._texts.values() if text.left]
+        if self._native is None:
+            for text in texts:
+                yield from self._advance_one(text)
+        elif texts:
+            ids_TB = self._write(self._native, texts)
+            for row, text in enumerate(texts):
+                yield from text.take(ids_TB[:, row].tolist())
+        ended = [text for text in self._texts.values() if not text.left]
+        self.ended = [(text.number, text.stopped) for text in ended]
+        if ended:
+            self._part()
+        for text in ended:
+            del self._texts[text.number]
+            if ends is not None:
+                ends[text.number] = text.end()
+
+    def _advance_one(self, text: _Text) -> Iterator[tuple[int, str]]:
+        sampling, stream = text.request.sampling, text.request.stream
+        chosen = choose(text.logits_V, sampling, uniform(sampling.seed, stream, text.position))
+        yield from text.take([chosen])
+        if text.left or self._goes_on:
+            state = None if chosen == self._newline else text.state
+            text.logits_V, text.state = self._model.logits(np.array([chosen]), state)
+
+    def _write(self, model: Decoder, texts: list[_Text]) -> NDArray[np.int64]:
+        """Write all texts, the native loop making many steps in a call."""
+        if texts != self._rows:
+            self._part()
+            self._logits_BV = np.stack([text.logits_V for text in texts])
+            states = zip(*(text.state for text in texts), strict=True)
+            self._state = tuple(np.concatenate(tensors, axis=1) for tensors in states)
+            self._rows = texts
+        steps = min(self._steps, *(text.left for text in texts), 4096)
+        begin = time.perf_counter()
+        draws = [text.draw() for text in texts]
+        ids_TB = model.write(self._logits_BV, self._state, draws, steps, newline=self._newline)
+        seconds = time.perf_counter() - begin
+        if seconds > _SECONDS_A_CALL:
+            self._steps = max(steps // 2, 1)
+        elif seconds < _SECONDS_A_CALL / 2 and steps == self._steps:
+            self._steps *= 2
+        return ids_TB
+
+    def _part(self) -> None:
+        """Give each text its own state back."""
+        for row, text in enumerate(self._rows):
+            text.logits_V = self._logits_BV[row]
+            text.state = tuple(tensor[:, row : row + 1] for tensor in self._state)
+        self._rows = []
 
 
 def cost_in_bits(exact: Decoder, other: Decoder, *, texts: int = 16, length: int = 256) -> float:
@@ -161,32 +247,6 @@ def cost_in_bits(exact: Decoder, other: Decoder, *, texts: int = 16, length: int
 
 _SECONDS_A_CALL = 0.03
 """Texts come in pieces of about this time: often enough to be watched, and to be interrupted."""
-
-
-def _side_by_side(model: Decoder, texts: list[_Text], newline: int | None) -> Iterator[tuple[int, str]]:
-    """Write all texts, the native loop making many steps in a call."""
-    steps = 1
-    while texts:
-        logits_BV = np.stack([text.logits_V for text in texts])
-        state = tuple(np.concatenate(tensors, axis=1) for tensors in zip(*(text.state for text in texts), strict=True))
-        rows = texts
-        while rows == texts:
-            steps = min(steps, *(text.left for text in texts), 4096)
-            begin = time.perf_counter()
-            ids = model.write(logits_BV, state, [text.draw() for text in texts], steps, newline=newline)
-            seconds = time.perf_counter() - begin
-            steps = (
-                steps * 2
-                if seconds < _SECONDS_A_CALL / 2
-                else max(steps // 2, 1)
-                if seconds > _SECONDS_A_CALL
-                else steps
-            )
-            for row, text in enumerate(texts):
-                yield from text.take(ids[:, row].tolist())
-            texts = [text for text in texts if text.left]
-        for row, text in enumerate(rows):  # some have ended: the others go on as a smaller batch
-            text.logits_V, text.state = logits_BV[row], tuple(tensor[:, row : row + 1] for tensor in state)
 
 
 class _Text:
@@ -223,6 +283,11 @@ class _Text:
             position = read.position + len(self._tokenizer.encode(self._given + self._stop))
             return replace(read, state=_arrays(read.state), position=position)
         return Continuation(_arrays(self.state), np.array(self.logits_V), np.array(self._tail, np.int64), self.position)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether one of its stops has come."""
+        return bool(self._stop)
 
     def draw(self) -> Draw:
         """Return how the next symbols are chosen."""
