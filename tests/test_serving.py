@@ -23,6 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import ROOT
 from longshort import guard, server, serving, training
 from longshort.cli import main
 from longshort.config import TrainConfig
@@ -650,6 +651,37 @@ def test_what_cannot_be_served_is_said(
     monkeypatch.setattr("longshort.machine.version_of", lambda _package: None)
     assert main(["serve", str(run)]) == 1
     assert "pip install 'longshort[serve]'" in capsys.readouterr().err
+
+
+def test_the_page_about_it_is_true(client: Any) -> None:
+    page = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    asked = re.findall(r"^curl (?:-N )?localhost:8000(\S+)(?: --json '(.*)')?$", page, re.MULTILINE)
+    assert [path for path, _ in asked].count("/v1/completions") == 2
+    for path, body in asked:
+        answer = client.post(path, json=json.loads(body)) if body else client.get(path)
+        assert answer.status_code == 200, (path, answer.text)
+    described = client.get("/openapi.json").json()["paths"]
+    for path in [*described, "/openapi.json"]:
+        assert f"{path}` |" in page, path
+    fields = serving.Completion.model_fields
+    assert {*re.findall(r"`(\w+)`(?: \(\d+\))?[,;] ", page.partition("/v1/completions` |")[2].partition("\n")[0])} >= {
+        *fields
+    } - {"model"}
+    found = json.loads((ROOT / "benchmarks" / "results" / "2026-11-27-serving.json").read_text(encoding="utf-8"))
+    one, many, idle = found["one_client"], found["many_clients"], found["idle_connections"]
+    refused, soak, characters = found["request_129"], found["soak"], "characters_per_second"
+    times = f"half of the requests within {many['median_ms']:.0f} ms, 99 % within {many['p99_ms']:.0f} ms"
+    for row in (
+        f"| one client | {one['median_ms']:.1f} ms a request, {one[characters]:,.0f} characters a second |",
+        f"| {many['clients']} clients | {many['requests_per_second']:.0f} requests and {many[characters]:,.0f} "
+        f"characters a second, {times} |",
+        f"| `/healthz` beside {idle['number']:,} open connections | 99 % within {idle['health']['p99_ms']:.1f} ms; "
+        f"{idle['megabytes']:.1f} MB more memory |",
+        f"| request 129, where 128 are being answered | refused in {refused['ms']:.1f} ms |",
+        f"| {soak['requests']:,} more requests | no more memory |",
+    ):
+        assert row in page, row
+    assert (refused["status"], soak["megabytes_more"] <= 0) == (503, True)
 
 
 # ----------------------------------------------------------------------------------- texts that join and leave

@@ -112,6 +112,7 @@ def advice() -> list[str]:
         ("pooch", "train", "download named corpora"),
         ("matplotlib", "plot", "draw plots"),
         ("onnx", "export", "write ONNX files"),
+        ("fastapi", "serve", "answer over HTTP"),
     ):
         if version_of(package) is None:
             lines.append(f"{package} is missing, which is needed to {purpose}: pip install 'longshort[{extra}]'")
