@@ -72,16 +72,16 @@ class Guard:
             async with asyncio.timeout(self._rules.seconds):
                 await send(message)
 
-        headers = Headers(scope=scope)
+        headers, counts = Headers(scope=scope), scope["path"] != "/healthz"
         try:
-            if scope["path"] != "/healthz":
+            if counts:
                 self._require_welcome(headers)
-            self._inside += 1
+            self._inside += counts
             try:
                 body = await self._read(headers, receive)
                 await self._app(scope, _given(body, receive), send_within)
             finally:
-                self._inside -= 1
+                self._inside -= counts
         except _RefusedError as refused:
             await problem(refused.status, refused.words, headers=refused.headers)(scope, receive, send_within)
         except TimeoutError:  # the client takes nothing any more: what ends without a whole answer is closed

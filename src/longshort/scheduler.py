@@ -133,7 +133,7 @@ class Scheduler:
     def _begin(self, job: Job) -> None:
         numbers = []
         try:
-            for place, request in enumerate(job.requests):
+            for place, request in enumerate(() if job.cancelled else job.requests):
                 numbers.append(self._writing.add(request))
                 self._places[numbers[-1]] = job, place
         except Exception as error:  # this job's alone: the thread goes on for the others

@@ -227,12 +227,9 @@ def application(model: LineModel, name: str) -> FastAPI:
     return app
 
 
-Queue = asyncio.Queue[Any]
-
-
-def _queue() -> tuple[Queue, Callable[[Any], None]]:
+def _queue() -> tuple[asyncio.Queue[Any], Callable[[Any], None]]:
     """Return a queue of this event loop, and what puts something there from another thread."""
-    loop, queue = asyncio.get_running_loop(), Queue()
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
     def tell(what: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits
