@@ -63,6 +63,7 @@ def demo(
         (f"{me} generate {place} --prompt 'The ' --temperature 0.5", "more, at a lower temperature"),
         (f"{me} eval {place} --split valid", "the held-out figure once more"),
         (f"{me} inspect {place} --corpus builtin", "its gates, and which unit follows what"),
+        (f"{me} serve {place}", "both in a browser"),
         (f"{me} train MY-TEXT.txt --minutes 5", "a model of your own text"),
         (f"{me} compare --recipe lecture", "RNN, GRU and LSTM, from scratch and from the library"),
     ):
