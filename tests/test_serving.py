@@ -38,16 +38,15 @@ from longshort.text.tokenizers import ByteTokenizer, CharTokenizer
 testclient = pytest.importorskip("fastapi.testclient", reason="FastAPI is not installed")
 
 CHARACTERS = CharTokenizer("abcdefgh .\n")
-LOCAL = {"host": "127.0.0.1:8000"}
 TOKEN = "a token of enough characters"
 
 
-def decoder(tokenizer: Any = CHARACTERS, **given: Any) -> Decoder:
+def decoder(tokenizer: Any = CHARACTERS) -> Decoder:
     """Return a model with random weights."""
     import torch
 
     torch.manual_seed(0)
-    model = training.make_model(TrainConfig(**{"hidden": 24, "embedding": 8, **given}), tokenizer).eval()
+    model = training.make_model(TrainConfig(hidden=24, embedding=8), tokenizer).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
@@ -445,13 +444,13 @@ def test_who_takes_nothing_of_an_answer_is_let_go() -> None:
 
     sent = []
 
-    async def send(message: dict[str, Any]) -> None:
+    async def send(message: Any) -> None:
         sent.append(message["type"])
         if len(sent) > 1:
             await asyncio.Event().wait()
 
     scope: Any = {"type": "http", "path": "/", "headers": []}
-    asyncio.run(guard.Guard(answer, guard.Rules(seconds=0.01))(scope, receive, send))  # type: ignore[arg-type]
+    asyncio.run(guard.Guard(answer, guard.Rules(seconds=0.01))(scope, receive, send))
     assert sent == ["http.response.start", "http.response.body"]
 
 

@@ -139,7 +139,7 @@ def _given(body: bytes, receive: Receive) -> Receive:
 
 def _name(host: str) -> str:
     """Return a Host header's name, without the port."""
-    return host.lower().partition("]")[0].removeprefix("[") if host.startswith("[") else host.lower().partition(":")[0]
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
 
 
 def _is_token(given: str, token: str) -> bool:

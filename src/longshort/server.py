@@ -11,6 +11,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -18,8 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from longshort.errors import OutputError, UsageError
 from longshort.guard import Guard, Rules
 from longshort.interruption import Interruption
-from longshort.scoring import LineModel
-from longshort.serving import application
+from longshort.serving import Served, application
 
 HEAD_SECONDS, DRAIN_SECONDS = 10.0, 9
 TOKEN_VARIABLE, TOKEN_CHARACTERS = "LONGSHORT_TOKEN", 16
@@ -30,7 +30,7 @@ class Deadline(H11Protocol):
 
     _timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: Any) -> None:
         """A client has come."""
         super().connection_made(transport)
         self._watch()
@@ -105,7 +105,7 @@ def rules(host: str, allowed: Sequence[str]) -> Rules:
 
 
 def serve(
-    model: LineModel,
+    model: Served,
     name: str,
     host: str,
     port: int,

@@ -22,7 +22,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -34,7 +34,7 @@ import longshort
 from longshort import generation
 from longshort.errors import LongshortError
 from longshort.generation import Sampling
-from longshort.inspection import inspect
+from longshort.inspection import Readable, inspect
 from longshort.scheduler import Piece, Scheduler
 from longshort.scoring import LineModel, score
 
@@ -44,6 +44,10 @@ SECONDS = 60.0
 """The most that a text may take; it ends there, with the reason `time`."""
 PING = 15.0
 """Seconds after which a stream that has nothing to say shows that it is still there."""
+
+
+class Served(LineModel, Readable, Protocol):
+    """A model with its tokenizer that can be looked into, as `longshort.load` gives it."""
 
 
 class _Body(BaseModel):
@@ -91,7 +95,7 @@ class Counts:
     failed: int = 0
 
 
-def application(model: LineModel, name: str) -> FastAPI:
+def application(model: Served, name: str) -> FastAPI:
     """Return the application that serves one model. Who may ask, and how much, is `guard`'s.
 
     Args:
@@ -189,7 +193,7 @@ def application(model: LineModel, name: str) -> FastAPI:
         layers, hidden = model.config.layers, model.config.hidden
         if body.layer >= layers or (body.unit or 0) >= hidden:
             raise HTTPException(400, f"The model has {layers} layer(s) of {hidden} units, counted from 0.")
-        found = await between(lambda: inspect(model, model.tokenizer, body.text))  # type: ignore[arg-type]
+        found = await between(lambda: inspect(model, model.tokenizer, body.text))
         values = None
         if body.unit is not None:
             values = [round(float(value), 4) for value in found.unit(body.layer, body.unit)]
