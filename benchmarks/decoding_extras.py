@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 import longshort
-from longshort import ledger, machine, native
+from longshort import machine, native
+from longshort.bench import ledger
 from longshort.generation import cost_in_bits
 from longshort.native_model import Draw
 

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from longshort.tables import summary
+from longshort.cli.tables import summary
 
 
 def main(path: str) -> None:

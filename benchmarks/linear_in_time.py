@@ -14,9 +14,10 @@ from datetime import UTC, datetime
 
 import torch
 
-from longshort import machine, peers
-from longshort.grids import CELLS, MODES, Case
-from longshort.timing import Side, interleave
+from longshort import machine
+from longshort.bench import peers
+from longshort.bench.grids import CELLS, MODES, Case
+from longshort.bench.timing import Side, interleave
 
 SHORT, LONG, H = 512, 4096, 256
 

@@ -14,9 +14,10 @@ from datetime import UTC, datetime
 
 import torch
 
-from longshort import machine, native, ops, peers
-from longshort.grids import CELLS, GATES
-from longshort.timing import Side, interleave
+from longshort import machine, native, ops
+from longshort.bench import peers
+from longshort.bench.grids import CELLS, GATES
+from longshort.bench.timing import Side, interleave
 
 T, B = 35, 32
 

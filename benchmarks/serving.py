@@ -20,7 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from longshort import decoder, ledger, machine
+from longshort import decoder, machine
+from longshort.bench import ledger
 
 LENGTH, WARM, ALONE, CLIENTS, TOGETHER, IDLE, HEALTH, SOAK = 200, 200, 300, 64, 4_000, 1_000, 500, 10_000
 

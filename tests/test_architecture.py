@@ -19,8 +19,8 @@ TORCH: set[str] = set()
 _PAGE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 for layer, torch, names in re.findall(r"^\| (\d)( T)? \| ((?:`[\w/.]+`(?:, )?)+) \|", _PAGE, re.MULTILINE):
     for name in re.findall(r"`([\w/.]+)`", names):
-        folder = "text/" if "text/" in names else ""
-        module = f"{folder}{name.removeprefix('text/')}".removesuffix(".py").replace("/", ".")
+        folder = names.split("`")[1].rpartition("/")[0]  # the first name of a row says where all of them are
+        module = f"{folder}/{name.rpartition('/')[2]}".lstrip("/").removesuffix(".py").replace("/", ".")
         LAYERS[module] = int(layer)
         if torch:
             TORCH.add(module)
@@ -36,11 +36,9 @@ def imports_of(module: str) -> set[str]:
     tree = ast.parse((PACKAGE / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
     found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module in ("longshort", "longshort.text"):
-            prefix = "" if node.module == "longshort" else "text."
-            found |= {prefix + alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("longshort."):
-            found.add((node.module or "").removeprefix("longshort."))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "longshort":
+            origin = (node.module or "").removeprefix("longshort").removeprefix(".")
+            found |= {origin, *(f"{origin}.{alias.name}".lstrip(".") for alias in node.names)}
     return {name for name in found if name in MODULES}
 
 

@@ -18,11 +18,12 @@ import torch
 from torch import nn
 
 import longshort
-from longshort import benchmarks, grids, kernels, ledger, machine, native, peers, timing
-from longshort.benchmarks import Settings
+from longshort import kernels, machine, native
+from longshort.bench import grids, layers, ledger, peers, timing
+from longshort.bench.grids import GRIDS, Case, Grid
+from longshort.bench.layers import Settings
+from longshort.bench.timing import Side, Timing
 from longshort.errors import LongshortError, UsageError
-from longshort.grids import GRIDS, Case, Grid
-from longshort.timing import Side, Timing
 from test_cli import complaint, out_of
 
 TINY = Grid(((2, 1, 8), (2, 3, 8)), threads=(1,))
@@ -342,7 +343,7 @@ def test_an_option_that_is_not_there_is_refused_by_name(monkeypatch: pytest.Monk
 
 
 def test_rows_hold_what_is_promised() -> None:
-    found = benchmarks.result(Settings(), measure=quiet)
+    found = layers.result(Settings(), measure=quiet)
     assert len(found["rows"]) == 2 * 3 * 2
     assert (found["missing"], found["noisy"]) == (0, 0)
     assert found["command"] == "longshort bench layers"
@@ -400,7 +401,7 @@ def test_noisy_rows_are_measured_again_at_the_end_and_the_quieter_is_kept() -> N
 
     settings = Settings(cells=("lstm",))
     seen: list[tuple[Case, int]] = []
-    found = benchmarks.result(settings, report=lambda row, done, cases: seen.append((row.case, done)), measure=measure)
+    found = layers.result(settings, report=lambda row, done, cases: seen.append((row.case, done)), measure=measure)
     first, second, third, fourth = settings.resolved().cases()
     # The first two of four are noisy; measured again, the first is quiet, the second noisy three times in all.
     order = [first, second, third, fourth, first, second, second]
@@ -422,7 +423,7 @@ def test_autocast_is_of_both_sides() -> None:
     for autocast in (False, True):
         under: list[bool] = []
         settings = Settings(cells=("lstm",), autocast=autocast)
-        found = benchmarks.result(settings, measure=measure)
+        found = layers.result(settings, measure=measure)
         assert set(under) == {autocast}
         assert found["command"].endswith("--autocast") == autocast
         if best := native.bfloat16():
@@ -433,9 +434,9 @@ def test_beside_a_neighbour_a_varying_product_is_no_noise() -> None:
     def measure(ours: Side, peer: Side, gemm: Side) -> Timing:
         return replace(quiet(ours, peer, gemm), gemm=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
 
-    found = benchmarks.result(Settings(cells=("rnn",), neighbour=True), measure=measure)
+    found = layers.result(Settings(cells=("rnn",), neighbour=True), measure=measure)
     assert (found["noisy"], found["rows"][0]["attempts"]) == (0, 1)
-    assert benchmarks.result(Settings(cells=("rnn",)), measure=measure)["noisy"] == 4
+    assert layers.result(Settings(cells=("rnn",)), measure=measure)["noisy"] == 4
 
 
 # ------------------------------------------------------------------------------------------------- the file and resume
@@ -457,18 +458,18 @@ def test_an_interrupted_file_is_continued() -> None:
 
     threads = torch.get_num_threads()
     with pytest.raises(Stopped):
-        benchmarks.result(settings, out, measure=measure)
+        layers.result(settings, out, measure=measure)
     assert torch.get_num_threads() == threads
     saved = json.loads(out.read_text(encoding="utf-8"))
     assert (len(saved["rows"]), saved["missing"], saved["format_version"]) == (3, 5, 1)
-    found = benchmarks.result(settings, out, measure=measure)
+    found = layers.result(settings, out, measure=measure)
     assert count == 4 + 5
     assert found["rows"][:3] == saved["rows"]
     assert [Case(**{f.name: row[f.name] for f in dataclasses.fields(Case)}) for row in found["rows"]] == (
         settings.resolved().cases()
     )
     assert json.loads(out.read_text(encoding="utf-8")) == {"format_version": 1, **found}
-    assert benchmarks.result(settings, out, measure=measure) == found
+    assert layers.result(settings, out, measure=measure) == found
     assert count == 4 + 5
 
 
@@ -489,12 +490,12 @@ def test_a_file_of_another_measurement_is_refused_and_left_alone(
     change: Callable[[dict[str, Any]], None], words: str
 ) -> None:
     out, settings = Path("out.json"), Settings(cells=("rnn",), modes=("infer",))
-    benchmarks.result(settings, out, measure=quiet)
+    layers.result(settings, out, measure=quiet)
     saved = json.loads(out.read_text(encoding="utf-8"))
     change(saved)
     out.write_text(json.dumps(saved), encoding="utf-8")
     with pytest.raises(LongshortError, match=words):
-        benchmarks.result(settings, out, measure=quiet)
+        layers.result(settings, out, measure=quiet)
     assert json.loads(out.read_text(encoding="utf-8")) == saved
 
 
@@ -515,7 +516,7 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarks, "interleave", quiet)
+    monkeypatch.setattr(layers, "interleave", quiet)
     shown = out_of(capsys, "bench", "layers", "--cells", "lstm")
     assert shown.count("LSTM  train") == 3  # two cases and a summary
     assert machine.processor() in shown

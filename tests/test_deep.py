@@ -12,8 +12,8 @@ import torch
 
 import longshort
 from conftest import ROOT
-from longshort import depth, native, plots, tables, training
-from longshort.cli import main
+from longshort import depth, native, plots, training
+from longshort.cli import main, tables
 from longshort.config import ModelConfig, TrainConfig
 from longshort.errors import ConfigError, TrainingError, UsageError
 from longshort.training import Prepared

@@ -419,7 +419,7 @@ def test_no_verb_reads_a_pickle(tmp_path: Path) -> None:
 import os, sys
 found = []
 sys.addaudithook(lambda event, arguments: found.append(arguments) if event == "pickle.find_class" else None)
-from longshort import grids, peers, workloads
+from longshort.bench import grids, peers, workloads
 from longshort.cli import main
 small = ["--hidden", "8", "--embedding", "4", "--threads", "1"]
 grids.GRIDS["quick"] = grids.Grid(((1, 1, 8),))

@@ -18,9 +18,9 @@ import longshort
 from longshort import checkpoint, native
 from longshort.config import LabelModelConfig
 from longshort.errors import CheckpointError
-from longshort.examples import Encoded
-from longshort.label_decoder import LabelDecoder
-from longshort.labellers import Labeller, make_labeller
+from longshort.labels.examples import Encoded
+from longshort.labels.label_decoder import LabelDecoder
+from longshort.labels.labellers import Labeller, make_labeller
 from longshort.native_model import product
 
 Sequences = list[NDArray[Any]]

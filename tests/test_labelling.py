@@ -23,14 +23,15 @@ from torch import Tensor, nn
 
 import longshort
 from conftest import ROOT
-from longshort import checkpoint, supervision, training
+from longshort import checkpoint, training
 from longshort.cli import main
 from longshort.config import LabelModelConfig, LabelTrainConfig, ModelConfig, TrainConfig
 from longshort.errors import CheckpointError, ConfigError, LongshortError, OutputError, TrainingError, UsageError
-from longshort.examples import Encoded, Examples
-from longshort.label_decoder import LabelDecoder
-from longshort.labellers import Labeller, SequenceClassifier, SequenceTagger, make_labeller
-from longshort.labelling import evaluate_labels
+from longshort.labels import labelling, supervision
+from longshort.labels.examples import Encoded, Examples
+from longshort.labels.label_decoder import LabelDecoder
+from longshort.labels.labellers import Labeller, SequenceClassifier, SequenceTagger, make_labeller
+from longshort.labels.labelling import evaluate_labels
 from longshort.loop import Finished, Looked, Stopped
 from longshort.text.hidden_markov import HiddenMarkov
 
@@ -477,7 +478,7 @@ def test_a_run_with_labels_is_no_language_model(tmp_path: Path, capsys: pytest.C
     with pytest.raises(UsageError, match="trains a language model"):
         list(longshort.resume_labels(tmp_path / "lm", examples))
     with pytest.raises(UsageError, match="holds a language model"):
-        longshort.labelling.read_saved(checkpoint.load_model(tmp_path / "lm"))
+        labelling.read_saved(checkpoint.load_model(tmp_path / "lm"))
 
 
 def test_resuming_needs_the_same_examples(tmp_path: Path) -> None:

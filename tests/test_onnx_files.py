@@ -23,9 +23,9 @@ from longshort import checkpoint, onnx_files, training
 from longshort.cli import main
 from longshort.config import LabelModelConfig, TrainConfig
 from longshort.errors import LongshortError, OutputError, UsageError
-from longshort.examples import Batch
 from longshort.generation import Sampling, generate
-from longshort.labellers import Labeller, make_labeller
+from longshort.labels.examples import Batch
+from longshort.labels.labellers import Labeller, make_labeller
 from longshort.model import LanguageModel
 from longshort.text.tokenizers import CharTokenizer, from_json
 from longshort.text.words import WordTokenizer

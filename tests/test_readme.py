@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from longshort import tables
-from longshort.cli import main
+from longshort.cli import main, tables
 from longshort.text.corpus import SOURCES
 
 PAGE = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -75,7 +74,7 @@ def test_every_command_of_the_readme_runs(
         (place / "cache" / f"{name}.txt").write_bytes(content)
     for name in ("app.log", "new.log"):
         (place / name).write_text(english.replace(" (", "\n"), encoding="utf-8")
-    monkeypatch.setattr("longshort.server.serve", lambda *_: None)  # tests/test_serving.py lets it serve
+    monkeypatch.setattr("longshort.serving.server.serve", lambda *_: None)  # tests/test_serving.py lets it serve
     ran = set()
     for command in COMMANDS:
         program, *arguments = shlex.split(command)

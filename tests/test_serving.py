@@ -23,8 +23,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import campaign
 from conftest import ROOT
-from longshort import guard, server, serving, training
+from longshort import training
 from longshort.cli import main
 from longshort.config import TrainConfig
 from longshort.decoder import Decoder
@@ -33,6 +34,7 @@ from longshort.generation import Request, Sampling, Writing, generate
 from longshort.inspection import inspect
 from longshort.interruption import Interruption
 from longshort.scoring import score
+from longshort.serving import guard, routes, server
 from longshort.text.tokenizers import ByteTokenizer, CharTokenizer
 
 testclient = pytest.importorskip("fastapi.testclient", reason="FastAPI is not installed")
@@ -60,7 +62,7 @@ PLAIN._native = None  # as where there is no library
 @pytest.fixture(scope="module")
 def client() -> Iterator[Any]:
     """What asks an application with a guard that lets this machine in."""
-    app = guard.Guard(serving.application(MODEL, "tiny"), guard.Rules(hosts=("127.0.0.1", "localhost")))
+    app = guard.Guard(routes.application(MODEL, "tiny"), guard.Rules(hosts=("127.0.0.1", "localhost")))
     with testclient.TestClient(app, "http://127.0.0.1:8000", raise_server_exceptions=False) as found:
         yield found
 
@@ -140,7 +142,7 @@ def test_a_seed_that_is_not_given_is_told_and_gives_the_text_again(client: Any) 
 
 def test_a_stream_never_splits_a_character() -> None:
     model = decoder(ByteTokenizer())
-    with testclient.TestClient(serving.application(model, "bytes"), "http://127.0.0.1") as client:
+    with testclient.TestClient(routes.application(model, "bytes"), "http://127.0.0.1") as client:
         body = {"prompt": "é", "max_tokens": 400, "seed": 3, "temperature": 1.2}
         whole = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
         pieces = [
@@ -200,14 +202,14 @@ def test_the_model_and_the_counts_are_told(client: Any) -> None:
 def test_every_number_and_text_has_a_least_and_a_most(client: Any) -> None:
     right = {"prompt": "ab", "max_tokens": 3, "seed": 1}
     wrong: dict[str, list[Any]] = {
-        "max_tokens": [-1, 0, serving.TOKENS + 1, 2**31, 2**63, 1.5, "3", True, None],
+        "max_tokens": [-1, 0, routes.TOKENS + 1, 2**31, 2**63, 1.5, "3", True, None],
         "temperature": [-0.1, 100.1, "1", None],
         "top_p": [0, -1, 1.01, None],
         "top_k": [0, -1, 2**31, 2**63, 1.5],
-        "n": [0, -1, serving.TEXTS + 1, 2**31],
+        "n": [0, -1, routes.TEXTS + 1, 2**31],
         "seed": [-1, 2**64, 1.5],
-        "stop": [[""], "", ["a"] * (serving.STOPS + 1), ["a" * (serving.STOP + 1)], 3, [3]],
-        "prompt": ["a" * (serving.PROMPT + 1), None, 3, ["ab"]],
+        "stop": [[""], "", ["a"] * (routes.STOPS + 1), ["a" * (routes.STOP + 1)], 3, [3]],
+        "prompt": ["a" * (routes.PROMPT + 1), None, 3, ["ab"]],
         "model": ["other", 3, "x" * 257],
         "stream": [1, "yes"],
         "logprobs": [1],
@@ -226,17 +228,17 @@ def test_every_number_and_text_has_a_least_and_a_most(client: Any) -> None:
         "temperature": [0, 100],
         "top_p": [1e-9],
         "top_k": [1, 2**31 - 1],
-        "n": [serving.TEXTS],
+        "n": [routes.TEXTS],
         "seed": [0, 2**64 - 1],
-        "stop": [["a" * serving.STOP] * serving.STOPS, None],
+        "stop": [["a" * routes.STOP] * routes.STOPS, None],
         "model": ["tiny", None],
     }
     for field, value in ((field, value) for field, values in edges.items() for value in values):
         assert client.post("/v1/completions", json={**right, field: value}).status_code == 200, (field, value)
-    too_many, too_long = ["a"] * (serving.LINES + 1), ["a" * (serving.CHARACTERS + 1)]
+    too_many, too_long = ["a"] * (routes.LINES + 1), ["a" * (routes.CHARACTERS + 1)]
     for lines in ([], ["a\nb"], too_many, too_long, "a", [3]):
         assert client.post("/v1/score", json={"lines": lines}).status_code == 400
-    long = "a" * (serving.LOOKED_INTO + 1)
+    long = "a" * (routes.LOOKED_INTO + 1)
     for looked in ({"text": ""}, {"text": long}, {"text": "a", "layer": -1}, {"text": "a", "unit": -1}):
         assert client.post("/v1/inspect", json=looked).status_code == 400
 
@@ -268,23 +270,28 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=4,
 )
-fields = [*serving.Completion.model_fields, "lines", "text", "layer", "unit", "suffix"]
+fields = [*routes.Completion.model_fields, "lines", "text", "layer", "unit", "suffix"]
 
 
-@settings(max_examples=150)
-@given(
-    route=st.sampled_from(["completions", "score", "inspect", "models", "nothing"]),
-    method=st.sampled_from(["POST", "GET", "PUT", "DELETE", "HEAD", "OPTIONS"]),
-    body=st.dictionaries(st.sampled_from(fields), json_values, max_size=5),
-    right=st.booleans(),
-)
-def test_whatever_is_sent_nothing_fails(
-    client: Any, route: str, method: str, body: dict[str, Any], right: bool
-) -> None:
-    body = {"prompt": "a", "max_tokens": 2, **body} if right else body
-    content = json.dumps(body).encode()
-    answer = client.request(method, f"/v1/{route}", content=content, headers={"content-type": "application/json"})
-    assert answer.status_code < 500
+@campaign.long
+def test_whatever_is_sent_nothing_fails(client: Any) -> None:
+    with campaign.trials("a request of random fields to the server", short=150, long=10_000) as trials:
+        count = iter(trials)
+
+        @settings(max_examples=trials.count)
+        @given(
+            route=st.sampled_from(["completions", "score", "inspect", "models", "nothing"]),
+            method=st.sampled_from(["POST", "GET", "PUT", "DELETE", "HEAD", "OPTIONS"]),
+            body=st.dictionaries(st.sampled_from(fields), json_values, max_size=5),
+            right=st.booleans(),
+        )
+        def send(route: str, method: str, body: dict[str, Any], right: bool) -> None:
+            next(count, None)
+            content = json.dumps({"prompt": "a", "max_tokens": 2, **body} if right else body).encode()
+            head = {"content-type": "application/json"}
+            assert client.request(method, f"/v1/{route}", content=content, headers=head).status_code < 500
+
+        send()
 
 
 def test_a_prompt_that_the_model_knows_nothing_of_fails_alone(client: Any) -> None:
@@ -315,7 +322,7 @@ def test_an_error_in_the_model_is_told_without_its_words_and_the_server_goes_on(
 
 
 def test_a_text_ends_when_its_time_is_over(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "SECONDS", 0.0)
+    monkeypatch.setattr(routes, "SECONDS", 0.0)
     (choice,) = client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 16_384}).json()["choices"]
     assert choice["finish_reason"] == "time"
     assert len(choice["text"]) < 16_384
@@ -326,15 +333,15 @@ def test_a_text_ends_when_its_time_is_over(client: Any, monkeypatch: pytest.Monk
 
 @contextlib.contextmanager
 def guarded(**rules: Any) -> Iterator[Any]:
-    app = guard.Guard(serving.application(MODEL, "tiny"), guard.Rules(**rules))
+    app = guard.Guard(routes.application(MODEL, "tiny"), guard.Rules(**rules))
     with testclient.TestClient(app, "http://127.0.0.1:8000") as client:
         yield client
 
 
 def test_every_route_but_one_wants_the_token() -> None:
-    app = serving.application(MODEL, "tiny")
-    routes: list[Any] = app.routes
-    paths = {route.path: next(iter(route.methods)) for route in routes}
+    app = routes.application(MODEL, "tiny")
+    found: list[Any] = app.routes
+    paths = {route.path: next(iter(route.methods)) for route in found}
     assert {"/", "/page.js", "/v1/completions", "/v1/score", "/v1/inspect", "/metrics", "/openapi.json"} <= set(paths)
     basic = base64.b64encode(f"anyone:{TOKEN}".encode()).decode()
     with testclient.TestClient(guard.Guard(app, guard.Rules(token=TOKEN)), "http://127.0.0.1") as client:
@@ -425,7 +432,7 @@ def test_the_page_is_ours_alone_and_puts_text_as_text(client: Any) -> None:
 
 
 def test_no_path_leads_to_a_file(client: Any) -> None:
-    tries = ["page.html", "page/page.html", "%2e%2e/cli.py", "..\\cli.py", "page.js/../page.html"]
+    tries = ["page.html", "page/page.html", "%2e%2e/routes.py", "..\\routes.py", "page.js/../page.html"]
     for up in ("../", "%2e%2e%2f", "..%2f", "%2e%2e/", "..;/", "%252e%252e/", "..%c0%af", "....//"):
         for depth in range(1, 8):
             tries += [f"{up * depth}{name}" for name in ("etc/passwd", "pyproject.toml")]
@@ -662,7 +669,7 @@ def test_the_page_about_it_is_true(client: Any) -> None:
     described = client.get("/openapi.json").json()["paths"]
     for path in [*described, "/openapi.json"]:
         assert f"{path}` |" in page, path
-    fields = serving.Completion.model_fields
+    fields = routes.Completion.model_fields
     assert {*re.findall(r"`(\w+)`(?: \(\d+\))?[,;] ", page.partition("/v1/completions` |")[2].partition("\n")[0])} >= {
         *fields
     } - {"model"}

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from longshort import native, profiling, training, workloads
+from longshort import native, training
+from longshort.bench import profiling, workloads
+from longshort.bench.workloads import KINDS, SYMBOLS, Contest, Setting, Training
 from longshort.cli import main
 from longshort.config import TrainConfig
 from longshort.decoder import Decoder
 from longshort.scoring import score
 from longshort.text.tokenizers import CharTokenizer
-from longshort.workloads import KINDS, SYMBOLS, Contest, Setting, Training
 
 SMALL: dict[str, Any] = {"hidden": 12, "embedding": 8, "batch_size": 4, "seq_len": 6, "warmup": 0.0, "final_lr": 1.0}
 
@@ -65,7 +66,7 @@ def test_the_command_measures_prints_and_keeps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(KINDS, "generate", (small,))
-    monkeypatch.setattr("longshort.peers.GEMM_SIZE", 64)
+    monkeypatch.setattr("longshort.bench.peers.GEMM_SIZE", 64)
     monkeypatch.setattr(workloads, "BLOCK_SECONDS", 0.0)
     out = tmp_path / "result.json"
     assert main(["bench", "generate", "--threads", "1", "--out", str(out)]) == 0

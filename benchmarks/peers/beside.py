@@ -48,7 +48,8 @@ def _measure(script: str, peer: str, package: str) -> None:
     """
     import torch
 
-    from longshort import ledger, machine, training
+    from longshort import machine, training
+    from longshort.bench import ledger
     from longshort.config import TrainConfig
     from longshort.text.batches import Batch
     from longshort.text.tokenizers import CharTokenizer

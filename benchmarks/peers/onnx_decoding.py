@@ -22,7 +22,8 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from longshort import ledger, machine, native_model, training, workloads
+from longshort import machine, native_model, training
+from longshort.bench import ledger, workloads
 from longshort.config import TrainConfig
 from longshort.decoder import Decoder
 from longshort.text.tokenizers import CharTokenizer

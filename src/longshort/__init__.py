@@ -2,6 +2,7 @@
 
     longshort.LSTM, GRU, RNN and their cells     in the place of torch.nn's
     longshort.convert, longshort.to_torch        exchange them in a whole model, and back
+    longshort.from_keras, keras_weights          Keras's layers as ours; our weights in Keras's order
     longshort.load(path)                         a trained model, a language model without PyTorch; with train=True as
                                                  a LanguageModel
     longshort.train(TrainConfig(...))            trains and yields events; longshort.resume(run) goes on
@@ -45,16 +46,20 @@ if TYPE_CHECKING:
     from longshort.errors import LongshortError as LongshortError
     from longshort.evaluation import Evaluation as Evaluation
     from longshort.evaluation import evaluate as evaluate
-    from longshort.examples import Examples as Examples
     from longshort.generation import Sampling as Sampling
     from longshort.generation import generate as generate
     from longshort.inspection import Inspection as Inspection
     from longshort.inspection import inspect as inspect
-    from longshort.label_decoder import LabelDecoder as LabelDecoder
-    from longshort.labellers import SequenceClassifier as SequenceClassifier
-    from longshort.labellers import SequenceTagger as SequenceTagger
-    from longshort.labelling import Labelling as Labelling
-    from longshort.labelling import evaluate_labels as evaluate_labels
+    from longshort.keras_layers import from_keras as from_keras
+    from longshort.keras_layers import keras_weights as keras_weights
+    from longshort.labels.examples import Examples as Examples
+    from longshort.labels.label_decoder import LabelDecoder as LabelDecoder
+    from longshort.labels.labellers import SequenceClassifier as SequenceClassifier
+    from longshort.labels.labellers import SequenceTagger as SequenceTagger
+    from longshort.labels.labelling import Labelling as Labelling
+    from longshort.labels.labelling import evaluate_labels as evaluate_labels
+    from longshort.labels.supervision import resume_labels as resume_labels
+    from longshort.labels.supervision import train_labels as train_labels
     from longshort.layers import GRU as GRU
     from longshort.layers import LSTM as LSTM
     from longshort.layers import RNN as RNN
@@ -62,8 +67,6 @@ if TYPE_CHECKING:
     from longshort.onnx_files import export_onnx as export_onnx
     from longshort.scoring import score as score
     from longshort.series import SequenceRegressor as SequenceRegressor
-    from longshort.supervision import resume_labels as resume_labels
-    from longshort.supervision import train_labels as train_labels
     from longshort.training import resume as resume
     from longshort.training import train as train
 
@@ -81,21 +84,23 @@ _HOME = {
     "ModelConfig": "config",
     "Sampling": "generation",
     "SequenceRegressor": "series",
-    "resume_labels": "supervision",
-    "train_labels": "supervision",
-    "evaluate_labels": "labelling",
-    "Labelling": "labelling",
-    "LabelDecoder": "label_decoder",
-    "SequenceTagger": "labellers",
-    "SequenceClassifier": "labellers",
+    "resume_labels": "labels.supervision",
+    "train_labels": "labels.supervision",
+    "evaluate_labels": "labels.labelling",
+    "Labelling": "labels.labelling",
+    "LabelDecoder": "labels.label_decoder",
+    "SequenceTagger": "labels.labellers",
+    "SequenceClassifier": "labels.labellers",
     "LabelTrainConfig": "config",
     "LabelModelConfig": "config",
-    "Examples": "examples",
+    "Examples": "labels.examples",
     "TrainConfig": "config",
     "convert": "conversion",
     "evaluate": "evaluation",
     "export_onnx": "onnx_files",
     "evaluate_dynamically": "dynamic",
+    "from_keras": "keras_layers",
+    "keras_weights": "keras_layers",
     "generate": "generation",
     "inspect": "inspection",
     "Inspection": "inspection",
@@ -138,7 +143,7 @@ def load(path: str | Path, *, train: bool = False, weights: str = "float32") -> 
     if "labels" in saved.model:
         if weights != "float32":
             raise UsageError(f"A classifier or tagger has float32 weights, not {weights}.")
-        return _module("labellers" if train else "label_decoder").from_saved(saved)
+        return _module("labels.labellers" if train else "labels.label_decoder").from_saved(saved)
     if train:
         if weights != "float32":
             raise UsageError(f"A model in training has float32 weights, not {weights}.")

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longshort import __version__, checkpoint, decoder, durable, label_decoder
+from longshort import __version__, checkpoint, decoder, durable
 from longshort.config import LabelModelConfig, ModelConfig, adaptive_cutoffs
 from longshort.errors import LongshortError, MissingExtraError, OutputError, UsageError
-from longshort.examples import Batch
+from longshort.labels import label_decoder
+from longshort.labels.examples import Batch
 from longshort.machine import version_of
 
 try:

@@ -22,10 +22,11 @@ import cyclopts
 from cyclopts import App, Parameter
 
 import longshort
-from longshort import console, durable, inspecting, measuring, models
+from longshort import durable
+from longshort.cli import console, inspecting, measuring, models
+from longshort.cli.flags import Corpus, DataDir, Int, Json, OwnCell, TrainFlags
 from longshort.config import TrainConfig
 from longshort.errors import LongshortError, MissingExtraError, UsageError
-from longshort.flags import Corpus, DataDir, Int, Json, OwnCell, TrainFlags
 from longshort.interruption import Interrupted, Interruption
 
 app = App(
@@ -236,7 +237,7 @@ def generate(
     if "" in stop:
         raise UsageError("--stop is empty.", "An unset shell variable looks like this.")
     from longshort import generation
-    from longshort.screen import visible
+    from longshort.cli.screen import visible
 
     if greedy and not (temperature is None and top_k is None and top_p is None):
         raise UsageError("--greedy takes the most probable symbol; temperature, top-k and top-p do not go with it.")
@@ -278,7 +279,8 @@ def score(
     ] = False,
 ) -> None:
     """Say how odd each line is: bits per character, each line from a zero state, in the order of the file."""
-    from longshort import scoring, screen
+    from longshort import scoring
+    from longshort.cli import screen
     from longshort.text import corpus
 
     console.load_cell(cell)
@@ -348,7 +350,7 @@ def serve(
     if not 0 <= port <= 65535:
         raise UsageError(f"--port must be from 0 to 65535, not {port}.")
     console.load_cell(cell)
-    from longshort import server
+    from longshort.serving import server
 
     rules = server.rules(host, allow_host)
     loaded, name = models.decoder(model, weights), Path(model).resolve().name
@@ -367,7 +369,8 @@ app.command(measuring.bench)
 @app.command
 def doctor(*, json: Json = False) -> None:
     """Say what this machine has, which kernels run, what is missing and how to get it."""
-    from longshort import machine, tables
+    from longshort import machine
+    from longshort.cli import tables
 
     report = machine.description()
     report["kernels"] = list(longshort.kernels.available()) if machine.version_of("torch") else []
@@ -384,7 +387,8 @@ def doctor(*, json: Json = False) -> None:
 def _train(settings: Mapping[str, Any], minutes: float | None) -> Path:
     """Train with everything that is set, show it, and return the run directory."""
     console.need_torch("train")
-    from longshort import checkpoint, processes, recipes, screen, training
+    from longshort import checkpoint, processes, recipes, training
+    from longshort.cli import screen
     from longshort.text import corpus
 
     config = TrainConfig.from_dict(settings)
@@ -424,7 +428,8 @@ def _follow() -> int:
 
 def _show(events: Generator[Any, None, None], interruption: Interruption) -> Path:
     """Show a training run as it goes on, and return its directory; Interrupted where it was stopped and has saved."""
-    from longshort import screen, training
+    from longshort import training
+    from longshort.cli import screen
 
     run = Path()
     with screen.TrainView() as view, contextlib.closing(events):
@@ -490,7 +495,7 @@ def _generate_to_screen(
     weights: str = "float32",
     state: str | None = None,
 ) -> None:
-    from longshort.screen import visible
+    from longshort.cli.screen import visible
 
     started = False
     pieces = _pieces(model, prompt, length, settings, stop, (stream,), weights, state)

@@ -23,9 +23,9 @@ import longshort
 from longshort import checkpoint, durable
 from longshort.config import LabelTrainConfig
 from longshort.errors import CheckpointError, UsageError
-from longshort.examples import NO_TOKENIZER, Batch, Encoded, Examples
-from longshort.labellers import Labeller, from_saved, make_labeller
-from longshort.labelling import Labelling, encode, evaluate_labels
+from longshort.labels.examples import NO_TOKENIZER, Batch, Encoded, Examples
+from longshort.labels.labellers import Labeller, from_saved, make_labeller
+from longshort.labels.labelling import Labelling, encode, evaluate_labels
 from longshort.loop import (
     Event,
     Legs,

@@ -124,7 +124,7 @@ def say(words: str) -> None:
 
 def complain(words: str) -> None:
     """Print an error on standard error: control characters made visible, three lines at most."""
-    from longshort.screen import visible
+    from longshort.cli.screen import visible
 
     name = f"longshort (process {RANK})" if RANK else "longshort"
     lines = [line for line in visible(words).split("\n") if line.strip()]

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from longshort.screen import visible
+from longshort.cli.screen import visible
 
 
 def print_comparison(result: Mapping[str, Any]) -> None:
@@ -125,7 +125,7 @@ def print_benchmark(result: Mapping[str, Any], worst: int | None = None) -> None
     """Print the tables of `bench`.
 
     Args:
-        result: of `benchmarks.result`.
+        result: of `layers.result`.
         worst: how many cases to show, those with the smallest ratios; if None all, where they fit on a screen.
     """
     console = output()
@@ -254,7 +254,7 @@ def print_doctor(report: Mapping[str, Any]) -> None:
 
 class _Output(Console):
     def on_broken_pipe(self) -> None:
-        """Leave to `cli.main` what happens where the reader has gone: it is no error."""
+        """Leave to `verbs.main` what happens where the reader has gone: it is no error."""
         raise BrokenPipeError
 
 

@@ -35,8 +35,8 @@ from longshort import generation
 from longshort.errors import LongshortError
 from longshort.generation import Sampling
 from longshort.inspection import Readable, inspect
-from longshort.scheduler import Piece, Scheduler
 from longshort.scoring import LineModel, score
+from longshort.serving.scheduler import Piece, Scheduler
 
 PROMPT, LINES, CHARACTERS, LOOKED_INTO = 32_768, 1_024, 65_536, 4_096
 TOKENS, TEXTS, STOPS, STOP = 16_384, 8, 4, 256
@@ -220,7 +220,7 @@ def application(model: Served, name: str) -> FastAPI:
         lines = (f"# TYPE longshort_{what} {kind}\nlongshort_{what} {figure}\n" for what, kind, figure in figures)
         return PlainTextResponse("".join(lines), media_type="text/plain; version=0.0.4")
 
-    page = resources.files("longshort") / "page"
+    page = resources.files("longshort.serving") / "page"
     for path, file, kind in (
         ("/", "page.html", "text/html"),
         ("/page.js", "page.js", "text/javascript"),

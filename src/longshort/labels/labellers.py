@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from longshort import kernels, masks
 from longshort.config import LabelModelConfig
 from longshort.errors import CheckpointError, ConfigError
-from longshort.examples import Batch
-from longshort.labelling import LabelModel, read_saved
+from longshort.labels.examples import Batch
+from longshort.labels.labelling import LabelModel, read_saved
 from longshort.layers import GRU, LSTM, RNN
 from longshort.model_files import Saved
 from longshort.text.batches import IGNORED

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longshort import console
+from longshort.cli import console
 from longshort.errors import UsageError
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from cyclopts import Parameter
 
-from longshort import console, durable, models
+from longshort import durable
+from longshort.cli import console, models
+from longshort.cli.flags import Corpus, DataDir, Int, Json, OwnCell
 from longshort.errors import UsageError
-from longshort.flags import Corpus, DataDir, Int, Json, OwnCell
 
 if TYPE_CHECKING:
     import numpy as np
@@ -142,8 +143,8 @@ def _values(found: Inspection, chosen: _Unit) -> Mapping[str, object]:
 
 def _print(found: Inspection, name: str) -> None:
     """Print how the gates behave, how long units remember, what they follow; and one that must remember on the text."""
-    from longshort.screen import visible
-    from longshort.tables import new_table, output
+    from longshort.cli.screen import visible
+    from longshort.cli.tables import new_table, output
 
     screen = output()
     nats = f", {found.nats_per_token:.4f} nats each" if found.nats_per_token is not None else ""
@@ -184,7 +185,7 @@ def _print_unit(found: Inspection, chosen: _Unit, begin: int, end: int) -> None:
     """Print symbols with what a unit had after each: coloured on a terminal, else with bars below."""
     from rich.text import Text
 
-    from longshort.tables import output
+    from longshort.cli.tables import output
 
     values = found.unit(*chosen)
     lowest = -1.0 if values.min() < 0 else 0.0
@@ -203,7 +204,7 @@ def _print_unit(found: Inspection, chosen: _Unit, begin: int, end: int) -> None:
 
 def _lines(symbols: list[str], values: NDArray[np.float32]) -> Iterator[list[tuple[str, float]]]:
     """Yield symbols with their values in lines; a newline is seen as a sign at its line's end."""
-    from longshort.screen import visible
+    from longshort.cli.screen import visible
 
     line: list[tuple[str, float]] = []
     for symbol, value in zip(symbols, values, strict=True):

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from longshort import durable, kernels, ledger, machine, peers
+from longshort import durable, kernels, machine
+from longshort.bench import ledger, peers
+from longshort.bench.grids import CELLS, GRIDS, MODES, OPTIONS, Case, Grid, summary
+from longshort.bench.ledger import Row
+from longshort.bench.timing import Side, Timing, busy_neighbour, interleave
 from longshort.errors import UsageError
-from longshort.grids import CELLS, GRIDS, MODES, OPTIONS, Case, Grid, summary
-from longshort.ledger import Row
-from longshort.timing import Side, Timing, busy_neighbour, interleave
 
 ATTEMPTS = 3
 ENVIRONMENT = (

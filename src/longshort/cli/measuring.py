@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from longshort import console, durable
+from longshort import durable
+from longshort.bench.grids import OPTIONS
+from longshort.cli import console
+from longshort.cli.flags import Corpus, DataDir, Int, Json
 from longshort.config import TrainConfig
 from longshort.errors import UsageError
-from longshort.flags import Corpus, DataDir, Int, Json
-from longshort.grids import OPTIONS
 
 
 def compare(
@@ -50,7 +51,8 @@ def compare(
     console.need_torch("compare")
     import torch
 
-    from longshort import comparison, screen
+    from longshort import comparison
+    from longshort.cli import screen
     from longshort.text import corpus as corpora
 
     of_lecture = {"implementations": implementations, "epochs": epochs}
@@ -87,7 +89,8 @@ def compare(
 
 def _show(result: dict[str, Any], json: bool, plot: str | None) -> None:
     """Print what a comparison found, as its recipe is shown, and draw it if that is asked for."""
-    from longshort import plots, tables
+    from longshort import plots
+    from longshort.cli import tables
 
     depth = result["recipe"] == "depth"
     if json:
@@ -112,7 +115,8 @@ def _compare_depths(
 ) -> None:
     import torch
 
-    from longshort import depth, screen
+    from longshort import depth
+    from longshort.cli import screen
     from longshort.training import Prepared
 
     seconds = 60.0 if seconds is None else seconds
@@ -207,7 +211,8 @@ def bench(
     console.need_torch("bench")
     if isa is not None:
         machine.hold_to(isa)
-    from longshort import benchmarks, screen, tables
+    from longshort.bench import layers
+    from longshort.cli import screen, tables
 
     how: dict[str, Any] = {
         "threads": numbers,
@@ -216,9 +221,9 @@ def bench(
         "neighbour": neighbour,
         "autocast": autocast,
     }
-    settings = benchmarks.Settings(grid=grid, **named, **how)
+    settings = layers.Settings(grid=grid, **named, **how)
     with screen.Ticker() as ticker:
-        result = benchmarks.result(settings, console.path(out), ticker.report_case)
+        result = layers.result(settings, console.path(out), ticker.report_case)
     if json:
         console.print_json(result)
     else:
@@ -234,7 +239,8 @@ def _bench_workloads(
     if out == "":
         raise UsageError("--out is empty.", "An unset shell variable looks like this.")
     console.need_torch("bench")
-    from longshort import ledger, screen, tables, workloads
+    from longshort.bench import ledger, workloads
+    from longshort.cli import screen, tables
 
     if out is not None:
         durable.require_writable_directory(Path(out).absolute().parent)
@@ -257,7 +263,9 @@ def _threads_of_workloads(given: str | None) -> int:
 
 def _profile(threads: int, precision: str, json: bool) -> None:
     console.need_torch("bench")
-    from longshort import native, screen, tables, workloads
+    from longshort import native
+    from longshort.bench import workloads
+    from longshort.cli import screen, tables
 
     if not native.targets():
         raise UsageError(f"--profile shows what our kernels take. {native.reason()}")

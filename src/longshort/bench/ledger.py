@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from longshort import durable, native
+from longshort.bench.grids import Case
+from longshort.bench.timing import Timing, spread
 from longshort.errors import LongshortError, UsageError
-from longshort.grids import Case
-from longshort.timing import Timing, spread
 
 MOST_GEMM_SPREAD = 0.1
 """A row is noisy if the quartiles of its matrix products lie further apart than this share of the median ..."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from longshort.config import LabelModelConfig
 from longshort.errors import CheckpointError, ConfigError, UsageError
-from longshort.examples import Batch, Encoded, Examples
+from longshort.labels.examples import Batch, Encoded, Examples
 from longshort.model_files import Saved
 from longshort.text import tokenizers
 from longshort.text.batches import IGNORED

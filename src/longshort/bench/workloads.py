@@ -26,7 +26,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from longshort import ledger, machine, native, peers, profiling, training
+from longshort import machine, native, training
+from longshort.bench import ledger, peers, profiling
+from longshort.bench.timing import Side, interleave, spread
 from longshort.config import FEWEST_ADAPTIVE, SHRINKAGE, TrainConfig, adaptive_cutoffs
 from longshort.decoder import Decoder
 from longshort.model import LanguageModel
@@ -35,7 +37,6 @@ from longshort.scoring import score
 from longshort.text import grammar
 from longshort.text.batches import IGNORED, Batch
 from longshort.text.tokenizers import CharTokenizer, Tokenizer
-from longshort.timing import Side, interleave, spread
 
 SYMBOLS = "\n !',-.:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz$&3"
 """As many as the tiny Shakespeare text has: 65."""

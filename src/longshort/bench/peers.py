@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longshort import kernels, layers
+from longshort.bench.grids import PROJECTION, Case
+from longshort.bench.timing import Side
 from longshort.errors import UsageError
-from longshort.grids import PROJECTION, Case
-from longshort.timing import Side
 
 Run = Callable[[Tensor], Tensor]
 _OURS: dict[str, Any] = {"lstm": layers.LSTM, "gru": layers.GRU, "rnn": layers.RNN}

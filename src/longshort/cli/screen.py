@@ -20,14 +20,14 @@ from rich.text import Text
 from longshort.config import flag_of
 
 if TYPE_CHECKING:
+    from longshort.bench.ledger import Row as BenchmarkRow
+    from longshort.bench.workloads import Row as WorkloadRow
     from longshort.comparison import Row
     from longshort.config import TrainConfig
     from longshort.depth import Row as Stack
-    from longshort.ledger import Row as BenchmarkRow
     from longshort.recipes import Plan
     from longshort.scoring import LineScore
     from longshort.training import Event, Finished, Looked, Progress, Skipped, Started
-    from longshort.workloads import Row as WorkloadRow
 
 _SAMPLE_CHARACTERS = 240
 _SECONDS_BETWEEN_SAMPLES = 2.0

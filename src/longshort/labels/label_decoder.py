@@ -15,8 +15,8 @@ from longshort import machine, native, native_layers
 from longshort.config import LabelModelConfig
 from longshort.decoder import CELLS, LAYER_WEIGHTS, Array, State, look_up, normalised, step_of
 from longshort.errors import CheckpointError
-from longshort.examples import Batch
-from longshort.labelling import LabelModel, read_saved
+from longshort.labels.examples import Batch
+from longshort.labels.labelling import LabelModel, read_saved
 from longshort.model_files import Saved
 from longshort.native_layers import Gains, Options, Sequences, Weights
 from longshort.native_model import product

@@ -17,9 +17,9 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from longshort.errors import OutputError, UsageError
-from longshort.guard import Guard, Rules
 from longshort.interruption import Interruption
-from longshort.serving import Served, application
+from longshort.serving.guard import Guard, Rules
+from longshort.serving.routes import Served, application
 
 HEAD_SECONDS, DRAIN_SECONDS = 10.0, 9
 TOKEN_VARIABLE, TOKEN_CHARACTERS = "LONGSHORT_TOKEN", 16
@@ -116,7 +116,7 @@ def serve(
     """Answer requests until a signal comes.
 
     Args:
-        model: as of `serving.application`, like `name`.
+        model: as of `routes.application`, like `name`.
         name: of the model.
         host: an address or a name of this machine.
         port: 0 for one that is free.

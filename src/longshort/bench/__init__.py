@@ -1,0 +1,1 @@
+"""Longshort beside its peers, measured in turns: what `longshort bench` runs."""

@@ -1,0 +1,1 @@
+"""Sequences with labels: a class for each, or a tag for each of their steps."""

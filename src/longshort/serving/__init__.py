@@ -1,0 +1,1 @@
+"""A model behind HTTP: what `longshort serve` runs."""
