@@ -367,7 +367,7 @@ struct Backward {
   /* dm = dh W_hr, own units. */
   void multiply_projection(const Team& team, int64_t step, const Rows& rows) {
     if (!direct_weights) {
-      multiply_deep(packed_projection, padded(h_blocks), team.begin(unit_panels), team.end(unit_panels),
+      multiply_deep(packed_projection, depth_of(P), team.begin(unit_panels), team.end(unit_panels),
                     left_at(dh_left, odd(rows.all), 0, rows.at), odd(rows.all), rows.count(), step,
                     Place{dm + rows.begin * W, W, Bp * W}, kColumns * Bp * W);
       return;
@@ -643,14 +643,14 @@ struct Backward {
   void multiply_gates(const Team& team, float* packed, const float* weight, int64_t columns, int64_t panels, float* from,
                       int64_t rows, int64_t n, int64_t turn, const Place& out, int64_t out_panel) const {
     if (!passing) {
-      multiply_deep(packed, gate_blocks(), team.begin(panels), team.end(panels), from, odd(rows), n, turn, out, out_panel);
+      multiply_deep(packed, depth_of(H, G), team.begin(panels), team.end(panels), from, odd(rows), n, turn, out, out_panel);
       return;
     }
     float* place = packed + team.index() * panel_floats();
     for (int64_t panel = team.begin(panels); panel < team.end(panels); ++panel) {
       pack_columns(weight, columns, panel, place);
-      multiply_deep(place, gate_blocks(), 0, 1, from, odd(rows), n, turn, Place{out.p + panel * out_panel, out.row, out.vector},
-                    out_panel);
+      multiply_deep(place, depth_of(H, G), 0, 1, from, odd(rows), n, turn,
+                    Place{out.p + panel * out_panel, out.row, out.vector}, out_panel);
     }
   }
 

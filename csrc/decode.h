@@ -253,19 +253,19 @@ struct Language {
     return left;
   }
 
-  /* out = start + a weights of `count` rows from `row`, of floats or of bytes with their scales. */
+  /* out = start + a weights of `count` rows of K from `row`, of floats or of bytes with their scales. */
   template <int Vectors>
-  void product(const Rows& rows, int64_t row, int count, int64_t blocks, float* a_factors, const float* weights,
+  void product(const Rows& rows, int64_t row, int count, int64_t K, float* a_factors, const float* weights,
                const Place& start, const Place& out) const {
     if (!model.int8) {
-      multiply_rows<Vectors>(count, padded(blocks), left_at(a_factors, rows.room, 0, row), rows.room, weights, start, out, {});
+      multiply_rows<Vectors>(count, depth_of(K), left_at(a_factors, rows.room, 0, row), rows.room, weights, start, out, {});
       return;
     }
     constexpr int kMost = kAccumulators / Vectors; /* a matrix unit's tiles have more rows */
     for (int done = 0; done < count; done += kMost)
-      multiply_bytes_rows<Vectors>(int(smaller(count - done, kMost)), blocks, a_factors + (row + done) * W, rows.room * W,
-                                   reinterpret_cast<const int8_t*>(weights + Vectors * W), weights, start.at(done, 0),
-                                   out.at(done, 0));
+      multiply_bytes_rows<Vectors>(int(smaller(count - done, kMost)), ceil_div(K, W), a_factors + (row + done) * W,
+                                   rows.room * W, reinterpret_cast<const int8_t*>(weights + Vectors * W), weights,
+                                   start.at(done, 0), out.at(done, 0));
   }
 
   void copy_embedding(const Rows& rows) {
@@ -310,9 +310,8 @@ struct Language {
         if (from_table(layer))
           copy_table(rows, panel, row, count, rows.xg + at);
         else
-          product<N>(rows, row, count, sizes.input_blocks, inputs_below, inputs, start, Place{rows.xg + at, NW, W});
-        product<N>(rows, row, count, sizes.hidden_blocks(), before, hidden_of(layer, panel), start,
-                   Place{rows.hg + at, NW, W});
+          product<N>(rows, row, count, sizes.I, inputs_below, inputs, start, Place{rows.xg + at, NW, W});
+        product<N>(rows, row, count, sizes.P, before, hidden_of(layer, panel), start, Place{rows.hg + at, NW, W});
       }
     }
   }
@@ -395,7 +394,7 @@ struct Language {
           copy_table(rows, panel, row, count, xg);
         } else {
           Place start = {const_cast<float*>(biases), 0, W};
-          product<N>(rows, row, count, sizes.input_blocks, inputs_below, inputs, start, Place{xg, NW, W});
+          product<N>(rows, row, count, sizes.I, inputs_below, inputs, start, Place{xg, NW, W});
         }
         Place start = {xg, NW, W};
         if constexpr (kGru) { /* n starts from its own hidden bias: r multiplies the sum before the input's share is added */
@@ -403,7 +402,7 @@ struct Language {
           for (int r = 0; r < count; ++r) store(sums + r * NW + 2 * W, load(biases + 3 * W));
           start.p = sums;
         }
-        product<N>(rows, row, count, sizes.hidden_blocks(), before, hidden, start, Place{sums, NW, W});
+        product<N>(rows, row, count, sizes.P, before, hidden, start, Place{sums, NW, W});
         finish_tile(rows, layer, panel, row, count, now, sums, xg, below, sum);
       }
     }
@@ -443,7 +442,7 @@ struct Language {
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         const int64_t row = tiles.begin(tile);
         float* out = rows.logits + row * head.width() + panel * kHeadVectors * W;
-        product<kHeadVectors>(rows, row, tiles.size(tile), head.blocks(), state, packed + kHeadVectors * W,
+        product<kHeadVectors>(rows, row, tiles.size(tile), head.H, state, packed + kHeadVectors * W,
                               Place{const_cast<float*>(packed), 0, W}, Place{out, head.width(), W});
       }
     }

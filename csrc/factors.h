@@ -85,6 +85,20 @@ static inline int64_t slots(int64_t K) { return ceil_div(K, kWhole) * kWhole / k
 /* Blocks of k with those that only fill up. */
 static inline int64_t padded(int64_t blocks) { return ceil_div(blocks, kJoined) * kJoined; }
 
+/* How deep a product is: `blocks` of k, with those that only fill up. Of those from `whole` on `rest` places are taken; what
+   else they have room for is not multiplied. */
+struct Depth {
+  int64_t blocks, whole;
+  int rest;
+  /* `n` blocks of it, from block `k` on. */
+  Depth part(int64_t k, int64_t n) const { return {n, whole <= k ? 0 : whole - k < n ? whole - k : n, rest}; }
+};
+
+/* Of K rows of a panel; of K for each of `gates`, where a block of each in turn holds W of them. */
+static inline Depth depth_of(int64_t K, int gates = 1) {
+  return {padded(ceil_div(K, W) * gates), K / W * gates, int(ceil_div(K % W, kPair))};
+}
+
 /* Floats of a left factor of `blocks` blocks, and where block `block` of a row lies in one that has room for `room` rows. */
 static inline int64_t left_floats(int64_t blocks, int64_t room) { return padded(blocks) * room * S; }
 static inline float* left_at(float* p, int64_t room, int64_t block, int64_t row) {

@@ -334,7 +334,8 @@ struct Forward {
   }
 
   void multiply_inputs(const Own& own, int64_t step, int64_t rows, float* x_chunk, float* xg_chunk) {
-    const int64_t blocks = padded(sizes.input_blocks);
+    const Depth whole = depth_of(sizes.I);
+    const int64_t blocks = whole.blocks;
     const int64_t depth = kJoined > 1 ? kDepth : larger(blocks, 1); /* a matrix unit reads all rows again for each panel */
     Tiles tiles(rows, max_rows<N>());
     for (int64_t k = 0; k == 0 || k < blocks; k += depth) {
@@ -346,8 +347,8 @@ struct Forward {
         for (int64_t tile = 0; tile < tiles.count; ++tile) {
           int64_t row = tiles.begin(tile);
           const Place sums = {xg_chunk + (panel * rows + row) * NW, NW, W};
-          multiply_rows<N>(tiles.size(tile), deep, left_at(x_chunk, odd(rows), k, row), odd(rows), panels.at(i),
-                           k ? sums : Place{biases, 0, W}, sums, panels.ahead(i, tile, tiles.count, deep));
+          multiply_rows<N>(tiles.size(tile), whole.part(k, deep), left_at(x_chunk, odd(rows), k, row), odd(rows),
+                           panels.at(i), k ? sums : Place{biases, 0, W}, sums, panels.ahead(i, tile, tiles.count, deep));
         }
       }
     }
@@ -411,7 +412,8 @@ struct Forward {
 
   /* `xg_rows`: the step's first row in the chunk's first panel. */
   void run_step(const Own& own, int64_t step, int64_t row0, int64_t n, int64_t chunk, const float* xg_rows) {
-    const int64_t blocks = padded(sizes.hidden_blocks()), before_hidden = sizes.bias_floats() + sizes.input_floats();
+    const int64_t before_hidden = sizes.bias_floats() + sizes.input_floats();
+    const Depth deep = depth_of(P);
     Panels panels(own.packed + before_hidden, sizes.hidden_floats(), sizes.panel_floats(), own.count, step);
     Tiles tiles(n, max_rows<N>());
     alignas(64) float sums[tile_floats<N>()];
@@ -423,8 +425,8 @@ struct Forward {
         int rows = tiles.size(tile);
         const float* left = left_at(h[step & 1], Bp, 0, row0 + row);
         if (normal) {
-          multiply_rows<N>(rows, blocks, left, Bp, panels.at(i), Place{nullptr, 0, 0},
-                           Place{hg_at(panel, row0 + row), NW, W}, panels.ahead(i, tile, tiles.count, blocks));
+          multiply_rows<N>(rows, deep, left, Bp, panels.at(i), Place{nullptr, 0, 0},
+                           Place{hg_at(panel, row0 + row), NW, W}, panels.ahead(i, tile, tiles.count, deep.blocks));
           continue;
         }
         const float* xg_tile = xg_rows + (panel * chunk + row) * NW;
@@ -437,8 +439,8 @@ struct Forward {
           }
           start.p = sums;
         }
-        multiply_rows<N>(rows, blocks, left, Bp, panels.at(i), start, Place{sums, NW, W},
-                         panels.ahead(i, tile, tiles.count, blocks));
+        multiply_rows<N>(rows, deep, left, Bp, panels.at(i), start, Place{sums, NW, W},
+                         panels.ahead(i, tile, tiles.count, deep.blocks));
         finish_tile(step, panel, row0 + row, rows, sums, xg_tile);
       }
     }
@@ -558,7 +560,7 @@ struct Forward {
   void project(const Team& team, int64_t step, int64_t row0, int64_t n) {
     int64_t first = team.begin(projection.panels()), last = team.end(projection.panels());
     if (!direct) /* in ascending order of k at every step, as all products that a forward pass makes */
-      multiply_deep(packed_projection, padded(sizes.unit_blocks()), first, last, left_at(m, Bp, 0, row0), Bp, n, 0,
+      multiply_deep(packed_projection, depth_of(H), first, last, left_at(m, Bp, 0, row0), Bp, n, 0,
                     Place{hr + row0 * W, W, Bp * W}, kColumns * Bp * W);
     for (int64_t block = first * kColumns; block < smaller(last * kColumns, h_blocks); ++block) {
       float* sums = hr + (block * Bp + row0) * W;

@@ -172,7 +172,7 @@ struct Loss {
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         const int64_t row = begin + tiles.begin(tile), block = panel * kHeadVectors;
         float* out = logits + (block * room + row) * W;
-        multiply_rows<kHeadVectors>(tiles.size(tile), padded(head.blocks()), left_at(x, room, 0, row), room, panels.at(panel),
+        multiply_rows<kHeadVectors>(tiles.size(tile), depth_of(H), left_at(x, room, 0, row), room, panels.at(panel),
                                 Place{const_cast<float*>(panels.at(panel)) - kWidth, 0, W}, Place{out, W, room * W},
                                 panels.ahead(panel, tile, tiles.count, padded(head.blocks())));
         for (int n = 0; n < kHeadVectors; ++n)
@@ -231,7 +231,7 @@ struct Loss {
 
   void hidden_gradients(int64_t first, int64_t begin, int64_t end) {
     const int64_t panels = ceil_div(H, kPanel);
-    multiply_deep(by_columns, padded(blocks), 0, panels, left_at(left, room, 0, begin), room, end - begin, 0,
+    multiply_deep(by_columns, depth_of(a.V), 0, panels, left_at(left, room, 0, begin), room, end - begin, 0,
                   Place{dh + begin * kPanel, kPanel, W}, room * kPanel);
     for (int64_t row = begin; row < end; ++row)
       for (int64_t column = 0; column < H; column += W)

@@ -18,27 +18,34 @@ namespace LS_TARGET {
 /* out[R][N W] = start + A[R][K] panel[K][N W], k ascending.
    a: the tile's first row in a left factor whose blocks have room for `room` rows. start.p NULL: from zero. */
 template <int R, int N>
-static void multiply(int64_t k_blocks, const float* a, int64_t room, const float* panel, const Place& start, const Place& out,
+static void multiply(const Depth& depth, const float* a, int64_t room, const float* panel, const Place& start, const Place& out,
                      Ahead ahead) {
   V sum[R][N];
 #pragma GCC unroll 32
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) sum[r][n] = start.p ? load(start.p + r * start.row + n * start.vector) : V{};
-  for (int64_t block = 0; block < k_blocks; ++block) {
+  const auto add = [&](int k) __attribute__((always_inline)) {
+    V w[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) w[n] = load(panel + (k * N + n) * W);
+#pragma GCC unroll 32
+    for (int r = 0; r < R; ++r) {
+      V s = splat_left(a + r * S + k);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sum[r][n] = multiply_add(s, w[n], sum[r][n]);
+    }
+  };
+  for (int64_t block = 0; block < depth.whole; ++block) {
     ahead.bring(1);
 #pragma GCC unroll 4
-    for (int k = 0; k < S; ++k) {
-      V w[N];
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) w[n] = load(panel + (k * N + n) * W);
-#pragma GCC unroll 32
-      for (int r = 0; r < R; ++r) {
-        V s = splat_left(a + r * S + k);
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) sum[r][n] = multiply_add(s, w[n], sum[r][n]);
-      }
-    }
+    for (int k = 0; k < S; ++k) add(k);
+    a += room * S;
+    panel += S * N * W;
+  }
+  for (int64_t block = depth.whole; block < depth.blocks; ++block) {
+    ahead.bring(1);
+    for (int k = 0; k < depth.rest; ++k) add(k);
     a += room * S;
     panel += S * N * W;
   }
@@ -61,17 +68,17 @@ constexpr int tile_floats() {
 
 /* The same for `rows` <= max_rows<N>(). */
 template <int N, int R = max_rows<N>()>
-static inline void multiply_rows(int rows, int64_t k_blocks, const float* a, int64_t room, const float* panel,
+static inline void multiply_rows(int rows, const Depth& depth, const float* a, int64_t room, const float* panel,
                                  const Place& start, const Place& out, Ahead ahead) {
   if constexpr (kJoined > 1) {
-    multiply_by_unit<N>(rows, k_blocks, a, room, panel, start, out, ahead);
+    multiply_by_unit<N>(rows, depth.blocks, a, room, panel, start, out, ahead);
   } else if constexpr (R == 1) {
-    multiply<1, N>(k_blocks, a, room, panel, start, out, ahead);
+    multiply<1, N>(depth, a, room, panel, start, out, ahead);
   } else {
     if (rows == R)
-      multiply<R, N>(k_blocks, a, room, panel, start, out, ahead);
+      multiply<R, N>(depth, a, room, panel, start, out, ahead);
     else
-      multiply_rows<N, R - 1>(rows, k_blocks, a, room, panel, start, out, ahead);
+      multiply_rows<N, R - 1>(rows, depth, a, room, panel, start, out, ahead);
   }
 }
 
@@ -113,13 +120,13 @@ constexpr int kPanel = kColumns * W;
    so more of its rows have to be near. */
 constexpr int64_t kDepth = (kJoined > 1 ? 512 : 1024) / W;
 
-/* Products of `n` rows, the first at `from`, with the panels [first, last) of `all` blocks of k, padded: panel p's sums go to
+/* Products of `n` rows, the first at `from`, with the panels [first, last), each `whole` deep: panel p's sums go to
    out + p * out_panel. `room`: rows that a block of the left factor has room for. k is cut into blocks, so that rows and
    panel meet in the core's own cache; `turn` alternates. */
-static inline void multiply_deep(const float* packed, int64_t all, int64_t first, int64_t last, float* from, int64_t room,
+static inline void multiply_deep(const float* packed, const Depth& whole, int64_t first, int64_t last, float* from, int64_t room,
                                  int64_t n, int64_t turn, const Place& out, int64_t out_panel) {
   Tiles tiles(n, max_rows<kColumns>());
-  const int64_t depths = ceil_div(all, kDepth);
+  const int64_t all = whole.blocks, depths = ceil_div(all, kDepth);
   for (int64_t d = 0; d < depths; ++d) {
     int64_t depth = turn & 1 ? depths - 1 - d : d;
     int64_t k = depth * kDepth, blocks = smaller(kDepth, all - k);
@@ -129,7 +136,7 @@ static inline void multiply_deep(const float* packed, int64_t all, int64_t first
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         int64_t row = tiles.begin(tile);
         Place sums = {out.p + (first + panels.index(i)) * out_panel + row * out.row, out.row, out.vector};
-        multiply_rows<kColumns>(tiles.size(tile), blocks, left_at(from, room, k, row), room, panels.at(i),
+        multiply_rows<kColumns>(tiles.size(tile), whole.part(k, blocks), left_at(from, room, k, row), room, panels.at(i),
                                 Place{d ? sums.p : nullptr, sums.row, sums.vector}, sums,
                                 panels.ahead(i, tile, tiles.count, blocks));
       }
