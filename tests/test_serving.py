@@ -659,6 +659,27 @@ def test_what_cannot_be_served_is_said(
     assert "pip install 'longshort[serve]'" in capsys.readouterr().err
 
 
+def test_the_description_names_what_is_answered(client: Any) -> None:
+    described = client.get("/openapi.json").json()
+    for path, body in (
+        ("/v1/completions", {"prompt": "ab"}),
+        ("/v1/completions", {"prompt": "ab", "stream": True}),
+        ("/v1/score", {"lines": ["ab"]}),
+        ("/v1/inspect", {"text": "ab"}),
+        ("/v1/models", None),
+        ("/healthz", None),
+        ("/metrics", None),
+    ):
+        (operation,) = described["paths"][path].values()
+        assert {*operation["responses"]} == {"200", "4XX", "5XX"}, path
+        answer = client.post(path, json=body) if body else client.get(path)
+        assert answer.headers["content-type"].partition(";")[0] in operation["responses"]["200"]["content"]
+        schema = operation["responses"]["4XX"]["content"]["application/json"]["schema"]
+        assert schema == {"$ref": "#/components/schemas/Problem"}
+    lines = described["components"]["schemas"]["Lines"]["properties"]["lines"]["items"]
+    assert lines["pattern"] == r"^[^\n]*$"  # JSON Schema's expressions are JavaScript's, which has no \A
+
+
 def test_the_page_about_it_is_true(client: Any) -> None:
     page = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
     asked = re.findall(r"^curl (?:-N )?localhost:8000(\S+)(?: --json '(.*)')?$", page, re.MULTILINE)

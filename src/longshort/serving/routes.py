@@ -22,7 +22,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from importlib import resources
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -76,7 +76,7 @@ class Completion(_Body):
 class Lines(_Body):
     """What `POST /v1/score` takes."""
 
-    lines: list[Annotated[str, StringConstraints(pattern=r"\A[^\n]*\z")]] = Field(min_length=1, max_length=LINES)
+    lines: list[Annotated[str, StringConstraints(pattern=r"^[^\n]*$")]] = Field(min_length=1, max_length=LINES)
 
 
 class Looked(_Body):
@@ -85,6 +85,27 @@ class Looked(_Body):
     text: str = Field(min_length=1, max_length=LOOKED_INTO)
     layer: int = Field(0, ge=0, le=1_000)
     unit: int | None = Field(None, ge=0, le=1_000_000, description="Tell what this unit had at every symbol.")
+
+
+class Failure(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None = Field(description="The field that is not right, if it is one.")
+    code: None
+
+
+class Problem(BaseModel):
+    """An error, in the shape that OpenAI's clients read."""
+
+    error: Failure
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": Problem, "description": "What was asked for cannot be; the message says why."},
+    "5XX": {"model": Problem, "description": "The server is at fault, or has too much to do."},
+}
 
 
 @dataclass
@@ -111,7 +132,8 @@ def application(model: Served, name: str) -> FastAPI:
         yield
         await asyncio.to_thread(scheduler.close)
 
-    app = FastAPI(title="longshort", version=longshort.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    about: dict[str, Any] = {"title": "longshort", "version": longshort.__version__, "responses": REFUSALS}
+    app = FastAPI(**about, lifespan=lifespan, docs_url=None, redoc_url=None)
 
     @app.exception_handler(RequestValidationError)
     async def refuse(_request: Request, error: RequestValidationError) -> JSONResponse:
@@ -143,7 +165,7 @@ def application(model: Served, name: str) -> FastAPI:
         scheduler.call(function, tell)
         return _result(await queue.get())
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses={200: {"content": {"text/event-stream": {}}}})
     async def completions(body: Completion, request: Request) -> Response:
         require_known(body.model)
         seed = secrets.randbits(53) if body.seed is None else body.seed
@@ -209,7 +231,10 @@ def application(model: Served, name: str) -> FastAPI:
     async def health() -> JSONResponse:
         return JSONResponse({"status": "ok"})
 
-    @app.get("/metrics")
+    refusal = {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}  # not text, as the figures are
+    refusals = {status: {"description": of["description"], "content": refusal} for status, of in REFUSALS.items()}
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses=refusals)
     async def metrics() -> PlainTextResponse:
         figures = (
             ("requests_total", "counter", counts.requests),
@@ -317,9 +342,11 @@ def _choice(number: int, text: str, reason: str | None) -> dict[str, Any]:
 
 def problem(status: int, message: str, field: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
     """Return an error in the shape that OpenAI's clients read."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    error = {"message": message, "type": kind, "param": field, "code": None}
-    return JSONResponse({"error": error}, status, headers)
+    kind: Literal["invalid_request_error", "server_error"] = (
+        "server_error" if status >= 500 else "invalid_request_error"
+    )
+    error = Failure(message=message, type=kind, param=field, code=None)
+    return JSONResponse(Problem(error=error).model_dump(), status, headers)
 
 
 def _fixed(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
