@@ -34,7 +34,7 @@ from longshort.generation import Request, Sampling, Writing, generate
 from longshort.inspection import inspect
 from longshort.interruption import Interruption
 from longshort.scoring import score
-from longshort.serving import guard, routes, server
+from longshort.serving import bodies, guard, routes, server
 from longshort.text.tokenizers import ByteTokenizer, CharTokenizer
 
 testclient = pytest.importorskip("fastapi.testclient", reason="FastAPI is not installed")
@@ -202,14 +202,14 @@ def test_the_model_and_the_counts_are_told(client: Any) -> None:
 def test_every_number_and_text_has_a_least_and_a_most(client: Any) -> None:
     right = {"prompt": "ab", "max_tokens": 3, "seed": 1}
     wrong: dict[str, list[Any]] = {
-        "max_tokens": [-1, 0, routes.TOKENS + 1, 2**31, 2**63, 1.5, "3", True, None],
+        "max_tokens": [-1, 0, bodies.TOKENS + 1, 2**31, 2**63, 1.5, "3", True, None],
         "temperature": [-0.1, 100.1, "1", None],
         "top_p": [0, -1, 1.01, None],
         "top_k": [0, -1, 2**31, 2**63, 1.5],
-        "n": [0, -1, routes.TEXTS + 1, 2**31],
+        "n": [0, -1, bodies.TEXTS + 1, 2**31],
         "seed": [-1, 2**64, 1.5],
-        "stop": [[""], "", ["a"] * (routes.STOPS + 1), ["a" * (routes.STOP + 1)], 3, [3]],
-        "prompt": ["a" * (routes.PROMPT + 1), None, 3, ["ab"]],
+        "stop": [[""], "", ["a"] * (bodies.STOPS + 1), ["a" * (bodies.STOP + 1)], 3, [3]],
+        "prompt": ["a" * (bodies.PROMPT + 1), None, 3, ["ab"]],
         "model": ["other", 3, "x" * 257],
         "stream": [1, "yes"],
         "logprobs": [1],
@@ -228,17 +228,17 @@ def test_every_number_and_text_has_a_least_and_a_most(client: Any) -> None:
         "temperature": [0, 100],
         "top_p": [1e-9],
         "top_k": [1, 2**31 - 1],
-        "n": [routes.TEXTS],
+        "n": [bodies.TEXTS],
         "seed": [0, 2**64 - 1],
-        "stop": [["a" * routes.STOP] * routes.STOPS, None],
+        "stop": [["a" * bodies.STOP] * bodies.STOPS, None],
         "model": ["tiny", None],
     }
     for field, value in ((field, value) for field, values in edges.items() for value in values):
         assert client.post("/v1/completions", json={**right, field: value}).status_code == 200, (field, value)
-    too_many, too_long = ["a"] * (routes.LINES + 1), ["a" * (routes.CHARACTERS + 1)]
+    too_many, too_long = ["a"] * (bodies.LINES + 1), ["a" * (bodies.CHARACTERS + 1)]
     for lines in ([], ["a\nb"], too_many, too_long, "a", [3]):
         assert client.post("/v1/score", json={"lines": lines}).status_code == 400
-    long = "a" * (routes.LOOKED_INTO + 1)
+    long = "a" * (bodies.LOOKED_INTO + 1)
     for looked in ({"text": ""}, {"text": long}, {"text": "a", "layer": -1}, {"text": "a", "unit": -1}):
         assert client.post("/v1/inspect", json=looked).status_code == 400
 
@@ -270,7 +270,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=4,
 )
-fields = [*routes.Completion.model_fields, "lines", "text", "layer", "unit", "suffix"]
+fields = [*bodies.Completion.model_fields, "lines", "text", "layer", "unit", "suffix"]
 
 
 @campaign.long
@@ -661,21 +661,28 @@ def test_what_cannot_be_served_is_said(
 
 def test_the_description_names_what_is_answered(client: Any) -> None:
     described = client.get("/openapi.json").json()
-    for path, body in (
-        ("/v1/completions", {"prompt": "ab"}),
-        ("/v1/completions", {"prompt": "ab", "stream": True}),
-        ("/v1/score", {"lines": ["ab"]}),
-        ("/v1/inspect", {"text": "ab"}),
-        ("/v1/models", None),
-        ("/healthz", None),
-        ("/metrics", None),
+    for path, body, wanted in (
+        ("/v1/completions", {"prompt": "ab"}, bodies.Completed),
+        ("/v1/completions", {"prompt": "ab", "stream": True, "n": 2}, bodies.Completed),
+        ("/v1/score", {"lines": ["ab", ""]}, bodies.Scored),
+        ("/v1/inspect", {"text": "ab" * 50, "unit": 1}, bodies.Inspected),
+        ("/v1/inspect", {"text": "a"}, bodies.Inspected),
+        ("/v1/models", None, bodies.Models),
+        ("/healthz", None, bodies.Health),
+        ("/metrics", None, None),
     ):
         (operation,) = described["paths"][path].values()
         assert {*operation["responses"]} == {"200", "4XX", "5XX"}, path
         answer = client.post(path, json=body) if body else client.get(path)
-        assert answer.headers["content-type"].partition(";")[0] in operation["responses"]["200"]["content"]
+        content = operation["responses"]["200"]["content"]
+        assert answer.headers["content-type"].partition(";")[0] in content
+        for found in events(answer) if "stream" in (body or {}) else [answer.json()] if wanted else []:
+            assert wanted
+            wanted.model_validate(found)
+            assert content["application/json"]["schema"]["$ref"].endswith(f"/{wanted.__name__}")
         schema = operation["responses"]["4XX"]["content"]["application/json"]["schema"]
         assert schema == {"$ref": "#/components/schemas/Problem"}
+    bodies.Problem.model_validate(client.get("/v1/nothing").json())
     lines = described["components"]["schemas"]["Lines"]["properties"]["lines"]["items"]
     assert lines["pattern"] == r"^[^\n]*$"  # JSON Schema's expressions are JavaScript's, which has no \A
 
@@ -690,7 +697,7 @@ def test_the_page_about_it_is_true(client: Any) -> None:
     described = client.get("/openapi.json").json()["paths"]
     for path in [*described, "/openapi.json"]:
         assert f"{path}` |" in page, path
-    fields = routes.Completion.model_fields
+    fields = bodies.Completion.model_fields
     assert {*re.findall(r"`(\w+)`(?: \(\d+\))?[,;] ", page.partition("/v1/completions` |")[2].partition("\n")[0])} >= {
         *fields
     } - {"model"}

@@ -8,7 +8,7 @@
     GET   /healthz           whether it runs; the only route that needs no token
     GET   /metrics           counts, as Prometheus reads them
 
-Every number and text that is sent has a least and a most, and a field that is not known is refused by its name.
+What each takes and gives is in `bodies.py`.
 Needs the extra `[serve]`.
 """
 
@@ -22,12 +22,11 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from importlib import resources
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.exceptions import HTTPException
 
 import longshort
@@ -36,10 +35,22 @@ from longshort.errors import LongshortError
 from longshort.generation import Sampling
 from longshort.inspection import Readable, inspect
 from longshort.scoring import LineModel, score
+from longshort.serving.bodies import (
+    CHARACTERS,
+    REFUSALS,
+    Completed,
+    Completion,
+    Failure,
+    Health,
+    Inspected,
+    Lines,
+    Looked,
+    Models,
+    Problem,
+    Scored,
+)
 from longshort.serving.scheduler import Piece, Scheduler
 
-PROMPT, LINES, CHARACTERS, LOOKED_INTO = 32_768, 1_024, 65_536, 4_096
-TOKENS, TEXTS, STOPS, STOP = 16_384, 8, 4, 256
 SECONDS = 60.0
 """The most that a text may take; it ends there, with the reason `time`."""
 PING = 15.0
@@ -48,64 +59,6 @@ PING = 15.0
 
 class Served(LineModel, Readable, Protocol):
     """A model with its tokenizer that can be looked into, as `longshort.load` gives it."""
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    model: str | None = Field(None, max_length=256, description="The name of the model, if it is given at all.")
-
-
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=STOP)]
-
-
-class Completion(_Body):
-    """What `POST /v1/completions` takes; defaults are OpenAI's."""
-
-    prompt: str = Field(max_length=PROMPT)
-    max_tokens: int = Field(16, ge=1, le=TOKENS, description="Symbols to write.")
-    temperature: float = Field(1.0, ge=0, le=100)
-    top_k: int | None = Field(None, ge=1, le=2**31 - 1)
-    top_p: float = Field(1.0, gt=0, le=1)
-    n: int = Field(1, ge=1, le=TEXTS, description="Texts.")
-    stop: Stop | Annotated[list[Stop], Field(max_length=STOPS)] | None = None
-    seed: int | None = Field(None, ge=0, le=2**64 - 1, description="If not given one is drawn, and told.")
-    stream: bool = False
-    echo: bool = Field(False, description="Begin the text with the prompt.")
-
-
-class Lines(_Body):
-    """What `POST /v1/score` takes."""
-
-    lines: list[Annotated[str, StringConstraints(pattern=r"^[^\n]*$")]] = Field(min_length=1, max_length=LINES)
-
-
-class Looked(_Body):
-    """What `POST /v1/inspect` takes."""
-
-    text: str = Field(min_length=1, max_length=LOOKED_INTO)
-    layer: int = Field(0, ge=0, le=1_000)
-    unit: int | None = Field(None, ge=0, le=1_000_000, description="Tell what this unit had at every symbol.")
-
-
-class Failure(BaseModel):
-    """What went wrong."""
-
-    message: str
-    type: Literal["invalid_request_error", "server_error"]
-    param: str | None = Field(description="The field that is not right, if it is one.")
-    code: None
-
-
-class Problem(BaseModel):
-    """An error, in the shape that OpenAI's clients read."""
-
-    error: Failure
-
-
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": Problem, "description": "What was asked for cannot be; the message says why."},
-    "5XX": {"model": Problem, "description": "The server is at fault, or has too much to do."},
-}
 
 
 @dataclass
@@ -165,7 +118,7 @@ def application(model: Served, name: str) -> FastAPI:
         scheduler.call(function, tell)
         return _result(await queue.get())
 
-    @app.post("/v1/completions", responses={200: {"content": {"text/event-stream": {}}}})
+    @app.post("/v1/completions", responses={200: {"model": Completed, "content": {"text/event-stream": {}}}})
     async def completions(body: Completion, request: Request) -> Response:
         require_known(body.model)
         seed = secrets.randbits(53) if body.seed is None else body.seed
@@ -193,7 +146,7 @@ def application(model: Served, name: str) -> FastAPI:
         usage = {"prompt_tokens": prompted, "completion_tokens": written, "total_tokens": prompted + written}
         return JSONResponse({**head, "choices": choices, "usage": usage})
 
-    @app.post("/v1/score")
+    @app.post("/v1/score", responses={200: {"model": Scored}})
     async def score_lines(body: Lines) -> JSONResponse:
         require_known(body.model)
         if sum(map(len, body.lines)) > CHARACTERS:
@@ -209,7 +162,7 @@ def application(model: Served, name: str) -> FastAPI:
         ]
         return JSONResponse({"object": "list", "model": name, "lines": lines})
 
-    @app.post("/v1/inspect")
+    @app.post("/v1/inspect", responses={200: {"model": Inspected}})
     async def look_inside(body: Looked) -> JSONResponse:
         require_known(body.model)
         layers, hidden = model.config.layers, model.config.hidden
@@ -221,13 +174,13 @@ def application(model: Served, name: str) -> FastAPI:
             values = [round(float(value), 4) for value in found.unit(body.layer, body.unit)]
         return JSONResponse({"model": name, **found.to_dict(), "value": found.value, "values": values})
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses={200: {"model": Models}})
     async def models() -> JSONResponse:
         shape = {key: getattr(model.config, key) for key in ("cell", "layers", "hidden", "embedding")}
         only = {"id": name, "object": "model", "created": since, "owned_by": "longshort", **shape}
         return JSONResponse({"object": "list", "data": [only]})
 
-    @app.get("/healthz")
+    @app.get("/healthz", responses={200: {"model": Health}})
     async def health() -> JSONResponse:
         return JSONResponse({"status": "ok"})
 
