@@ -157,7 +157,18 @@ def test_dropout_is_left_out_only_where_it_is_said() -> None:
                     I,
                 )
             ],
-            "The two directions differ",
+            "forward LSTM 5 -> 4 tanh with bias, both directions, backward LSTM 5 -> 4 tanh without bias",
+        ),
+        (
+            lambda: [
+                drawn(
+                    keras.layers.Bidirectional(
+                        made("GRU"), backward_layer=made("GRU", units=6, go_backwards=True), dtype="float64"
+                    ),
+                    I,
+                )
+            ],
+            "backward GRU 5 -> 6",
         ),
     ],
 )
@@ -165,6 +176,15 @@ def test_what_ours_do_not_have_is_refused_by_name(layers: Any, message: str) -> 
     with pytest.raises(UsageError, match=message) as refused:
         longshort.from_keras(*layers())
     assert len(str(refused.value).splitlines()) <= 3
+
+
+def test_weights_of_few_digits() -> None:
+    layer = longshort.GRU(I, H).bfloat16()
+    (weights,) = longshort.keras_weights(layer)
+    assert {array.dtype for array in weights} == {np.dtype(np.float32)}
+    theirs = drawn(made("GRU", dtype="float32"), I)
+    theirs.set_weights(weights)
+    near(longshort.from_keras(theirs).weight_hh_l0, layer.weight_hh_l0.float())
 
 
 def test_what_keras_does_not_have_is_refused_by_name() -> None:

@@ -73,10 +73,10 @@ def from_keras(*layers: Any, without_dropout: bool = False) -> RecurrentLayer:
     hidden_size = len(recurrent)
     for number, (other, each) in enumerate(zip(forms, arrays, strict=True), 1):
         width = len(kernel) if number == 1 else form.directions * hidden_size
-        if other != form or any(len(of[0]) != width or len(of[1]) != hidden_size for of in each):
+        if other != form or (len(each[0][0]), len(each[0][1])) != (width, hidden_size):
             raise UsageError(
-                f"Layer {number} of {len(layers)} does not go with the first: it is {_described(other, each)},"
-                f" where {_described(form, arrays[0])} is.",
+                f"Layer {number} of {len(layers)} does not go with the first: it is {_described(other, each[0])},"
+                f" where {_described(form, arrays[0][0])} is.",
                 "Layers that become one are of one kind and size. Call from_keras for each.",
             )
     shape = {
@@ -108,7 +108,7 @@ def keras_weights(layer: nn.Module) -> list[list[Floats]]:
 
     Returns:
         For each layer and direction kernel (I, gates x H), recurrent kernel (H, gates x H) and, with biases, bias
-        (gates x H), of a GRU (2, 3 x H); copies.
+        (gates x H), of a GRU (2, 3 x H); copies, float64 where the layer's are, or float32.
 
     Raises:
         UsageError: not such a layer, or one with a projection or options that Keras's lack; the message names them.
@@ -156,11 +156,12 @@ def _read(layer: Any, without_dropout: bool) -> tuple[_Form, list[list[Floats]]]
                 "To leave them out, as evaluation does: from_keras(..., without_dropout=True).",
             )
         forms.append(_Form(kind, config["activation"], config["use_bias"], len(sides)))
-    if forms[0] != forms[-1]:
-        raise UsageError(f"The two directions differ: {forms[0]} and {forms[-1]}.")
     arrays = [[_plain(array) for array in side.get_weights()] for side in sides]
     if not all(arrays):
         raise UsageError("The Keras layer has no weights yet.", "Call it on an input first, or its build method.")
+    one, other = _described(forms[0], arrays[0]), _described(forms[-1], arrays[-1])
+    if one != other:
+        raise UsageError(f"The two directions differ: forward {one}, backward {other}.")
     return forms[0], arrays
 
 
@@ -168,8 +169,8 @@ def _plain(array: Any) -> Floats:
     return np.asarray(array, np.float64 if array.dtype == np.float64 else np.float32)
 
 
-def _described(form: _Form, arrays: Sequence[Sequence[Floats]]) -> str:
-    kernel, recurrent = arrays[0][:2]
+def _described(form: _Form, arrays: Sequence[Floats]) -> str:
+    kernel, recurrent = arrays[:2]
     words = [form.kind, f"{len(kernel)} -> {len(recurrent)}", form.activation, "with" if form.bias else "without"]
     return f"{' '.join(words)} bias, {'both directions' if form.directions == 2 else 'one direction'}"
 
@@ -190,7 +191,9 @@ def _as_torch(kind: str, arrays: Sequence[Floats]) -> list[Floats]:
 
 
 def _as_keras(kind: str, weights: Sequence[Tensor]) -> list[Floats]:
-    weight_ih, weight_hh, *biases = (weight.detach().cpu().numpy() for weight in weights)
+    double = weights[0].dtype == torch.float64
+    plain = (weight.detach().to("cpu", torch.float64 if double else torch.float32).numpy() for weight in weights)
+    weight_ih, weight_hh, *biases = plain
     if biases:
         biases = [np.stack(biases) if kind == "GRU" else biases[0] + biases[1]]
     return [np.ascontiguousarray(_turned(kind, array)) for array in (weight_ih.T, weight_hh.T, *biases)]
