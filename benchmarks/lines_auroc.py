@@ -32,7 +32,7 @@ import numpy as np
 
 import longshort
 from longshort import machine
-from longshort.cli import verbs
+from longshort.cli import main as run_verb
 from longshort.ngram import NGram
 
 TRAIN, TEST, EVERY = 20_000, 4_000, 20
@@ -121,7 +121,7 @@ def main(minutes: float = 2.0) -> None:
     with tempfile.TemporaryDirectory() as folder:
         log, run = Path(folder) / "app.log", Path(folder) / "run"
         log.write_text(text, encoding="utf-8")
-        status = verbs.main(["train", str(log), "--lines", "--minutes", str(minutes), "--out", str(run)])
+        status = run_verb(["train", str(log), "--lines", "--minutes", str(minutes), "--out", str(run)])
         assert status == 0
         model = longshort.load(run)
         begin = time.perf_counter()

@@ -134,7 +134,7 @@ struct Backward {
   }
 
   /* Blocks of W gates, with those that only fill up where products sum over them. */
-  int64_t gate_blocks() const { return padded(U * G); }
+  int64_t gate_blocks() const { return depth_of(H, G).blocks; }
   int64_t panel_floats() const { return gate_blocks() * S * kPanel; }
   int64_t places(int64_t panels) const { return (passing ? threads : panels) * panel_floats(); }
 

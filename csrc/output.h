@@ -168,13 +168,14 @@ struct Loss {
     for (int64_t row = begin; row < end; ++row) store(largest + row * W, least);
     Panels panels(packed + kWidth, head.panel_floats(), head.panel_floats(), head.panels(), 0);
     Tiles tiles(end - begin, max_rows<kHeadVectors>());
+    const Depth deep = depth_of(H);
     for (int64_t panel = 0; panel < panels.count(); ++panel)
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         const int64_t row = begin + tiles.begin(tile), block = panel * kHeadVectors;
         float* out = logits + (block * room + row) * W;
-        multiply_rows<kHeadVectors>(tiles.size(tile), depth_of(H), left_at(x, room, 0, row), room, panels.at(panel),
+        multiply_rows<kHeadVectors>(tiles.size(tile), deep, left_at(x, room, 0, row), room, panels.at(panel),
                                 Place{const_cast<float*>(panels.at(panel)) - kWidth, 0, W}, Place{out, W, room * W},
-                                panels.ahead(panel, tile, tiles.count, padded(head.blocks())));
+                                panels.ahead(panel, tile, tiles.count, deep.blocks));
         for (int n = 0; n < kHeadVectors; ++n)
           for (int r = 0; r < tiles.size(tile); ++r) {
             float *p = out + (n * room + r) * W, *top = largest + (row + r) * W;

@@ -189,9 +189,9 @@ def test_weights_of_few_digits() -> None:
 
 def test_what_keras_does_not_have_is_refused_by_name() -> None:
     for layer, message in (
-        (longshort.LSTM(I, H, proj_size=2, peephole=True), "no peephole, proj_size"),
-        (nn.LSTM(I, H, proj_size=2), "no proj_size"),
-        (longshort.GRU(I, H, layer_norm=True), "no layer_norm"),
+        (longshort.LSTM(I, H, proj_size=2, peephole=True), "does with peephole, proj_size"),
+        (nn.LSTM(I, H, proj_size=2), "does with proj_size"),
+        (longshort.GRU(I, H, layer_norm=True), "does with layer_norm"),
         (nn.Linear(I, H), "not Linear"),
     ):
         with pytest.raises(UsageError, match=message):

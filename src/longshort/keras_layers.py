@@ -119,7 +119,7 @@ def keras_weights(layer: nn.Module) -> list[list[Floats]]:
     if layer.proj_size:
         lacking.add("proj_size")
     if lacking:
-        raise UsageError(f"Keras's layers have no {', '.join(sorted(lacking))}.")
+        raise UsageError(f"Keras's layers do not do what this one does with {', '.join(sorted(lacking))}.")
     kind, directions = _KERAS[layer.mode], 2 if layer.bidirectional else 1
     made = [_as_keras(kind, weights) for weights in layer.all_weights]
     return [[*chain(*made[at : at + directions])] for at in range(0, len(made), directions)]
