@@ -173,10 +173,11 @@ def test_options_against_loops(name: str, kernel: str, data: st.DataObject) -> N
         "dtype": dtype,
     }
     if name == "LSTM":
-        arguments["proj_size"] = data.draw(st.sampled_from([0, 0, 2]))
+        arguments["proj_size"] = data.draw(st.sampled_from([0, 0, 3]))
     if name == "RNN":
         arguments["nonlinearity"] = data.draw(st.sampled_from(["tanh", "relu"]))
-    layer: Any = seeded(data.draw(st.integers(0, 99)), LAYERS[name], 2, 4, **arguments, **chosen)
+    # 7 units: normalising 4 numbers that lie close together magnifies rounding up to 2e-4 of a gradient, here 3e-5
+    layer: Any = seeded(data.draw(st.integers(0, 99)), LAYERS[name], 4, 7, **arguments, **chosen)
     for parameter in layer.parameters():  # gains other than 1, learned states other than 0
         nn.init.normal_(parameter, std=0.7)
     layer.train(data.draw(st.booleans()))
@@ -189,7 +190,7 @@ def test_options_against_loops(name: str, kernel: str, data: st.DataObject) -> N
         resets_TB = torch.zeros(T, B, dtype=torch.bool)
     return_gates = data.draw(st.booleans())
     call = {"lengths": lengths, "return_gates": return_gates, "resets": resets_TB if given_resets else None}
-    x_TBI = torch.randn(T, B, 2, dtype=dtype, requires_grad=True)
+    x_TBI = torch.randn(T, B, 4, dtype=dtype, requires_grad=True)
     x = x_TBI.transpose(0, 1) if arguments["batch_first"] else x_TBI
     if arguments["batch_first"] and given_resets:
         call["resets"] = resets_TB.T
