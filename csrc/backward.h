@@ -25,11 +25,13 @@
 namespace ls {
 namespace LS_TARGET {
 
-template <class Cell>
+/* F: the factors of products of a chunk at once, which give dx and the gradients of weights. R: of those step by step. */
+template <class Cell, class F, class R>
 struct Backward {
   using L = LstmGates<Cell>;
   static constexpr int G = Cell::kGates;
   static constexpr bool kLstm = L::kLstm, kGru = Cell::kCell == LS_GRU;
+  static constexpr bool kOther = F::kParts != R::kParts; /* dx needs other factors than the step before */
 
   const ls_backward_args& a;
   const Steps steps;
@@ -71,7 +73,7 @@ struct Backward {
   float* dh_rows;         /* where h is projected: of what a step puts out, [block][row of the chunk][W], */
   float* dh_left;         /* and as a left factor */
   float* dx;              /* [panel][row of the chunk][kPanel] */
-  WeightGradients<Cell> weights;
+  WeightGradients<Cell, F> weights;
 
   Backward(const ls_backward_args& args)
       : a(args), steps(args.shape), sizes(args.shape.I, args.shape.H, args.shape.P), T(args.shape.T), B(args.shape.B),
@@ -104,8 +106,8 @@ struct Backward {
       if (sum.p) sum_floats += ceil_div(sum.floats, W) * W;
     int64_t most = larger(a.shape.num_threads, 1);
     /* Adding up must cost less than it costs to exchange dgates, of which products of pairs take half. */
-    const bool by_rows = !direct_weights && kPair * sum_floats <= steps.total_rows() * G * H &&
-                         divides_rows(a.shape, most, (hidden_panels + input_panels) * gate_blocks() * S * kPanel);
+    const bool by_rows = !direct_weights && R::kPair * sum_floats <= steps.total_rows() * G * H &&
+                         divides_rows(a.shape, most, hidden_panels * panel_floats<R>() + input_panels * panel_floats<F>());
     if (!by_rows) most = smaller(most, unit_panels);
     const double rows = double(steps.total_rows()), waited_for = rows_waited_for(steps.total_rows(), T);
     double flops = 4.0 * rows * double(H) * double(G * (I + P) + a.shape.P) + 2.0 * (waited_for - rows) * double(H * G * P);
@@ -116,9 +118,9 @@ struct Backward {
 
   int64_t carve(float* memory) {
     Arena arena(memory);
-    packed_hidden = reaches_back() && !direct_weights ? arena.array(places(hidden_panels)) : nullptr;
-    packed_inputs = a.dx && !direct_weights ? arena.array(places(input_panels)) : nullptr;
-    packed_projection = projects && !direct_weights ? arena.array(unit_panels * padded(h_blocks) * S * kPanel) : nullptr;
+    packed_hidden = reaches_back() && !direct_weights ? arena.array(places<R>(hidden_panels)) : nullptr;
+    packed_inputs = a.dx && !direct_weights ? arena.array(places<F>(input_panels)) : nullptr;
+    packed_projection = projects && !direct_weights ? arena.array(unit_panels * R::padded(h_blocks) * R::S * kPanel) : nullptr;
     int64_t state = hidden_panels * kColumns * Bp * W, of_units = unit_panels * kColumns * Bp * W;
     recurrent = arena.array(direct_weights ? B * r_row : state);
     direct = has_direct ? arena.array(state) : nullptr;
@@ -134,9 +136,18 @@ struct Backward {
   }
 
   /* Blocks of W gates, with those that only fill up where products sum over them. */
-  int64_t gate_blocks() const { return depth_of(H, G).blocks; }
-  int64_t panel_floats() const { return gate_blocks() * S * kPanel; }
-  int64_t places(int64_t panels) const { return (passing ? threads : panels) * panel_floats(); }
+  template <class K>
+  int64_t gate_blocks() const {
+    return K::depth_of(H, G).blocks;
+  }
+  template <class K>
+  int64_t panel_floats() const {
+    return gate_blocks<K>() * K::S * kPanel;
+  }
+  template <class K>
+  int64_t places(int64_t panels) const {
+    return (passing ? threads : panels) * panel_floats<K>();
+  }
 
   int64_t carve_chunk(float* memory) {
     Arena arena(memory);
@@ -145,13 +156,12 @@ struct Backward {
     dg_input = two ? arena.array(U * G * odd(chunk_rows) * W) : dg;
     left = dg;
     left_input = dg_input;
-    if (kPair > 1 && !direct_weights) {
-      const int64_t factors = left_floats(U * G, odd(chunk_rows));
-      left = arena.array(factors);
-      left_input = two ? arena.array(factors) : left;
+    if (!direct_weights) {
+      if (!R::kFloats) left = arena.array(R::left_floats(U * G, odd(chunk_rows)));
+      if (!F::kFloats) left_input = two || kOther ? arena.array(F::left_floats(U * G, odd(chunk_rows))) : left;
     }
     dh_rows = dh_left = projects ? arena.array(h_blocks * odd(chunk_rows) * W) : nullptr;
-    if (projects && kPair > 1 && !direct_weights) dh_left = arena.array(left_floats(h_blocks, odd(chunk_rows)));
+    if (projects && !R::kFloats && !direct_weights) dh_left = arena.array(R::left_floats(h_blocks, odd(chunk_rows)));
     dx = a.dx && !direct_weights ? arena.array(input_panels * chunk_rows * kPanel) : nullptr;
     weights.carve(arena, chunk_rows);
     return arena.floats();
@@ -231,13 +241,13 @@ struct Backward {
 
   void pack(const Team& team) {
     for (int64_t panel = team.begin(hidden_panels); panel < team.end(hidden_panels) && packed_hidden && !passing; ++panel)
-      pack_columns(a.weight_hh, P, panel, packed_hidden + panel * panel_floats());
+      pack_columns<R>(a.weight_hh, P, panel, packed_hidden + panel * panel_floats<R>());
     for (int64_t panel = team.begin(input_panels); panel < team.end(input_panels) && packed_inputs && !passing; ++panel)
-      pack_columns(a.weight_ih, I, panel, packed_inputs + panel * panel_floats());
+      pack_columns<F>(a.weight_ih, I, panel, packed_inputs + panel * panel_floats<F>());
     for (int64_t panel = team.begin(unit_panels); panel < team.end(unit_panels) && packed_projection; ++panel)
-      for (int64_t block = 0; block < padded(h_blocks); ++block)
-        pack_deep_rows(a.weight_hr + block * W * H, sizes.outputs(block), H, panel * kPanel,
-                       packed_projection + (panel * padded(h_blocks) + block) * S * kPanel);
+      for (int64_t block = 0; block < R::padded(h_blocks); ++block)
+        pack_deep_rows<R>(a.weight_hr + block * W * H, sizes.outputs(block), H, panel * kPanel,
+                       packed_projection + (panel * R::padded(h_blocks) + block) * R::S * kPanel);
   }
 
   /* All steps of the rows [row0, row1), the last first. False: this thread has nothing more to do. */
@@ -284,9 +294,9 @@ struct Backward {
 
   /* The blocks of left factors that only fill up. */
   void fill_factors(int64_t rows) const {
-    fill_left(left, U * G, odd(rows), 0, rows);
-    if (left_input != left) fill_left(left_input, U * G, odd(rows), 0, rows);
-    if (projects) fill_left(dh_left, h_blocks, odd(rows), 0, rows);
+    R::fill_left(left, U * G, odd(rows), 0, rows);
+    if (left_input != left) F::fill_left(left_input, U * G, odd(rows), 0, rows);
+    if (projects) R::fill_left(dh_left, h_blocks, odd(rows), 0, rows);
   }
 
   /* Whether anybody asks what goes back past a step, past any step. */
@@ -320,12 +330,13 @@ struct Backward {
   }
 
   /* panel[(unit block, gate, u)][kColumns W] = weight[gate H + unit][columns]: the order of k in which dgates lie. */
+  template <class K>
   void pack_columns(const float* weight, int64_t columns, int64_t panel, float* out) const {
     for (int64_t block = 0; block < U; ++block)
-      for (int gate = 0; gate < G; ++gate, out += S * kPanel)
-        pack_deep_rows(weight + (gate * H + block * W) * columns, sizes.units(block), columns, panel * kPanel, out);
-    for (int64_t block = U * G; block < gate_blocks(); ++block, out += S * kPanel)
-      pack_deep_rows(weight, 0, columns, panel * kPanel, out);
+      for (int gate = 0; gate < G; ++gate, out += K::S * kPanel)
+        pack_deep_rows<K>(weight + (gate * H + block * W) * columns, sizes.units(block), columns, panel * kPanel, out);
+    for (int64_t block = U * G; block < gate_blocks<K>(); ++block, out += K::S * kPanel)
+      pack_deep_rows<K>(weight, 0, columns, panel * kPanel, out);
   }
 
   /* Own blocks of units, and of columns of h. */
@@ -360,15 +371,15 @@ struct Backward {
     for (int64_t block = own_outputs(team).begin; block < own_outputs(team).end; ++block) {
       const Units u = {step, steps.time(step), block, 0, sizes.outputs(block), nullptr, nullptr};
       for (int64_t row = rows.begin; row < rows.end; ++row)
-        put(dh_rows, dh_left, rows, block, row, options ? reach<true>(u, row) : reach<false>(u, row));
+        put<R>(dh_rows, dh_left, rows, block, row, options ? reach<true>(u, row) : reach<false>(u, row));
     }
   }
 
   /* dm = dh W_hr, own units. */
   void multiply_projection(const Team& team, int64_t step, const Rows& rows) {
     if (!direct_weights) {
-      multiply_deep(packed_projection, depth_of(P), team.begin(unit_panels), team.end(unit_panels),
-                    left_at(dh_left, odd(rows.all), 0, rows.at), odd(rows.all), rows.count(), step,
+      multiply_deep<R>(packed_projection, R::depth_of(P), team.begin(unit_panels), team.end(unit_panels),
+                          R::left_at(dh_left, odd(rows.all), 0, rows.at), odd(rows.all), rows.count(), step,
                     Place{dm + rows.begin * W, W, Bp * W}, kColumns * Bp * W);
       return;
     }
@@ -406,17 +417,23 @@ struct Backward {
         } else {
           differentiate<kOptions>(u, row, d, gates, input);
         }
-        for (int gate = 0; gate < G; ++gate) put(dg, left, rows, block * G + gate, row, gates[gate]);
-        for (int gate = 0; kGru && gate < G; ++gate) put(dg_input, left_input, rows, block * G + gate, row, input[gate]);
+        for (int gate = 0; gate < G; ++gate) {
+          put<R>(dg, left, rows, block * G + gate, row, gates[gate]);
+          if (kGru)
+            put<F>(dg_input, left_input, rows, block * G + gate, row, input[gate]);
+          else if (kOther && a.dx)
+            put<F>(dg, left_input, rows, block * G + gate, row, gates[gate]);
+        }
       }
     }
   }
 
   /* Block `block` of a row's gradients, and the factor that is made of it. */
+  template <class K>
   void put(float* gradients, float* factors, const Rows& rows, int64_t block, int64_t row, V v) const {
     store(gradients + block * rows.next() + rows.place(row), v);
-    if constexpr (kPair > 1)
-      if (!direct_weights) store_left(left_at(factors, odd(rows.all), block, rows.at + row - rows.begin), v);
+    if constexpr (!K::kFloats)
+      if (!direct_weights) K::store_left(K::left_at(factors, odd(rows.all), block, rows.at + row - rows.begin), v);
   }
 
   /* A block of units (or of columns of h) in one step; what the forward pass saved of it in this step and the one before. */
@@ -603,8 +620,8 @@ struct Backward {
       const float* saved = units_at(step, block).saved + row * saved_row + Cell::kSaved * W;
       for (int gate = 0; gate < G; ++gate) {
         const int64_t of = block * G + gate, to = of * next + place;
-        put(dg_input, left_input, rows, of, row, of_x(load(dg_input + to), load(saved + gate * W)));
-        put(dg, left, rows, of, row, of_h(load(dg + to), load(saved + (G + gate) * W)));
+        put<F>(dg_input, left_input, rows, of, row, of_x(load(dg_input + to), load(saved + gate * W)));
+        put<R>(dg, left, rows, of, row, of_h(load(dg + to), load(saved + (G + gate) * W)));
       }
     }
   }
@@ -640,17 +657,18 @@ struct Backward {
   }
 
   /* dgates, a left factor of `rows`, `n` of them, times a matrix: own panels of it. */
+  template <class K>
   void multiply_gates(const Team& team, float* packed, const float* weight, int64_t columns, int64_t panels, float* from,
                       int64_t rows, int64_t n, int64_t turn, const Place& out, int64_t out_panel) const {
     if (!passing) {
-      multiply_deep(packed, depth_of(H, G), team.begin(panels), team.end(panels), from, odd(rows), n, turn, out, out_panel);
+      multiply_deep<K>(packed, K::depth_of(H, G), team.begin(panels), team.end(panels), from, odd(rows), n, turn, out, out_panel);
       return;
     }
-    float* place = packed + team.index() * panel_floats();
+    float* place = packed + team.index() * panel_floats<K>();
     for (int64_t panel = team.begin(panels); panel < team.end(panels); ++panel) {
-      pack_columns(weight, columns, panel, place);
-      multiply_deep(place, depth_of(H, G), 0, 1, from, odd(rows), n, turn,
-                    Place{out.p + panel * out_panel, out.row, out.vector}, out_panel);
+      pack_columns<K>(weight, columns, panel, place);
+      multiply_deep<K>(place, K::depth_of(H, G), 0, 1, from, odd(rows), n, turn,
+                       Place{out.p + panel * out_panel, out.row, out.vector}, out_panel);
     }
   }
 
@@ -660,8 +678,8 @@ struct Backward {
     if (direct_weights)
       multiply_step_direct(team, rows);
     else
-      multiply_gates(team, packed_hidden, a.weight_hh, P, hidden_panels, left_at(left, odd(rows.all), 0, rows.at), rows.all,
-                     rows.count(), step, Place{recurrent + rows.begin * W, W, Bp * W}, kColumns * Bp * W);
+      multiply_gates<R>(team, packed_hidden, a.weight_hh, P, hidden_panels, R::left_at(left, odd(rows.all), 0, rows.at), rows.all,
+                           rows.count(), step, Place{recurrent + rows.begin * W, W, Bp * W}, kColumns * Bp * W);
     bool masked = a.options.h_mask || a.options.resets;
     if (!masked && !(a.dh0 && rows.end > n_before)) return;
     for (int64_t block = own_outputs(team).begin; block < own_outputs(team).end; ++block) {
@@ -740,8 +758,8 @@ struct Backward {
 
   void input_gradients(const Team& team, int64_t first_step, int64_t last_step, const Rows& rows) {
     int64_t first = team.begin(input_panels), last = team.end(input_panels);
-    multiply_gates(team, packed_inputs, a.weight_ih, I, input_panels, left_input, rows.all, rows.all, 0, Place{dx, kPanel, W},
-                   rows.all * kPanel);
+    multiply_gates<F>(team, packed_inputs, a.weight_ih, I, input_panels, left_input, rows.all, rows.all, 0,
+                      Place{dx, kPanel, W}, rows.all * kPanel);
     int64_t at = 0;
     for (int64_t step = first_step; step < last_step; ++step) {
       int64_t t = steps.time(step);

@@ -74,13 +74,13 @@ static inline void round_to_bytes(const float* panel, int64_t K, int64_t columns
   for (int64_t column = 0; column < columns; ++column) {
     float largest = 0.0f;
     for (int64_t k = 0; k < K; ++k) {
-      float size = __builtin_fabsf(of_place(panel + k / kPair * columns + column, k));
+      float size = __builtin_fabsf(Step::of_panel(panel, columns, k, column));
       largest = size > largest ? size : largest;
     }
     float scale = largest / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
     out[column] = scale;
     for (int64_t k = 0; k < K; ++k) {
-      float q = of_place(panel + k / kPair * columns + column, k) * inverse;
+      float q = Step::of_panel(panel, columns, k, column) * inverse;
       q = q < -127.0f ? -127.0f : q < 127.0f ? q : 127.0f; /* where a weight is not finite too */
       bytes[k * columns + column] = int8_t(q < 0.0f ? q - 0.5f : q + 0.5f);
     }

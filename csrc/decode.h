@@ -237,9 +237,9 @@ struct Language {
   }
 
   /* Whether products with weights that are not of eight bits multiply something else than floats. */
-  bool has_factors() const { return kPair > 1 && !model.int8; }
+  bool has_factors() const { return !Step::kFloats && !model.int8; }
   int64_t factor_floats(const Rows& rows) const {
-    return left_floats(larger(first.input_blocks, upper.hidden_blocks()), rows.room);
+    return Step::left_floats(larger(first.input_blocks, upper.hidden_blocks()), rows.room);
   }
 
   /* What a layer reads, `from` [block][room][W], as its products read it: this thread's `which`-th left factor. */
@@ -248,8 +248,8 @@ struct Language {
     float* left = rows.left + (2 * team.index() + which) * factor_floats(rows);
     for (int64_t block = 0; block < blocks; ++block)
       for (int64_t row = 0; row < rows.count; ++row)
-        store_left(left_at(left, rows.room, block, row), load(from + (block * rows.room + row) * W));
-    fill_left(left, blocks, rows.room, 0, rows.count);
+        Step::store_left(Step::left_at(left, rows.room, block, row), load(from + (block * rows.room + row) * W));
+    Step::fill_left(left, blocks, rows.room, 0, rows.count);
     return left;
   }
 
@@ -258,7 +258,7 @@ struct Language {
   void product(const Rows& rows, int64_t row, int count, int64_t K, float* a_factors, const float* weights,
                const Place& start, const Place& out) const {
     if (!model.int8) {
-      multiply_rows<Vectors>(count, depth_of(K), left_at(a_factors, rows.room, 0, row), rows.room, weights, start, out, {});
+      multiply_rows<Step, Vectors>(count, Step::depth_of(K), Step::left_at(a_factors, rows.room, 0, row), rows.room, weights, start, out, {});
       return;
     }
     constexpr int kMost = kAccumulators / Vectors; /* a matrix unit's tiles have more rows */
@@ -299,7 +299,7 @@ struct Language {
     const Sizes<Cell>& sizes = sizes_of(layer);
     float* before = factors(rows, rows.h[now] + layer * layer_floats(rows), sizes.hidden_blocks(), 1, team);
     float* inputs_below = from_table(layer) ? nullptr : factors(rows, below, sizes.input_blocks, 0, team);
-    Tiles tiles(rows.count, max_rows<N>());
+    Tiles<Step> tiles(rows.count, max_rows<Step, N>());
     alignas(64) static const float zeros[NW] = {};
     const Place start = {const_cast<float*>(zeros), 0, W};
     for (int64_t panel = team.begin(sizes.panels); panel < team.end(sizes.panels); ++panel) {
@@ -383,8 +383,8 @@ struct Language {
     const int64_t state = layer * layer_floats(rows);
     float* before = factors(rows, rows.h[now] + state, sizes.hidden_blocks(), 1, team);
     float* inputs_below = from_table(layer) ? nullptr : factors(rows, below, sizes.input_blocks, 0, team);
-    Tiles tiles(rows.count, max_rows<N>());
-    alignas(64) float xg[tile_floats<N>()], sums[tile_floats<N>()];
+    Tiles<Step> tiles(rows.count, max_rows<Step, N>());
+    alignas(64) float xg[tile_floats<Step, N>()], sums[tile_floats<Step, N>()];
     for (int64_t panel = team.begin(sizes.panels); panel < team.end(sizes.panels); ++panel) {
       const float *biases = biases_of(layer, panel), *inputs = biases + sizes.bias_floats(), *hidden = hidden_of(layer, panel);
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
@@ -436,9 +436,9 @@ struct Language {
 
   void run_head(const Rows& rows, const float* h, const Team& team) {
     float* state = factors(rows, h, head.blocks(), 0, team);
-    Tiles tiles(rows.count, max_rows<kHeadVectors>());
+    Tiles<Step> tiles(rows.count, max_rows<Step, kHeadVectors>());
     for (int64_t panel = team.begin(head.panels()); panel < team.end(head.panels()); ++panel) {
-      const float* packed = model.head + panel * (model.int8 ? head_bytes(head) : head.panel_floats());
+      const float* packed = model.head + panel * (model.int8 ? head_bytes(head) : head.panel_floats<Step>());
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         const int64_t row = tiles.begin(tile);
         float* out = rows.logits + row * head.width() + panel * kHeadVectors * W;
@@ -509,7 +509,7 @@ static inline void round_head(const Head& head, const float* packed, float* out)
   for (int64_t panel = 0; panel < head.panels(); ++panel) {
     __builtin_memcpy(out, packed, columns * sizeof(float));
     round_to_bytes(packed + columns, head.blocks() * W, columns, out + columns);
-    packed += head.panel_floats();
+    packed += head.panel_floats<Step>();
     out += head_bytes(head);
   }
 }

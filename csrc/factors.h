@@ -1,10 +1,24 @@
-/* What products multiply: floats, or in the targets of that name numbers of bfloat16, a float's first 16 bits. Sums are float32.
+/* What products multiply.
+
+     Floats     numbers of float32
+     Bfloat16   in the targets of that name: a float's first 16 bits
+     Parts      in the target amx, for the products of whole chunks in training: a float32 as the sum of three numbers of
+                bfloat16, which hold 8 bits each of its 24:
+
+                  a = a0 + a1 + a2,  a0 = bfloat16(a),  a1 = bfloat16(a - a0),  a2 = bfloat16(a - a0 - a1)
+                  a b = a0 b0 + (a0 b1 + a1 b0) + (a0 b2 + a1 b1 + a2 b0) + what is below 2^-24 of it
+
+                A matrix unit makes these six products in less time than vectors the one. Of numbers below 2^-110 the last parts
+                are subnormal, which it takes as 0; a number that is not finite makes NaN of the sums that it is in.
+
+   Sums are float32 always. Each kind has
 
      kPair     factors that follow each other in k and lie in the place of one float: 1 float, or 2 numbers of bfloat16
+     kParts    numbers that a factor is the sum of
      kJoined   blocks of W columns of which a row of a left factor lies together: 2 where a matrix unit reads 64 bytes of it
 
-   Left factors are [k / (kJoined W)][row][kJoined S], panels [k / kPair][N][W]. A factor whose number of k does not fill its last
-   place, or its last kJoined blocks, ends in zeros. */
+   Left factors are [k / (kJoined W)][row][part][kJoined W / kPair], panels [k / kPair][N][part][W]. A factor whose number of k
+   does not fill its last place, or its last kJoined blocks, ends in zeros. */
 
 #ifndef LONGSHORT_FACTORS_H
 #define LONGSHORT_FACTORS_H
@@ -14,76 +28,82 @@
 namespace ls {
 namespace LS_TARGET {
 
+struct Floats {
+  static constexpr int kPair = 1, kParts = 1, kJoined = 1;
+  static V next_together(const V* v) { return v[0]; }
+  static void store_right(float* p, int64_t, V v) { store(p, v); }
+  static void store_left(float* p, V v) { store(p, v); }
+  static V splat_left(const float* p) { return splat(*p); }
+  static V multiply_add(V s, V w, V sum) { return sum + s * w; }
+  static float of_panel(const float* panel, int64_t columns, int64_t k, int64_t column) { return panel[k * columns + column]; }
+};
+
 #if defined(__AVX512BF16__)
 
-constexpr int kPair = 2;
-#if defined(__AMX_BF16__)
-constexpr int kJoined = 2;
-#else
-constexpr int kJoined = 1;
+template <int kNumParts, int kNumJoined>
+struct Pairs {
+  static constexpr int kPair = 2, kParts = kNumParts, kJoined = kNumJoined;
+
+  /* The next part of each number: its bits, in the lower half of each lane. What is left then is in its place. */
+  static VI next_part(V& v) {
+    const VI part = in_lanes((__m256i)_mm512_cvtneps_pbh((__m512)v));
+    v -= (V)(part << 16);
+    return part;
+  }
+  static VI in_lanes(__m256i bits) { return (VI)_mm512_maskz_cvtepu16_epi32(0xFFFF, bits); }
+
+  /* Of two vectors' numbers, those of the first before the others'. */
+  static V next_row(V& a, V& b) {
+    const __m512i part = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    a -= (V)(in_lanes(_mm512_maskz_extracti64x4_epi64(0xFF, part, 0)) << 16);
+    b -= (V)(in_lanes(_mm512_maskz_extracti64x4_epi64(0xFF, part, 1)) << 16);
+    return (V)part;
+  }
+
+  /* Lane by lane two vectors that follow each other in k: their next parts. */
+  static V next_together(V* v) {
+    const VI first = next_part(v[0]);
+    return (V)(first | next_part(v[1]) << 16);
+  }
+
+  /* A vector of row k of a panel, `p` its place. Rows come in ascending order. */
+  static void store_right(float* p, int64_t k, V v) {
+    for (int part = 0; part < kParts; ++part, p += W) {
+      const VI bits = next_part(v);
+      store(p, (V)(k % 2 ? (VI)load(p) | bits << 16 : bits));
+    }
+  }
+
+  /* W of a left factor's columns. */
+  static void store_left(float* p, V v) {
+    for (int part = 0; part < kParts; ++part, p += kJoined * W / kPair) {
+      const __m256i bits = _mm512_maskz_cvtepi32_epi16(0xFFFF, (__m512i)next_part(v));
+      __builtin_memcpy(p, &bits, sizeof bits);
+    }
+  }
+
+  /* A place of a left factor in all lanes: bits, since half of a pair may not be a number. */
+  static V splat_left(const float* p) {
+    int32_t bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    return (V)_mm512_set1_epi32(bits);
+  }
+
+  static V multiply_add(V s, V w, V sum) { return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)s, (__m512bh)w); }
+
+  /* What a panel of `columns` without parts holds in a column for k. */
+  static float of_panel(const float* panel, int64_t columns, int64_t k, int64_t column) {
+    static_assert(kParts == 1, "nobody asks for others");
+    uint32_t bits;
+    __builtin_memcpy(&bits, panel + k / 2 * columns + column, sizeof bits);
+    bits = k % 2 ? bits & 0xFFFF0000u : bits << 16;
+    float one;
+    __builtin_memcpy(&one, &bits, sizeof one);
+    return one;
+  }
+};
+
 #endif
-
-static inline VI to_bfloat16(V v) {
-  return (VI)_mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)_mm512_cvtneps_pbh((__m512)v));
-}
-
-/* Lane by lane two vectors that follow each other in k. */
-static inline V together(const V* v) { return (V)(to_bfloat16(v[0]) | to_bfloat16(v[1]) << 16); }
-
-/* A vector of row k of a panel, `p` its place. Rows come in ascending order. */
-static inline void store_right(float* p, int64_t k, V v) {
-  store(p, (V)(k % 2 ? (VI)load(p) | to_bfloat16(v) << 16 : to_bfloat16(v)));
-}
-
-/* W of a left factor's columns. */
-static inline void store_left(float* p, V v) {
-  __m256i part = (__m256i)_mm512_cvtneps_pbh((__m512)v);
-  __builtin_memcpy(p, &part, sizeof part);
-}
-
-/* A place of a left factor in all lanes: bits, since half of a pair may not be a number. */
-static inline V splat_left(const float* p) {
-  int32_t bits;
-  __builtin_memcpy(&bits, p, sizeof bits);
-  return (V)_mm512_set1_epi32(bits);
-}
-
-static inline V multiply_add(V s, V w, V sum) {
-  return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)s, (__m512bh)w);
-}
-
-/* What a place of a panel holds for k, of the kPair that share it. */
-static inline float of_place(const float* p, int64_t k) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, p, sizeof bits);
-  bits = k % 2 ? bits & 0xFFFF0000u : bits << 16;
-  float one;
-  __builtin_memcpy(&one, &bits, sizeof one);
-  return one;
-}
-
-#else
-
-constexpr int kPair = 1, kJoined = 1;
-static inline V together(const V* v) { return v[0]; }
-static inline void store_right(float* p, int64_t, V v) { store(p, v); }
-static inline void store_left(float* p, V v) { store(p, v); }
-static inline V splat_left(const float* p) { return splat(*p); }
-static inline V multiply_add(V s, V w, V sum) { return sum + s * w; }
-static inline float of_place(const float* p, int64_t) { return *p; }
-
-#endif
-
-constexpr int S = W / kPair; /* floats that a row of a block takes in a left factor */
-
-/* Rows of a panel that fill places, and where blocks are joined all of these. */
-constexpr int64_t kWhole = kJoined > 1 ? kJoined * W : kPair;
-
-/* How many places K rows of a panel take. */
-static inline int64_t slots(int64_t K) { return ceil_div(K, kWhole) * kWhole / kPair; }
-
-/* Blocks of k with those that only fill up. */
-static inline int64_t padded(int64_t blocks) { return ceil_div(blocks, kJoined) * kJoined; }
 
 /* How deep a product is: `blocks` of k, with those that only fill up. Of those from `whole` on `rest` places are taken; what
    else they have room for is not multiplied. */
@@ -94,43 +114,86 @@ struct Depth {
   Depth part(int64_t k, int64_t n) const { return {n, whole <= k ? 0 : whole - k < n ? whole - k : n, rest}; }
 };
 
-/* Of K rows of a panel; of K for each of `gates`, where a block of each in turn holds W of them. */
-static inline Depth depth_of(int64_t K, int gates = 1) {
-  return {padded(ceil_div(K, W) * gates), K / W * gates, int(ceil_div(K % W, kPair))};
-}
+/* A kind, and where its numbers lie. */
+template <class Kind>
+struct Factors : Kind {
+  using Kind::kJoined, Kind::kPair, Kind::kParts;
+  static constexpr bool kFloats = kPair == 1;
+  static constexpr bool kUnit = kJoined > 1;        /* whether a matrix unit multiplies them */
+  static constexpr int S = W / kPair * kParts;      /* floats that a row of a block takes in a left factor */
+  static constexpr int kWide = W * kParts;          /* and a vector of a panel in a place */
 
-/* Floats of a left factor of `blocks` blocks, and where block `block` of a row lies in one that has room for `room` rows. */
-static inline int64_t left_floats(int64_t blocks, int64_t room) { return padded(blocks) * room * S; }
-static inline float* left_at(float* p, int64_t room, int64_t block, int64_t row) {
-  return p + ((block / kJoined * room + row) * kJoined + block % kJoined) * S;
-}
+  /* Rows of a panel that fill places, and where blocks are joined all of these. */
+  static constexpr int64_t kWhole = kUnit ? kJoined * W : kPair;
 
-/* Zeros in the blocks that only fill up a left factor of `blocks`. */
-static inline void fill_left(float* p, int64_t blocks, int64_t room, int64_t row0, int64_t row1) {
-  for (int64_t block = blocks; block < padded(blocks); ++block)
-    for (int64_t row = row0; row < row1; ++row) store_left(left_at(p, room, block, row), V{});
-}
+  /* How many floats K rows of a panel take for each of its columns: as many as they have places, for every part. */
+  static int64_t slots(int64_t K) { return ceil_div(K, kWhole) * kWhole / kPair * kParts; }
 
-/* W rows of a panel, `p` the place of the first, `width` floats from one place to the next: the square at `v`. */
-static inline void store_square(float* p, int64_t width, const V* v) {
-  for (int k = 0; k < W; k += kPair) store(p + k / kPair * width, together(v + k));
-}
+  /* Blocks of k with those that only fill up. */
+  static int64_t padded(int64_t blocks) { return ceil_div(blocks, kJoined) * kJoined; }
 
-/* `rows` rows of a vector each as the first factor of a product that sums over them: a panel that is W wide; where blocks are
-   joined squares of it, mirrored, which makes its columns the rows of a left factor. */
-static inline void store_rows(const float* from, int64_t rows, float* to) {
-  for (int64_t row = 0; row < rows; row += kWhole, to += kWhole / kPair * W) {
-    V places[W];
-    for (int i = 0; i < kWhole / kPair; ++i) {
-      V both[2] = {};
-      for (int k = 0; k < kPair; ++k)
-        if (row + kPair * i + k < rows) both[k] = load(from + (row + kPair * i + k) * W);
-      places[i] = together(both);
-    }
-    if (kJoined > 1) mirror(places); /* there are W of them */
-    for (int i = 0; i < kWhole / kPair; ++i) store(to + i * W, places[i]);
+  /* Of K rows of a panel; of K for each of `gates`, where a block of each in turn holds W of them. */
+  static Depth depth_of(int64_t K, int gates = 1) {
+    return {padded(ceil_div(K, W) * gates), K / W * gates, int(ceil_div(K % W, kPair))};
   }
-}
+
+  /* Floats of a left factor of `blocks` blocks, and where block `block` of a row lies in one that has room for `room` rows. */
+  static int64_t left_floats(int64_t blocks, int64_t room) { return padded(blocks) * room * S; }
+  static float* left_at(float* p, int64_t room, int64_t block, int64_t row) {
+    return p + (block / kJoined * room + row) * kJoined * S + block % kJoined * (W / kPair);
+  }
+
+  /* Zeros in the blocks that only fill up a left factor of `blocks`. */
+  static void fill_left(float* p, int64_t blocks, int64_t room, int64_t row0, int64_t row1) {
+    for (int64_t block = blocks; block < padded(blocks); ++block)
+      for (int64_t row = row0; row < row1; ++row) Kind::store_left(left_at(p, room, block, row), V{});
+  }
+
+  /* W rows of a panel, `p` the place of the first, `width` floats from one place to the next: the square at `v`, which is spent. */
+  static void store_square(float* p, int64_t width, V* v) {
+    for (int k = 0; k < W; k += kPair, p += width)
+      for (int part = 0; part < kParts; ++part) store(p + part * W, Kind::next_together(v + k));
+  }
+
+  /* `rows` rows of a vector each as the first factor of a product that sums over them: a panel that is W wide; where blocks are
+     joined squares of it, mirrored, which makes its columns the rows of a left factor. */
+  static void store_rows(const float* from, int64_t rows, float* to) {
+    for (int64_t row = 0; row < rows; row += kWhole, to += kWhole / kPair * kWide) {
+      V numbers[kWhole];
+      for (int k = 0; k < kWhole; ++k) numbers[k] = row + k < rows ? load(from + (row + k) * W) : V{};
+      if constexpr (kUnit) {
+        mirror(numbers);
+        mirror(numbers + W);
+        for (int u = 0; u < W; ++u)
+          for (int part = 0; part < kParts; ++part) store(to + u * kWide + part * W, Kind::next_row(numbers[u], numbers[W + u]));
+      } else {
+        store(to, Kind::next_together(numbers));
+      }
+    }
+  }
+};
+
+/* Those of products step by step, and of a whole chunk. Where the second are others, only calls in training have them, of so many
+   rows that it pays; and of those that have so many at each step all products. */
+#if defined(LS_PARTS)
+using Step = Factors<Floats>;
+using OfChunk = Factors<Pairs<3, 2>>;
+#elif defined(__AMX_BF16__)
+using Step = Factors<Pairs<1, 2>>;
+using OfChunk = Step;
+#elif defined(__AVX512BF16__)
+using Step = Factors<Pairs<1, 1>>;
+using OfChunk = Step;
+#else
+using Step = Factors<Floats>;
+using OfChunk = Step;
+#endif
+
+constexpr int64_t kManyRowsOfAStep = 32;
+
+/* Whether it pays to make parts of factors, for products of `rows` rows with a matrix of height times width. Each number of the
+   rows is cut up for all that it meets in the matrix: docs/log.md has where that turned. */
+static inline bool are_many(int64_t rows, int64_t height, int64_t width) { return rows >= 256 && height >= 256 && width >= 256; }
 
 }  // namespace LS_TARGET
 }  // namespace ls

@@ -25,7 +25,8 @@
 namespace ls {
 namespace LS_TARGET {
 
-template <class Cell>
+/* F: the factors of products with x, of a chunk at once. R: of those with h, step by step. */
+template <class Cell, class F, class R>
 struct Forward {
   using L = LstmGates<Cell>;
   static constexpr int N = panel_vectors<Cell>();
@@ -37,7 +38,7 @@ struct Forward {
   const Steps steps;
   const Sizes<Cell> sizes;
   int64_t T, B, H, P;
-  const Projection projection;
+  const Projection<R> projection;
   int64_t h_blocks;   /* of W columns of h; where h is not projected those that only fill a panel too */
   int64_t Bp;         /* rows that a blocked array of states has room for */
   int threads, teams, team_size;
@@ -64,8 +65,8 @@ struct Forward {
   Team::Shared* shared;
 
   Forward(const ls_forward_args& args)
-      : a(args), steps(args.shape), sizes(args.shape.I, args.shape.H, args.shape.P), T(args.shape.T), B(args.shape.B),
-        H(args.shape.H), P(sizes.P), projection{H, args.shape.P}, Bp(odd(B)) {
+      : a(args), steps(args.shape), sizes(args.shape.I, args.shape.H, args.shape.P, F::kParts, R::kParts), T(args.shape.T),
+        B(args.shape.B), H(args.shape.H), P(sizes.P), projection{H, args.shape.P}, Bp(odd(B)) {
     const ls_options& o = a.options;
     raw_differs = o.h_mask || o.resets;
     options = raw_differs || o.zoneout_mask || o.zoneout != 0.0f || o.weight_cf;
@@ -73,7 +74,7 @@ struct Forward {
     saved_row = saved_vectors<Cell>(normal) * W;
     /* Sums have another order then, so only where no call without gradients must give the same bits. */
     direct = a.saved && !a.packed && reads_direct(a.shape, steps.total_rows(), false);
-    raw_differs = raw_differs || (kPair > 1 && !direct);
+    raw_differs = raw_differs || (!R::kFloats && !direct);
     projects = kLstm && args.shape.P;
     h_blocks = projects ? sizes.hidden_blocks() : sizes.U;
     h_row = direct ? h_blocks * W + W : W;
@@ -84,7 +85,7 @@ struct Forward {
     int64_t group = ceil_div(B, teams);
     /* xg and x of a chunk should stay in the second-level cache; a matrix unit waits for the weights instead. */
     int64_t row_floats = sizes.panels * NW / team_size + sizes.input_blocks * W;
-    int64_t fitting = kJoined > 1 ? 256 : smaller(larger((512 << 10) / row_floats, 24), 96);
+    int64_t fitting = F::kUnit ? 256 : smaller(larger((512 << 10) / row_floats, 24), 96);
     chunk_rows = larger(larger(group, 1), smaller(steps.total_rows(), fitting));
   }
 
@@ -109,10 +110,10 @@ struct Forward {
     packed = a.packed ? a.packed : own_packed;
     packed_projection = packed ? packed + panels_end : nullptr;
     int64_t state = h_blocks * Bp * W, of_units = sizes.U * Bp * W;
-    for (int i = 0; i < 2; ++i) h[i] = arena.array(direct ? B * h_row : left_floats(h_blocks, Bp));
+    for (int i = 0; i < 2; ++i) h[i] = arena.array(direct ? B * h_row : R::left_floats(h_blocks, Bp));
     for (int i = 0; i < 2; ++i) raw[i] = raw_differs ? arena.array(direct ? B * h_row : state) : h[i];
     c = kLstm ? arena.array(of_units) : nullptr;
-    m = projects ? arena.array(direct ? B * m_row : left_floats(sizes.U, Bp)) : nullptr;
+    m = projects ? arena.array(direct ? B * m_row : R::left_floats(sizes.U, Bp)) : nullptr;
     hr = projects ? arena.array(projection.panels() * kColumns * Bp * W) : nullptr;
     x = direct ? nullptr : arena.array(teams * x_floats());
     xg = arena.array(teams * sizes.panels * chunk_rows * NW);
@@ -122,7 +123,7 @@ struct Forward {
     return arena.floats();
   }
 
-  int64_t x_floats() const { return left_floats(sizes.input_blocks, odd(chunk_rows)); }
+  int64_t x_floats() const { return F::left_floats(sizes.input_blocks, odd(chunk_rows)); }
 
   int32_t run() {
     if (steps.total_rows() == 0) {
@@ -184,7 +185,7 @@ struct Forward {
   }
 
   void pack_panel(int64_t panel, float* out) {
-    LS_TARGET::pack_panel<Cell>(sizes, panel, a.weight_ih, a.weight_hh, a.bias_ih, a.bias_hh, out);
+    LS_TARGET::pack_panel<F, R, Cell>(sizes, panel, a.weight_ih, a.weight_hh, a.bias_ih, a.bias_hh, out);
   }
 
   /* A thread's panels, and where the first of them lies packed; the others lie behind it. */
@@ -269,8 +270,8 @@ struct Forward {
       }
     }
     if (team.leads() && !direct) {
-      for (float* left : h) fill_left(left, h_blocks, Bp, row0, row1);
-      if (projects) fill_left(m, sizes.U, Bp, row0, row1);
+      for (float* left : h) R::fill_left(left, h_blocks, Bp, row0, row1);
+      if (projects) R::fill_left(m, sizes.U, Bp, row0, row1);
     }
     for (int64_t block = team.begin(sizes.U); block < team.end(sizes.U) && kLstm; ++block) {
       int units = sizes.units(block);
@@ -284,10 +285,10 @@ struct Forward {
 
   /* What W_hh reads of a row. */
   void store_h(int64_t step, int64_t block, int64_t row, V value) {
-    if (kPair == 1 || direct)
+    if (R::kFloats || direct)
       store(h[step & 1] + h_at(block, row), value);
     else
-      store_left(left_at(h[step & 1], Bp, block, row), value);
+      R::store_left(R::left_at(h[step & 1], Bp, block, row), value);
   }
 
   bool is_reset(int64_t step, int64_t row) const {
@@ -303,14 +304,14 @@ struct Forward {
   }
 
   void copy_inputs(const Team& team, int64_t first, int64_t last, int64_t row0, int64_t row1, int64_t rows, float* chunk) {
-    const int64_t blocks = padded(sizes.input_blocks);
+    const int64_t blocks = F::padded(sizes.input_blocks);
     int64_t at = 0;
     for (int64_t step = first; step < last; ++step) {
       int64_t t = steps.time(step), n = steps.rows_of(step, row0, row1);
       for (int64_t row = row0; row < row0 + n; ++row, ++at) {
         const float* from = a.x + steps.offset(t, row, a.x_step, a.x_row);
         for (int64_t block = team.begin(blocks); block < team.end(blocks); ++block)
-          store_left(left_at(chunk, odd(rows), block, at), row_block(from, sizes.I, block));
+          F::store_left(F::left_at(chunk, odd(rows), block, at), row_block(from, sizes.I, block));
       }
     }
   }
@@ -334,20 +335,20 @@ struct Forward {
   }
 
   void multiply_inputs(const Own& own, int64_t step, int64_t rows, float* x_chunk, float* xg_chunk) {
-    const Depth whole = depth_of(sizes.I);
+    const Depth whole = F::depth_of(sizes.I);
     const int64_t blocks = whole.blocks;
-    const int64_t depth = kJoined > 1 ? kDepth : larger(blocks, 1); /* a matrix unit reads all rows again for each panel */
-    Tiles tiles(rows, max_rows<N>());
+    const int64_t depth = F::kUnit ? max_depth<F>() : larger(blocks, 1); /* a matrix unit reads all rows again for each panel */
+    Tiles<F> tiles(rows, max_rows<F, N>());
     for (int64_t k = 0; k == 0 || k < blocks; k += depth) {
       const int64_t deep = smaller(depth, blocks - k);
-      Panels panels(own.packed + sizes.bias_floats() + k * S * NW, deep * S * NW, sizes.panel_floats(), own.count, step);
+      Panels panels(own.packed + sizes.bias_floats() + k * F::S * NW, deep * F::S * NW, sizes.panel_floats(), own.count, step);
       for (int64_t i = 0; i < panels.count(); ++i) {
         int64_t panel = own.first + panels.index(i);
         float* biases = normal ? nullptr : const_cast<float*>(own.packed + panels.index(i) * sizes.panel_floats());
         for (int64_t tile = 0; tile < tiles.count; ++tile) {
           int64_t row = tiles.begin(tile);
           const Place sums = {xg_chunk + (panel * rows + row) * NW, NW, W};
-          multiply_rows<N>(tiles.size(tile), whole.part(k, deep), left_at(x_chunk, odd(rows), k, row), odd(rows),
+          multiply_rows<F, N>(tiles.size(tile), whole.part(k, deep), F::left_at(x_chunk, odd(rows), k, row), odd(rows),
                            panels.at(i), k ? sums : Place{biases, 0, W}, sums, panels.ahead(i, tile, tiles.count, deep));
         }
       }
@@ -382,7 +383,7 @@ struct Forward {
   }
 
   void run_step_direct(const Team& team, int64_t step, int64_t row0, int64_t n_rows, int64_t chunk, const float* xg_rows) {
-    Tiles tiles(n_rows, smaller(kDotRows, kAccumulators / N));
+    Tiles<Factors<Floats>> tiles(n_rows, smaller(kDotRows, kAccumulators / N));
     alignas(64) float sums[kAccumulators * W];
     int64_t first = team.begin(sizes.panels), count = team.end(sizes.panels) - first;
     for (int64_t i = 0; i < count; ++i) {
@@ -413,19 +414,19 @@ struct Forward {
   /* `xg_rows`: the step's first row in the chunk's first panel. */
   void run_step(const Own& own, int64_t step, int64_t row0, int64_t n, int64_t chunk, const float* xg_rows) {
     const int64_t before_hidden = sizes.bias_floats() + sizes.input_floats();
-    const Depth deep = depth_of(P);
+    const Depth deep = R::depth_of(P);
     Panels panels(own.packed + before_hidden, sizes.hidden_floats(), sizes.panel_floats(), own.count, step);
-    Tiles tiles(n, max_rows<N>());
-    alignas(64) float sums[tile_floats<N>()];
+    Tiles<R> tiles(n, max_rows<R, N>());
+    alignas(64) float sums[tile_floats<R, N>()];
     for (int64_t i = 0; i < panels.count(); ++i) {
       int64_t panel = own.first + panels.index(i);
       const float* hidden_bias = own.packed + panels.index(i) * sizes.panel_floats() + 3 * W; /* the GRU's */
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         int64_t row = tiles.begin(tile);
         int rows = tiles.size(tile);
-        const float* left = left_at(h[step & 1], Bp, 0, row0 + row);
+        const float* left = R::left_at(h[step & 1], Bp, 0, row0 + row);
         if (normal) {
-          multiply_rows<N>(rows, deep, left, Bp, panels.at(i), Place{nullptr, 0, 0},
+          multiply_rows<R, N>(rows, deep, left, Bp, panels.at(i), Place{nullptr, 0, 0},
                            Place{hg_at(panel, row0 + row), NW, W}, panels.ahead(i, tile, tiles.count, deep.blocks));
           continue;
         }
@@ -439,7 +440,7 @@ struct Forward {
           }
           start.p = sums;
         }
-        multiply_rows<N>(rows, deep, left, Bp, panels.at(i), start, Place{sums, NW, W},
+        multiply_rows<R, N>(rows, deep, left, Bp, panels.at(i), start, Place{sums, NW, W},
                          panels.ahead(i, tile, tiles.count, deep.blocks));
         finish_tile(step, panel, row0 + row, rows, sums, xg_tile);
       }
@@ -553,14 +554,14 @@ struct Forward {
     if (direct)
       store(m + row * m_row + block * W, value);
     else
-      store_left(left_at(m, Bp, block, row), value);
+      R::store_left(R::left_at(m, Bp, block, row), value);
   }
 
   /* h = m W_hr of a step, own columns. */
   void project(const Team& team, int64_t step, int64_t row0, int64_t n) {
     int64_t first = team.begin(projection.panels()), last = team.end(projection.panels());
     if (!direct) /* in ascending order of k at every step, as all products that a forward pass makes */
-      multiply_deep(packed_projection, depth_of(H), first, last, left_at(m, Bp, 0, row0), Bp, n, 0,
+      multiply_deep<R>(packed_projection, R::depth_of(H), first, last, R::left_at(m, Bp, 0, row0), Bp, n, 0,
                     Place{hr + row0 * W, W, Bp * W}, kColumns * Bp * W);
     for (int64_t block = first * kColumns; block < smaller(last * kColumns, h_blocks); ++block) {
       float* sums = hr + (block * Bp + row0) * W;
@@ -592,7 +593,7 @@ struct Forward {
       if (raw_differs) store(raw[(step + 1) & 1] + h_at(block, row), after);
       store_h(step + 1, block, row, seen(after, step + 1, row, block, columns));
     } else {
-      if constexpr (kPair > 1) store(raw[(step + 1) & 1] + h_at(block, row), after);
+      if constexpr (!R::kFloats) store(raw[(step + 1) & 1] + h_at(block, row), after);
       store_h(step + 1, block, row, after);
     }
     store_part(a.y + steps.offset(t, row, a.y_step, a.y_row) + block * W, after, columns);

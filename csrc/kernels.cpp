@@ -25,12 +25,31 @@ static auto of_layer(int32_t cell, F f) {
   return cell == LS_LSTM_COUPLED ? f(LstmCoupled()) : of_model(cell, f);
 }
 
+/* Calls `f` with the factors of products of a chunk, and those step by step, of a layer in training. */
+template <class Cell, class F>
+static auto with_factors(const ls_shape& s, F f) {
+  if (!are_many(Steps(s).total_rows(), Cell::kGates * s.H, s.I + (s.P ? s.P : s.H))) return f(Step(), Step());
+  return s.B < kManyRowsOfAStep ? f(OfChunk(), Step()) : f(OfChunk(), OfChunk());
+}
+
 static int32_t forward(const ls_forward_args* args) {
-  return of_layer(args->shape.cell, [=](auto cell) { return Forward<decltype(cell)>(*args).run(); });
+  return of_layer(args->shape.cell, [=](auto cell) {
+    using Cell = decltype(cell);
+    /* Without gradients a row's bits depend on nothing else in the call, so there the factors are always the same. */
+    if (!args->saved || args->packed) return Forward<Cell, Step, Step>(*args).run();
+    return with_factors<Cell>(args->shape, [=](auto chunk, auto step) {
+      return Forward<Cell, decltype(chunk), decltype(step)>(*args).run();
+    });
+  });
 }
 
 static int32_t backward(const ls_backward_args* args) {
-  return of_layer(args->shape.cell, [=](auto cell) { return Backward<decltype(cell)>(*args).run(); });
+  return of_layer(args->shape.cell, [=](auto cell) {
+    using Cell = decltype(cell);
+    return with_factors<Cell>(args->shape, [=](auto chunk, auto step) {
+      return Backward<Cell, decltype(chunk), decltype(step)>(*args).run();
+    });
+  });
 }
 
 static int64_t saved_floats(const ls_shape* shape, bool normal) {
@@ -48,18 +67,18 @@ static void gates(const ls_shape* shape, bool normal, const float* saved, float*
 static int64_t packed_floats(int32_t cell, int64_t I, int64_t H, int64_t P) {
   return of_layer(cell, [=](auto cell) {
     Sizes<decltype(cell)> sizes(I, H, P);
-    return sizes.panels * sizes.panel_floats() + Projection{H, P}.floats();
+    return sizes.panels * sizes.panel_floats() + Projection<Step>{H, P}.floats();
   });
 }
 
 static void pack(int32_t cell, int64_t I, int64_t H, int64_t P, const float* weight_ih, const float* weight_hh,
                  const float* bias_ih, const float* bias_hh, const float* weight_hr, float* packed) {
   FlushSubnormals flush;
-  const Projection projection{H, P};
+  const Projection<Step> projection{H, P};
   of_layer(cell, [=](auto cell) {
     Sizes<decltype(cell)> sizes(I, H, P);
     for (int64_t panel = 0; panel < sizes.panels; ++panel)
-      pack_panel<decltype(cell)>(sizes, panel, weight_ih, weight_hh, bias_ih, bias_hh, packed + panel * sizes.panel_floats());
+      pack_panel<Step, Step, decltype(cell)>(sizes, panel, weight_ih, weight_hh, bias_ih, bias_hh, packed + panel * sizes.panel_floats());
     for (int64_t panel = 0; panel < projection.panels(); ++panel)
       projection.pack(weight_hr, panel, packed + sizes.panels * sizes.panel_floats());
   });
@@ -73,7 +92,9 @@ static int32_t decode(const ls_decode_args* args) {
   return of_model(args->model.cell, [=](auto cell) { return Decode<decltype(cell)>(*args).run(); });
 }
 
-static int32_t loss(const ls_loss_args* args) { return Loss(*args).run(); }
+static int32_t loss(const ls_loss_args* args) {
+  return are_many(args->N, args->V, args->H) ? Loss<OfChunk>(*args).run() : Loss<Step>(*args).run();
+}
 
 static int64_t table_floats(int32_t cell, int64_t symbols, int64_t H) {
   return of_model(cell, [=](auto cell) {
@@ -86,11 +107,11 @@ static void pack_table_of(int32_t cell, int64_t symbols, int64_t H, const float*
   of_model(cell, [=](auto cell) { pack_table<decltype(cell)>(symbols, H, rows, table); });
 }
 
-static int64_t head_floats(int64_t V, int64_t H) { return Head{V, H}.panels() * Head{V, H}.panel_floats(); }
+static int64_t head_floats(int64_t V, int64_t H) { return Head{V, H}.panels() * Head{V, H}.panel_floats<Step>(); }
 
 static void pack_head(int64_t V, int64_t H, const float* weight, const float* bias, float* head) {
   const Head layer{V, H};
-  layer.pack(weight, bias, head, 0, layer.panels());
+  layer.pack<Step>(weight, bias, head, 0, layer.panels());
 }
 
 static int64_t rounded_floats(int32_t cell, int64_t I_or_V, int64_t H) {

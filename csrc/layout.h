@@ -10,7 +10,7 @@
 #include "activations.h"
 #include "direct.h"
 #include "internal.h"
-#include "tiles.h"
+#include "outer.h"
 
 namespace ls {
 namespace LS_TARGET {
@@ -55,16 +55,17 @@ struct Sizes {
   int64_t input_blocks; /* of W columns of x */
   int64_t panels;
   int64_t U; /* unit blocks, those that only fill the last panel included */
-  Sizes(int64_t I, int64_t H, int64_t projected = 0)
+  int input_parts, hidden_parts; /* of the factors that W_ih and W_hh are packed as */
+  Sizes(int64_t I, int64_t H, int64_t projected = 0, int input_parts = Step::kParts, int hidden_parts = Step::kParts)
       : I(I), H(H), P(projected ? projected : H), input_blocks(ceil_div(I, W)), panels(ceil_div(H, W * Cell::kUnits)),
-        U(panels * Cell::kUnits) {}
+        U(panels * Cell::kUnits), input_parts(input_parts), hidden_parts(hidden_parts) {}
 
   /* A packed panel: biases, W_ih, W_hh. The recurrent product skips blocks that are all padding. */
   int64_t bias_floats() const { return Cell::kBiases * Cell::kUnits * W; }
   int64_t unit_blocks() const { return ceil_div(H, W); }
   int64_t hidden_blocks() const { return ceil_div(P, W); } /* of W columns of h */
-  int64_t input_floats() const { return padded(input_blocks) * S * N * W; }
-  int64_t hidden_floats() const { return padded(hidden_blocks()) * S * N * W; }
+  int64_t input_floats() const { return factor_floats(input_blocks, input_parts); }
+  int64_t hidden_floats() const { return factor_floats(hidden_blocks(), hidden_parts); }
   int64_t panel_floats() const { return bias_floats() + input_floats() + hidden_floats(); }
   int units(int64_t unit_block) const { /* of it that are not padding */
     return part_of(H - unit_block * W);
@@ -72,6 +73,10 @@ struct Sizes {
   int outputs(int64_t block) const { return part_of(P - block * W); } /* columns of a block of h, likewise */
 
  private:
+  static int64_t factor_floats(int64_t blocks, int parts) {
+    const bool step = parts == Step::kParts;
+    return (step ? Step::padded(blocks) * Step::S : OfChunk::padded(blocks) * OfChunk::S) * N * W;
+  }
   static int part_of(int64_t left) { return left > W ? W : left > 0 ? int(left) : 0; }
 };
 
@@ -150,10 +155,10 @@ static inline int64_t saved_offset(const Sizes<Cell>& sizes, int64_t saved_row, 
    still. Products of pairs are faster packed. The numbers of rows at which that turns were measured: docs/log.md. */
 static inline bool reads_direct(const ls_shape& s, int64_t rows, bool backward) {
   if (backward || s.T > 1) return rows <= 8;
-  if (kJoined > 1) return rows <= 12;
+  if (Step::kUnit) return rows <= 12;
   const int64_t P = s.P ? s.P : s.H;
   if ((s.I % W || P % W) && W * rows > 384) return false;
-  return (kPair > 1 ? 3 : 1) * W * rows <= 2 * (s.I + P);
+  return (Step::kPair > 1 ? 3 : 1) * W * rows <= 2 * (s.I + P);
 }
 
 /* Whether threads divide a batch's rows and not the units: they wait for nobody at each step then, but each reads all weights.
@@ -202,13 +207,14 @@ static inline int64_t odd(int64_t rows) { return rows | 1; }
 static inline void clear(float* p, int64_t floats) { __builtin_memset(p, 0, size_t(floats) * sizeof(float)); }
 
 /* panel[k][n W + u] = weight[row(n, u)][k]: W rows of the weights side by side. `rows` of the W are not padding. */
+template <class F>
 static void transpose_block(const float* weight, int64_t stride, int rows, int64_t K, float* panel, int64_t panel_width) {
-  for (int64_t k = 0; k < padded(ceil_div(K, W)) * W; k += W) {
+  for (int64_t k = 0; k < F::padded(ceil_div(K, W)) * W; k += W) {
     int left = int(smaller(K - k, W));
     V square[W];
     for (int u = 0; u < W; ++u) square[u] = u < rows && left > 0 ? load_part(weight + u * stride + k, left) : V{};
     mirror(square);
-    store_square(panel + k / kPair * panel_width, panel_width, square);
+    F::store_square(panel + k / F::kPair * panel_width, panel_width, square);
   }
 }
 
@@ -230,7 +236,7 @@ static void pack_biases(const Sizes<Cell>& sizes, int64_t panel, const float* bi
   }
 }
 
-template <class Cell>
+template <class F, class R, class Cell>
 static void pack_panel(const Sizes<Cell>& sizes, int64_t panel, const float* weight_ih, const float* weight_hh,
                        const float* bias_ih, const float* bias_hh, float* out) {
   constexpr int N = Sizes<Cell>::N;
@@ -244,34 +250,36 @@ static void pack_panel(const Sizes<Cell>& sizes, int64_t panel, const float* wei
     for (int gate = 0; gate < Cell::kGates; ++gate) {
       int n = gate * Cell::kUnits + unit;
       int64_t row = gate * H + block * W;
-      transpose_block(weight_ih + (units ? row : 0) * I, I, units, I, inputs + n * W, N * W);
-      transpose_block(weight_hh + (units ? row : 0) * P, P, units, P, hidden + n * W, N * W);
+      transpose_block<F>(weight_ih + (units ? row : 0) * I, I, units, I, inputs + n * F::kWide, N * F::kWide);
+      transpose_block<R>(weight_hh + (units ? row : 0) * P, P, units, P, hidden + n * R::kWide, N * R::kWide);
     }
   }
 }
 
 /* W rows of a matrix, of which `count` are not padding, as W rows of the panel of `multiply_deep` that begins at `column`. */
+template <class F>
 static void pack_deep_rows(const float* rows, int count, int64_t columns, int64_t column, float* panel) {
   for (int row = 0; row < W; ++row)
     for (int i = 0; i < kColumns; ++i) {
       int64_t at = column + i * W, valid = row < count ? columns - at : 0;
       V v = valid > 0 ? load_part(rows + row * columns + at, int(smaller(valid, W))) : V{};
-      store_right(panel + row / kPair * kPanel + i * W, row, v);
+      F::store_right(panel + (row / F::kPair * kColumns + i) * F::kWide, row, v);
     }
 }
 
 /* The projection of an LSTM's h: P rows of W_hr side by side in panels for `multiply_deep`, behind the other panels. */
+template <class R>
 struct Projection {
   int64_t H, P; /* P: 0 for none */
   int64_t panels() const { return ceil_div(P, kPanel); }
-  int64_t panel_floats() const { return padded(ceil_div(H, W)) * S * kPanel; }
+  int64_t panel_floats() const { return R::padded(ceil_div(H, W)) * R::S * kPanel; }
   int64_t floats() const { return panels() * panel_floats(); }
 
   void pack(const float* weight_hr, int64_t panel, float* packed) const {
     for (int i = 0; i < kColumns; ++i) {
       int64_t row = panel * kPanel + i * W;
       int rows = int(larger(smaller(P - row, W), 0));
-      transpose_block(weight_hr + (rows ? row : 0) * H, H, rows, H, packed + panel * panel_floats() + i * W, kPanel);
+      transpose_block<R>(weight_hr + (rows ? row : 0) * H, H, rows, H, packed + panel * panel_floats() + i * R::kWide, kColumns * R::kWide);
     }
   }
 };

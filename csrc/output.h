@@ -22,17 +22,21 @@ struct Head {
   int64_t symbols, H;
   int64_t panels() const { return ceil_div(symbols, kHeadVectors * W); }
   int64_t blocks() const { return ceil_div(H, W); }
-  int64_t panel_floats() const { return (1 + padded(blocks()) * S) * kHeadVectors * W; }
+  template <class F>
+  int64_t panel_floats() const {
+    return (1 + F::padded(blocks()) * F::S) * kHeadVectors * W;
+  }
   int64_t width() const { return panels() * kHeadVectors * W; }
 
+  template <class F>
   void pack(const float* weight, const float* bias, float* packed, int64_t begin, int64_t end) const {
-    packed += begin * panel_floats();
-    for (int64_t panel = begin; panel < end; ++panel, packed += panel_floats())
+    packed += begin * panel_floats<F>();
+    for (int64_t panel = begin; panel < end; ++panel, packed += panel_floats<F>())
       for (int n = 0; n < kHeadVectors; ++n) {
         int64_t first = (panel * kHeadVectors + n) * W;
         int rows = int(larger(smaller(symbols - first, W), 0));
         store(packed + n * W, rows ? load_part(bias + first, rows) : V{});
-        transpose_block(weight + (rows ? first : 0) * H, H, rows, H, packed + (kHeadVectors + n) * W, kHeadVectors * W);
+        transpose_block<F>(weight + (rows ? first : 0) * H, H, rows, H, packed + kHeadVectors * W + n * F::kWide, kHeadVectors * F::kWide);
       }
   }
 };
@@ -49,7 +53,9 @@ static inline double log_sum(const float* logits, int64_t n) {
   return double(largest) + logarithm(sum);
 }
 
+template <class F>
 struct Loss {
+  using O = Outer<F>;
   static constexpr int kWidth = kHeadVectors * W;
   static constexpr int64_t kLogits = 1 << 23; /* floats of logits at a time: 32 MB */
   static constexpr int64_t kSummed = 32;      /* vectors whose lanes are summed in float */
@@ -84,14 +90,14 @@ struct Loss {
 
   int64_t carve(float* memory) {
     Arena arena(memory);
-    packed = arena.array(head.panels() * head.panel_floats());
-    by_columns = arena.array(ceil_div(H, kPanel) * padded(blocks) * S * kPanel);
-    x = arena.array(left_floats(head.blocks(), room));
-    columns = arena.array(ceil_div(H, kOuter) * slots(chunk) * kOuter);
+    packed = arena.array(head.panels() * panel_floats());
+    by_columns = arena.array(ceil_div(H, kPanel) * F::padded(blocks) * F::S * kPanel);
+    x = arena.array(F::left_floats(head.blocks(), room));
+    columns = arena.array(O::floats(H, chunk));
     logits = left = right = arena.array(head.panels() * kHeadVectors * room * W);
-    if constexpr (kPair > 1) {
-      left = arena.array(left_floats(blocks, room));
-      right = arena.array(blocks * slots(chunk) * W);
+    if constexpr (!F::kFloats) {
+      left = arena.array(F::left_floats(blocks, room));
+      right = arena.array(blocks * O::group_floats(chunk));
     }
     largest = arena.array(chunk * W);
     sums = reinterpret_cast<double*>(arena.array(2 * chunk));
@@ -122,15 +128,15 @@ struct Loss {
     FlushSubnormals flush;
     MatrixUnit unit;
     Team team(shared, thread, count);
-    head.pack(a.weight, a.bias, packed, team.begin(head.panels()), team.end(head.panels()));
+    head.template pack<F>(a.weight, a.bias, packed, team.begin(head.panels()), team.end(head.panels()));
     const int64_t panels = ceil_div(H, kPanel);
     for (int64_t panel = team.begin(panels); panel < team.end(panels); ++panel) pack_columns(panel);
     if (!team.wait()) return;
     for (int64_t first = 0; first < N; first += chunk) {
       const int64_t rows = smaller(chunk, N - first);
       /* Rows that lie together in `columns` or in `right` belong to one thread. */
-      const int64_t groups = ceil_div(rows, kWhole), begin = team.begin(groups) * kWhole;
-      const int64_t end = smaller(team.end(groups) * kWhole, rows);
+      const int64_t groups = ceil_div(rows, F::kWhole), begin = team.begin(groups) * F::kWhole;
+      const int64_t end = smaller(team.end(groups) * F::kWhole, rows);
       if (begin < end) {
         copy_rows(first, rows, begin, end);
         multiply(begin, end);
@@ -144,36 +150,37 @@ struct Loss {
   }
 
   void pack_columns(int64_t panel) {
-    for (int64_t block = 0; block < padded(blocks); ++block)
-      pack_deep_rows(a.weight + block * W * H, symbols(block), H, panel * kPanel,
-                     by_columns + (panel * padded(blocks) + block) * S * kPanel);
+    for (int64_t block = 0; block < F::padded(blocks); ++block)
+      pack_deep_rows<F>(a.weight + block * W * H, symbols(block), H, panel * kPanel,
+                     by_columns + (panel * F::padded(blocks) + block) * F::S * kPanel);
   }
 
   /* The chunk's rows [begin, end) of h, both ways. */
   void copy_rows(int64_t first, int64_t rows, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const float* h = a.h + (first + row) * H;
-      for (int64_t block = 0; block < padded(head.blocks()); ++block)
-        store_left(left_at(x, room, block, row), row_block(h, H, block));
-      store_columns(h, nullptr, H, row, rows, 0, ceil_div(H, kOuter), columns);
+      for (int64_t block = 0; block < F::padded(head.blocks()); ++block)
+        F::store_left(F::left_at(x, room, block, row), row_block(h, H, block));
+      O::store_columns(h, nullptr, H, row, rows, 0, O::panels(H), columns);
     }
-    if (end == rows) fill_columns(H, rows, 0, ceil_div(H, kOuter), columns);
+    if (end == rows) O::fill_columns(H, rows, 0, O::panels(H), columns);
   }
 
+  int64_t panel_floats() const { return head.template panel_floats<F>(); }
   int symbols(int64_t block) const { return int(larger(smaller(a.V - block * W, W), 0)); }
 
   /* Logits, and the largest of each lane. */
   void multiply(int64_t begin, int64_t end) {
     const V least = splat(-3e38f);
     for (int64_t row = begin; row < end; ++row) store(largest + row * W, least);
-    Panels panels(packed + kWidth, head.panel_floats(), head.panel_floats(), head.panels(), 0);
-    Tiles tiles(end - begin, max_rows<kHeadVectors>());
-    const Depth deep = depth_of(H);
+    Panels panels(packed + kWidth, panel_floats(), panel_floats(), head.panels(), 0);
+    Tiles<F> tiles(end - begin, max_rows<F, kHeadVectors>());
+    const Depth deep = F::depth_of(H);
     for (int64_t panel = 0; panel < panels.count(); ++panel)
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         const int64_t row = begin + tiles.begin(tile), block = panel * kHeadVectors;
         float* out = logits + (block * room + row) * W;
-        multiply_rows<kHeadVectors>(tiles.size(tile), deep, left_at(x, room, 0, row), room, panels.at(panel),
+        multiply_rows<F, kHeadVectors>(tiles.size(tile), deep, F::left_at(x, room, 0, row), room, panels.at(panel),
                                 Place{const_cast<float*>(panels.at(panel)) - kWidth, 0, W}, Place{out, W, room * W},
                                 panels.ahead(panel, tile, tiles.count, deep.blocks));
         for (int n = 0; n < kHeadVectors; ++n)
@@ -220,19 +227,20 @@ struct Loss {
         V d = targets[row] < 0 ? V{} : load(p) * factors[row];
         store(p, d);
         if (lane >= 0 && lane < W) p[lane] -= a.scale;
-        if constexpr (kPair > 1) store_left(left_at(left, room, block, row), load(p));
+        if constexpr (!F::kFloats) F::store_left(F::left_at(left, room, block, row), load(p));
       }
-      if constexpr (kPair > 1)
-        store_rows(logits + (block * room + begin) * W, end - begin, right + block * right_block() + slots(begin) * W);
+      if constexpr (!F::kFloats)
+        F::store_rows(logits + (block * room + begin) * W, end - begin,
+                      right + block * right_block() + O::group_floats(begin));
     }
-    if constexpr (kPair > 1) fill_left(left, blocks, room, begin, end);
+    if constexpr (!F::kFloats) F::fill_left(left, blocks, room, begin, end);
   }
 
-  int64_t right_block() const { return (kPair > 1 ? slots(chunk) : room) * W; }
+  int64_t right_block() const { return F::kFloats ? room * W : O::group_floats(chunk); }
 
   void hidden_gradients(int64_t first, int64_t begin, int64_t end) {
     const int64_t panels = ceil_div(H, kPanel);
-    multiply_deep(by_columns, depth_of(a.V), 0, panels, left_at(left, room, 0, begin), room, end - begin, 0,
+    multiply_deep<F>(by_columns, F::depth_of(a.V), 0, panels, F::left_at(left, room, 0, begin), room, end - begin, 0,
                   Place{dh + begin * kPanel, kPanel, W}, room * kPanel);
     for (int64_t row = begin; row < end; ++row)
       for (int64_t column = 0; column < H; column += W)
@@ -242,13 +250,13 @@ struct Loss {
 
   /* Own pieces of dW, and own symbols of db. */
   void weight_gradients(const Team& team, int64_t rows, bool add) {
-    const int64_t panels = ceil_div(H, kOuter), pieces = ceil_div(blocks, kOuterGroups) * panels;
+    const int64_t panels = O::panels(H), pieces = ceil_div(blocks, O::kGroups) * panels;
     for (int64_t piece = team.begin(pieces); piece < team.end(pieces); ++piece) {
-      const int64_t first = piece / panels * kOuterGroups, column = piece % panels * kOuter;
-      OuterRows of[kOuterGroups] = {};
-      for (int64_t block = first; block < smaller(first + kOuterGroups, blocks); ++block)
+      const int64_t first = piece / panels * O::kGroups, column = piece % panels * O::kColumns;
+      OuterRows of[O::kGroups] = {};
+      for (int64_t block = first; block < smaller(first + O::kGroups, blocks); ++block)
         of[block - first] = {right + block * right_block(), a.dweight + block * W * H, symbols(block)};
-      multiply_outer_stripe(rows, of, columns, column, column + kOuter, H, add);
+      O::multiply_stripe(rows, of, columns, column, column + O::kColumns, H, add);
     }
     for (int64_t block = team.begin(blocks); block < team.end(blocks); ++block) {
       V sum{};

@@ -23,8 +23,9 @@ struct Sum {
   int64_t floats;
 };
 
-template <class Cell>
+template <class Cell, class F>
 struct WeightGradients {
+  using O = Outer<F>;
   using L = LstmGates<Cell>;
   static constexpr int G = Cell::kGates;
   static constexpr int64_t kGroup = (128 << 10); /* floats of dgates that meet all columns of the weights at a time */
@@ -38,7 +39,7 @@ struct WeightGradients {
   const int64_t saved_row; /* floats that a row of a unit block has saved */
   Sum sums[kSums];
 
-  float* x_columns; /* the chunk's x, its h before each step, its m: [panel of columns][row][kOuterVectors W] */
+  float* x_columns; /* the chunk's x, its h before each step, its m: [panel of columns][row][vectors W] */
   float* h_columns;
   float* m_columns;
   int64_t* symbols;   /* of the chunk's rows, with a table */
@@ -57,17 +58,16 @@ struct WeightGradients {
              {args.dtable, (args.tokens.V + 1) * G * H}} {}
 
   void carve(Arena& arena, int64_t chunk_rows) {
-    const int64_t width = slots(chunk_rows) * kOuter;
     const bool two = Cell::kCell == LS_GRU || normal; /* sets of dgates */
     const bool of_projection = sums[kWeightHr].p;
-    x_columns = sums[kWeightIh].p ? arena.array(ceil_div(I, kOuter) * width) : nullptr;
-    h_columns = sums[kWeightHh].p ? arena.array(ceil_div(P, kOuter) * width) : nullptr;
-    m_columns = of_projection ? arena.array(ceil_div(H, kOuter) * width) : nullptr;
+    x_columns = sums[kWeightIh].p ? arena.array(O::floats(I, chunk_rows)) : nullptr;
+    h_columns = sums[kWeightHh].p ? arena.array(O::floats(P, chunk_rows)) : nullptr;
+    m_columns = of_projection ? arena.array(O::floats(H, chunk_rows)) : nullptr;
     symbols = sums[kTable].p ? reinterpret_cast<int64_t*>(arena.array(2 * chunk_rows)) : nullptr;
-    const int64_t most = slots(chunk_rows) * W;
-    right = kPair > 1 ? arena.array(U * G * most) : nullptr;
-    right_input = kPair > 1 && two ? arena.array(U * G * most) : right;
-    dh_right = kPair > 1 && of_projection ? arena.array(sizes.hidden_blocks() * most) : nullptr;
+    const int64_t most = O::group_floats(chunk_rows);
+    right = !F::kFloats ? arena.array(U * G * most) : nullptr;
+    right_input = !F::kFloats && two ? arena.array(U * G * most) : right;
+    dh_right = !F::kFloats && of_projection ? arena.array(sizes.hidden_blocks() * most) : nullptr;
   }
 
   /* Adds to arrays of its own instead, one after the other. */
@@ -108,34 +108,34 @@ struct WeightGradients {
   }
 
   static void fill(const Team& team, int64_t columns, int64_t rows, float* out) {
-    const int64_t panels = ceil_div(columns, kOuter);
-    if (out) fill_columns(columns, rows, team.begin(panels), team.end(panels), out);
+    const int64_t panels = O::panels(columns);
+    if (out) O::fill_columns(columns, rows, team.begin(panels), team.end(panels), out);
   }
 
   /* Own panels of one row. */
   static void copy_row(const Team& team, const float* from, const float* mask, int64_t columns, int64_t at, int64_t rows,
                        float* out) {
-    int64_t panels = ceil_div(columns, kOuter);
-    store_columns(from, mask, columns, at, rows, team.begin(panels), team.end(panels), out);
+    int64_t panels = O::panels(columns);
+    O::store_columns(from, mask, columns, at, rows, team.begin(panels), team.end(panels), out);
   }
 
   /* Own panels of m of one row. */
   void copy_m(const Team& team, int64_t step, int64_t row, int64_t at, int64_t rows, int64_t rows_before) {
     const ls_options& o = a.options;
     const float* moments = a.saved + steps.total_rows() * sizes.U * saved_row + (rows_before + row) * kRowMoments;
-    int64_t panels = ceil_div(H, kOuter);
+    int64_t panels = O::panels(H);
     for (int64_t panel = team.begin(panels); panel < team.end(panels); ++panel) {
-      int vectors = vectors_at(panel * kOuter, H);
-      float* to = m_columns + panel * slots(rows) * kOuter + at / kPair * vectors * W;
+      int vectors = O::vectors_at(panel * O::kColumns, H);
+      float* to = O::place(m_columns, rows, panel, at, vectors);
       for (int i = 0; i < vectors; ++i) {
-        const int64_t block = panel * kOuterVectors + i;
+        const int64_t block = panel * O::kVectors + i;
         const int units = sizes.units(block);
         const float* saved = a.saved + saved_offset(sizes, saved_row, rows_before, steps.rows(step), block, row);
         V read = load(saved + L::kC * W);
         if (normal)
           read = (read - moments[2]) * moments[3] * load_part(o.gamma_c + block * W, units) +
                  load_part(o.beta_c + block * W, units);
-        store_right(to + i * W, at, first_lanes(load(saved + L::kO * W) * tanh(read), units));
+        F::store_right(to + i * F::kWide, at, first_lanes(load(saved + L::kO * W) * tanh(read), units));
       }
     }
   }
@@ -145,8 +145,8 @@ struct WeightGradients {
      added to what earlier chunks gave. */
   void add(const Team& team, int64_t rows, const float* dg, const float* dg_input, const float* dh, bool more) {
     const Blocks own = own_blocks(team, U);
-    const float* of_h = kPair > 1 ? right : dg;
-    const float* of_x = kPair > 1 ? right_input : dg_input;
+    const float* of_h = !F::kFloats ? right : dg;
+    const float* of_x = !F::kFloats ? right_input : dg_input;
     int64_t group = larger(kGroup / (G * W * rows), 1);
     for (int64_t block = own.begin; block < own.end; block += group) {
       int64_t end = smaller(block + group, own.end);
@@ -159,11 +159,11 @@ struct WeightGradients {
     if (m_columns) {
       const Blocks outputs = own_blocks(team, sizes.hidden_blocks());
       turn_rows(outputs.begin, outputs.end, dh, rows, dh_right);
-      const float* factors = kPair > 1 ? dh_right : dh;
+      const float* factors = !F::kFloats ? dh_right : dh;
       const auto group = [&](int64_t block) {
         return OuterRows{factors + block * right_rows(rows), sums[kWeightHr].p + block * W * H, sizes.outputs(block)};
       };
-      multiply_groups(outputs.begin, outputs.end, group, rows, m_columns, kOuter, H, more);
+      multiply_groups(outputs.begin, outputs.end, group, rows, m_columns, O::kColumns, H, more);
     }
     if (sums[kBiasIh].p) sum_rows(own, dg_input, rows, sums[kBiasIh].p, more);
     if (sums[kBiasHh].p) sum_rows(own, dg, rows, sums[kBiasHh].p, more);
@@ -187,12 +187,12 @@ struct WeightGradients {
   }
 
   /* Floats that the rows of a chunk take in the factor that is made of gradients. */
-  static int64_t right_rows(int64_t rows) { return (kPair > 1 ? slots(rows) : odd(rows)) * W; }
+  static int64_t right_rows(int64_t rows) { return F::kFloats ? odd(rows) * W : O::group_floats(rows); }
 
   /* Gradients, [.][row of the chunk][W], as that factor, where it is another. */
   static void turn_rows(int64_t first, int64_t last, const float* gradients, int64_t rows, float* factors) {
-    for (int64_t i = first; kPair > 1 && i < last; ++i)
-      store_rows(gradients + i * odd(rows) * W, rows, factors + i * right_rows(rows));
+    for (int64_t i = first; !F::kFloats && i < last; ++i)
+      F::store_rows(gradients + i * odd(rows) * W, rows, factors + i * right_rows(rows));
   }
 
   void outer_columns(int64_t first, int64_t last, const float* gradients, int64_t rows, const float* operands,
@@ -202,7 +202,7 @@ struct WeightGradients {
       const int64_t block = i / G, gate = i % G;
       return OuterRows{gradients + i * right_rows(rows), weight + (gate * H + block * W) * columns, sizes.units(block)};
     };
-    multiply_groups(first * G, last * G, group, rows, operands, near ? columns : kOuter, columns, more);
+    multiply_groups(first * G, last * G, group, rows, operands, near ? columns : O::kColumns, columns, more);
   }
 
   /* Products of groups of rows of the gradients, `group` says which, with the columns, a stripe of them after the other. */
@@ -210,10 +210,10 @@ struct WeightGradients {
   static void multiply_groups(int64_t first, int64_t last, Group group, int64_t rows, const float* operands, int64_t stripe,
                               int64_t columns, bool more) {
     for (int64_t begin = 0; begin < columns; begin += stripe)
-      for (int64_t i = first; i < last; i += kOuterGroups) {
-        OuterRows of[kOuterGroups] = {};
-        for (int at = 0; at < kOuterGroups && i + at < last; ++at) of[at] = group(i + at);
-        multiply_outer_stripe(rows, of, operands, begin, begin + stripe, columns, more);
+      for (int64_t i = first; i < last; i += O::kGroups) {
+        OuterRows of[O::kGroups] = {};
+        for (int at = 0; at < O::kGroups && i + at < last; ++at) of[at] = group(i + at);
+        O::multiply_stripe(rows, of, operands, begin, begin + stripe, columns, more);
       }
   }
 
