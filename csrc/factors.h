@@ -9,7 +9,7 @@
                   a b = a0 b0 + (a0 b1 + a1 b0) + (a0 b2 + a1 b1 + a2 b0) + what is below 2^-24 of it
 
                 A matrix unit makes these six products in less time than vectors the one. Of numbers below 2^-110 the last parts
-                are subnormal, which it takes as 0; a number that is not finite makes NaN of the sums that it is in.
+                are subnormal, which it takes as 0; a number that has no parts (`have_parts`) makes NaN of the sums that it is in.
 
    Sums are float32 always. Each kind has
 
@@ -50,6 +50,12 @@ struct Pairs {
     v -= (V)(part << 16);
     return part;
   }
+  /* Whether the parts can stand for all of a vector's numbers: not for those that are not finite, or round to infinity. */
+  static bool have_parts(V v) {
+    const __m512 largest = (__m512)splat(0x1.FEp127f);
+    return !_mm512_cmp_ps_mask(_mm512_abs_ps((__m512)v), largest, _CMP_NLE_UQ);
+  }
+
   static VI in_lanes(__m256i bits) { return (VI)_mm512_maskz_cvtepu16_epi32(0xFFFF, bits); }
 
   /* Of two vectors' numbers, those of the first before the others'. */

@@ -33,6 +33,7 @@ struct Forward {
   static constexpr int NW = N * W;
   static constexpr int G = Cell::kGates;
   static constexpr bool kLstm = L::kLstm, kGru = Cell::kCell == LS_GRU;
+  static constexpr bool kParts = F::kParts > 1;
 
   const ls_forward_args& a;
   const Steps steps;
@@ -60,6 +61,7 @@ struct Forward {
   float* m;      /* where h is projected, o tanh(c): as a left factor, or [B][m_row] */
   float* hr;     /* and m W_hr, [block][Bp][W] */
   float* x;      /* a team's chunk, as a left factor */
+  int64_t* partless; /* of each team the last chunk whose x has numbers without parts, by its first step, counted from 1 */
   float* xg;     /* a team's chunk [panel][row][N W] */
   float* hg;     /* with layer normalisation, W_hh h of a step [panel][row][N W] */
   Team::Shared* shared;
@@ -81,7 +83,7 @@ struct Forward {
     m_row = sizes.U * W + W;
     h_block = direct ? W : Bp * W;
     plan_teams();
-    passing = T == 1 && teams == 1 && !a.packed && !direct && !normal && !a.tokens.table;
+    passing = T == 1 && teams == 1 && !a.packed && !direct && !normal && !a.tokens.table && !kParts;
     int64_t group = ceil_div(B, teams);
     /* xg and x of a chunk should stay in the second-level cache; a matrix unit waits for the weights instead. */
     int64_t row_floats = sizes.panels * NW / team_size + sizes.input_blocks * W;
@@ -116,6 +118,7 @@ struct Forward {
     m = projects ? arena.array(direct ? B * m_row : R::left_floats(sizes.U, Bp)) : nullptr;
     hr = projects ? arena.array(projection.panels() * kColumns * Bp * W) : nullptr;
     x = direct ? nullptr : arena.array(teams * x_floats());
+    partless = kParts ? reinterpret_cast<int64_t*>(arena.array(2 * teams)) : nullptr;
     xg = arena.array(teams * sizes.panels * chunk_rows * NW);
     hg = normal ? arena.array(sizes.panels * Bp * NW) : nullptr;
     row_offset = reinterpret_cast<int64_t*>(arena.array(2 * T));
@@ -137,6 +140,7 @@ struct Forward {
     must_be(carve(memory) == floats);
     steps.count_rows(row_offset);
     clear(reinterpret_cast<float*>(shared), int64_t(sizeof(Team::Shared) / 4) * (teams + 1));
+    if (kParts) clear(reinterpret_cast<float*>(partless), 2 * teams);
     parallel(
         threads, [](void* context, int thread, int count) { static_cast<Forward*>(context)->work(thread, count); }, this);
     give(memory);
@@ -228,10 +232,12 @@ struct Forward {
           multiply_inputs_direct(team, first, last, row0, row1, rows, xg_chunk);
         if (first == 0 && !team.wait()) return; /* all have made their part of the first state */
       } else {
-        copy_inputs(team, first, last, row0, row1, rows, x_chunk);
+        copy_inputs(team, first, last, row0, row1, rows, x_chunk, kParts ? partless + index : nullptr);
         if (!team.wait()) return;
         if (passing)
           run_only_step(team, row0, rows, x_chunk, xg_chunk);
+        else if (kParts && partless[index] == first + 1)
+          multiply_inputs_direct(team, first, last, row0, row1, rows, xg_chunk);
         else
           multiply_inputs(own_panels(team), first, rows, x_chunk, xg_chunk);
       }
@@ -303,15 +309,20 @@ struct Forward {
     return value;
   }
 
-  void copy_inputs(const Team& team, int64_t first, int64_t last, int64_t row0, int64_t row1, int64_t rows, float* chunk) {
+  void copy_inputs(const Team& team, int64_t first, int64_t last, int64_t row0, int64_t row1, int64_t rows, float* chunk,
+                   [[maybe_unused]] int64_t* partless_chunk) {
     const int64_t blocks = F::padded(sizes.input_blocks);
     int64_t at = 0;
     for (int64_t step = first; step < last; ++step) {
       int64_t t = steps.time(step), n = steps.rows_of(step, row0, row1);
       for (int64_t row = row0; row < row0 + n; ++row, ++at) {
         const float* from = a.x + steps.offset(t, row, a.x_step, a.x_row);
-        for (int64_t block = team.begin(blocks); block < team.end(blocks); ++block)
-          F::store_left(F::left_at(chunk, odd(rows), block, at), row_block(from, sizes.I, block));
+        for (int64_t block = team.begin(blocks); block < team.end(blocks); ++block) {
+          const V v = row_block(from, sizes.I, block);
+          if constexpr (kParts)
+            if (!F::have_parts(v)) __atomic_store_n(partless_chunk, first + 1, __ATOMIC_RELAXED);
+          F::store_left(F::left_at(chunk, odd(rows), block, at), v);
+        }
       }
     }
   }

@@ -358,6 +358,22 @@ def test_nan_stays_in_its_row(target: str, cell: str) -> None:
     assert np.array_equal(found[:, others], clean[:, others])
 
 
+@EVERY_CELL
+@pytest.mark.parametrize(("T", "B", "I", "H"), [(3, 4, 5, 19), *LARGEST])
+def test_gradients_keep_their_digits_at_any_size(target: str, cell: str, T: int, B: int, I: int, H: int) -> None:
+    case = Case(np.random.default_rng(0), cell, T=T, B=B, I=I, H=H)
+    output = case.forward(target=target, save=True)
+    dy = np.random.default_rng(1).normal(size=output.y.shape).astype(np.float32)
+    plain, small, large = (
+        native_layers.backward(cell, case.x, case.weights, output, dy * np.float32(scale), case.state, target=target)
+        for scale in (1.0, 2.0**-60, 2.0**60)
+    )
+    for name in ("x", "weight_ih", "weight_hh", "bias_ih", "h0"):
+        wanted = getattr(plain, name)
+        close(getattr(small, name) * np.float32(2.0**60), wanted, 1e-6, name)
+        close(getattr(large, name) * np.float32(2.0**-60), wanted, 1e-6, name)
+
+
 def test_subnormal_numbers_are_zero_inside_and_numbers_outside(target: str) -> None:
     case = Case(np.random.default_rng(0), "rnn_relu", T=2, B=2, I=3, H=5, bias=False)
     case.x[...] = 1e-42

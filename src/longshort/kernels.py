@@ -2,6 +2,7 @@
 
     avx512      the native kernels of `csrc/`, built for AVX-512; avx2 and baseline are the same for other processors:
                 rnn, rnn_relu, gru, lstm in float32 on a CPU
+    amx         avx512, but in training matrix units multiply float32, as sums of three numbers of bfloat16
     bfloat16    the native kernels with factors of bfloat16 in their products, where the processor multiplies those:
                 faster, 3 digits; sums, states, gates and weights stay float32
     torch       PyTorch's own kernels (oneDNN, MKL or ATen on a CPU, cuDNN on a GPU): rnn, rnn_relu, gru, lstm
