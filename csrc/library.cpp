@@ -31,9 +31,6 @@ extern const Target target_baseline;
 namespace {
 
 const Target* const kTargets[] = {
-#if defined(LS_HAVE_AMX)
-    &target_amx,
-#endif
 #if defined(LS_HAVE_AVX512)
     &target_avx512,
 #endif
@@ -42,6 +39,9 @@ const Target* const kTargets[] = {
 #endif
     &target_baseline,
 /* Last, so that nobody gets them who has not asked: */
+#if defined(LS_HAVE_AMX)
+    &target_amx,
+#endif
 #if defined(LS_HAVE_AMX_BF16)
     &target_amx_bf16,
 #endif

@@ -15,7 +15,7 @@ from longshort import native, native_layers
 from longshort.native_layers import Gains, Gradients, Options, Output, Peepholes, Sequences, Weights
 
 Array = NDArray[Any]
-TARGETS = ("amx", "avx512", "avx2", "baseline")
+TARGETS = ("avx512", "avx2", "baseline", "amx")
 CELLS = tuple(native.LAYER_CELLS)
 
 

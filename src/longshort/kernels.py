@@ -2,7 +2,8 @@
 
     avx512      the native kernels of `csrc/`, built for AVX-512; avx2 and baseline are the same for other processors:
                 rnn, rnn_relu, gru, lstm in float32 on a CPU
-    amx         avx512, but in training matrix units multiply float32, as sums of three numbers of bfloat16
+    amx         avx512, but in training matrix units multiply float32, as sums of three numbers of bfloat16; only where
+                it is asked for, since it is faster where nobody else uses the cores, and else may be slower
     bfloat16    the native kernels with factors of bfloat16 in their products, where the processor multiplies those:
                 faster, 3 digits; sums, states, gates and weights stay float32
     torch       PyTorch's own kernels (oneDNN, MKL or ATen on a CPU, cuDNN on a GPU): rnn, rnn_relu, gru, lstm
@@ -54,7 +55,7 @@ class Choice(NamedTuple):
 
 
 def available() -> tuple[str, ...]:
-    """Return the names of the implementations that give the same results, fastest first: what `use` takes.
+    """Return the names of the implementations that give the same results: what `use` takes. `auto` prefers the first.
 
     Beside them it takes `bfloat16` where there is `native.bfloat16`.
     """

@@ -3,8 +3,8 @@
 The library is loaded when it is first asked for. What its functions mean is written in `csrc/longshort.h`;
 `native_layers.py` and `native_model.py` call them on NumPy arrays, `ops.py` on tensors. Environment:
 
-    LONGSHORT_TARGET=avx2       the build of the kernels that runs, instead of the best this processor has; amx_bf16 and
-                                avx512_bf16 multiply numbers of bfloat16, and run only where they are asked for
+    LONGSHORT_TARGET=avx2       the build of the kernels that runs, instead of the best this processor has; amx, amx_bf16
+                                and avx512_bf16 (products of bfloat16) run only where they are asked for
     LONGSHORT_LIBRARY=PATH      another library than the package's own, such as one with sanitizers
 """
 
@@ -191,13 +191,13 @@ def need() -> ctypes.CDLL:
 
 
 def built_targets() -> tuple[str, ...]:
-    """Return the targets that the library was built for, best first, then `BFLOAT16`; none without a library."""
+    """Return the targets that the library was built for, best first, then those that nobody gets unasked."""
     found = library()
     return _names(found) if found else ()
 
 
 def targets() -> tuple[str, ...]:
-    """Return the targets of float32 that this processor can run, best first; none without a library."""
+    """Return the targets of float32 that this processor can run, best first, then `amx`; none without a library."""
     return tuple(name for name in supported() if name not in BFLOAT16)
 
 
