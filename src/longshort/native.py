@@ -3,7 +3,7 @@
 The library is loaded when it is first asked for. What its functions mean is written in `csrc/longshort.h`;
 `native_layers.py` and `native_model.py` call them on NumPy arrays, `ops.py` on tensors. Environment:
 
-    LONGSHORT_TARGET=avx2       the build of the kernels that runs, instead of the best this processor has; amx, amx_bf16
+    LONGSHORT_TARGET=avx2       the build of the kernels that runs instead of the best this processor has; amx, amx_bf16
                                 and avx512_bf16 (products of bfloat16) run only where they are asked for
     LONGSHORT_LIBRARY=PATH      another library than the package's own, such as one with sanitizers
 """
