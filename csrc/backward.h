@@ -379,7 +379,7 @@ struct Backward {
   void multiply_projection(const Team& team, int64_t step, const Rows& rows) {
     if (!direct_weights) {
       multiply_deep<R>(packed_projection, R::depth_of(P), team.begin(unit_panels), team.end(unit_panels),
-                          R::left_at(dh_left, odd(rows.all), 0, rows.at), odd(rows.all), rows.count(), step,
+                       R::left_at(dh_left, odd(rows.all), 0, rows.at), odd(rows.all), rows.count(), step,
                     Place{dm + rows.begin * W, W, Bp * W}, kColumns * Bp * W);
       return;
     }
@@ -661,7 +661,8 @@ struct Backward {
   void multiply_gates(const Team& team, float* packed, const float* weight, int64_t columns, int64_t panels, float* from,
                       int64_t rows, int64_t n, int64_t turn, const Place& out, int64_t out_panel) const {
     if (!passing) {
-      multiply_deep<K>(packed, K::depth_of(H, G), team.begin(panels), team.end(panels), from, odd(rows), n, turn, out, out_panel);
+      multiply_deep<K>(packed, K::depth_of(H, G), team.begin(panels), team.end(panels), from, odd(rows), n, turn, out,
+                       out_panel);
       return;
     }
     float* place = packed + team.index() * panel_floats<K>();
@@ -678,8 +679,8 @@ struct Backward {
     if (direct_weights)
       multiply_step_direct(team, rows);
     else
-      multiply_gates<R>(team, packed_hidden, a.weight_hh, P, hidden_panels, R::left_at(left, odd(rows.all), 0, rows.at), rows.all,
-                           rows.count(), step, Place{recurrent + rows.begin * W, W, Bp * W}, kColumns * Bp * W);
+      multiply_gates<R>(team, packed_hidden, a.weight_hh, P, hidden_panels, R::left_at(left, odd(rows.all), 0, rows.at),
+                        rows.all, rows.count(), step, Place{recurrent + rows.begin * W, W, Bp * W}, kColumns * Bp * W);
     bool masked = a.options.h_mask || a.options.resets;
     if (!masked && !(a.dh0 && rows.end > n_before)) return;
     for (int64_t block = own_outputs(team).begin; block < own_outputs(team).end; ++block) {

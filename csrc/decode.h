@@ -258,7 +258,8 @@ struct Language {
   void product(const Rows& rows, int64_t row, int count, int64_t K, float* a_factors, const float* weights,
                const Place& start, const Place& out) const {
     if (!model.int8) {
-      multiply_rows<Step, Vectors>(count, Step::depth_of(K), Step::left_at(a_factors, rows.room, 0, row), rows.room, weights, start, out, {});
+      multiply_rows<Step, Vectors>(count, Step::depth_of(K), Step::left_at(a_factors, rows.room, 0, row), rows.room, weights,
+                                   start, out, {});
       return;
     }
     constexpr int kMost = kAccumulators / Vectors; /* a matrix unit's tiles have more rows */

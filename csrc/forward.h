@@ -83,6 +83,7 @@ struct Forward {
     m_row = sizes.U * W + W;
     h_block = direct ? W : Bp * W;
     plan_teams();
+    /* Not with parts: where x has numbers without any, all panels' biases are read at once. */
     passing = T == 1 && teams == 1 && !a.packed && !direct && !normal && !a.tokens.table && !kParts;
     int64_t group = ceil_div(B, teams);
     /* xg and x of a chunk should stay in the second-level cache; a matrix unit waits for the weights instead. */

@@ -78,7 +78,8 @@ static void pack(int32_t cell, int64_t I, int64_t H, int64_t P, const float* wei
   of_layer(cell, [=](auto cell) {
     Sizes<decltype(cell)> sizes(I, H, P);
     for (int64_t panel = 0; panel < sizes.panels; ++panel)
-      pack_panel<Step, Step, decltype(cell)>(sizes, panel, weight_ih, weight_hh, bias_ih, bias_hh, packed + panel * sizes.panel_floats());
+      pack_panel<Step, Step, decltype(cell)>(sizes, panel, weight_ih, weight_hh, bias_ih, bias_hh,
+                                             packed + panel * sizes.panel_floats());
     for (int64_t panel = 0; panel < projection.panels(); ++panel)
       projection.pack(weight_hr, panel, packed + sizes.panels * sizes.panel_floats());
   });

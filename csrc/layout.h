@@ -279,7 +279,8 @@ struct Projection {
     for (int i = 0; i < kColumns; ++i) {
       int64_t row = panel * kPanel + i * W;
       int rows = int(larger(smaller(P - row, W), 0));
-      transpose_block<R>(weight_hr + (rows ? row : 0) * H, H, rows, H, packed + panel * panel_floats() + i * R::kWide, kColumns * R::kWide);
+      transpose_block<R>(weight_hr + (rows ? row : 0) * H, H, rows, H, packed + panel * panel_floats() + i * R::kWide,
+                         kColumns * R::kWide);
     }
   }
 };

@@ -2,12 +2,12 @@
 
    This header is the contract. One call runs one layer in one direction over a batch of sequences, or one step of it
    (T = 1). All numbers are float32; all matrices are row-major, as torch.nn lays them out. The targets avx512_bf16
-   and amx_bf16 round the factors of their products to bfloat16, the nearest of 8 bits, ties to even; they are never active
-   unless they are chosen. Calls of few rows that read the weights as they lie have factors of float32 there too. In the target
-   amx forward passes that save, backward passes and losses of many rows multiply by matrix units, factors as sums of three
-   numbers of bfloat16: the error is that of float32, but for numbers below 2^-110, of which digits are lost, and numbers that are
-   not finite or above 3.38e38, which outside x make NaN of the sums that they are in. Whether amx and amx_bf16 are supported is
-   asked once, and asks Linux for the use of the processor's matrix units.
+   and amx_bf16 round the factors of their products to bfloat16, the nearest of 8 bits, ties to even. Calls of few rows that
+   read the weights as they lie have factors of float32 there too. In the target amx forward passes that save, backward passes
+   and losses of many rows multiply by matrix units, factors as sums of three numbers of bfloat16: the error is that of float32,
+   but for numbers below 2^-110, of which digits are lost, and numbers that are not finite or above 3.38e38, which outside x make
+   NaN of the sums that they are in. These three are never active unless they are chosen. Whether amx and amx_bf16 are supported
+   is asked once, and asks Linux for the use of the processor's matrix units.
 
      T  steps   B  sequences (rows)   I  input width   H  hidden units   G  gates: RNN 1, GRU 3 (r, z, n), LSTM 4 (i, f, g, o);
      of an LSTM whose gates are coupled 3 (f, g, o)   P  width of h: H, or what an LSTM projects it to

@@ -36,7 +36,8 @@ struct Head {
         int64_t first = (panel * kHeadVectors + n) * W;
         int rows = int(larger(smaller(symbols - first, W), 0));
         store(packed + n * W, rows ? load_part(bias + first, rows) : V{});
-        transpose_block<F>(weight + (rows ? first : 0) * H, H, rows, H, packed + kHeadVectors * W + n * F::kWide, kHeadVectors * F::kWide);
+        transpose_block<F>(weight + (rows ? first : 0) * H, H, rows, H, packed + kHeadVectors * W + n * F::kWide,
+                           kHeadVectors * F::kWide);
       }
   }
 };
