@@ -114,6 +114,9 @@ static inline void multiply_vector(const float* panel, int64_t place) {
   load_tile<7>(panel, place);
   if constexpr (F::kParts == 1) {
     multiply_tiles<kSums, 4, 7>();
+  } else if constexpr (F::kParts == 2) {
+    multiply_tiles<kSums, 5, 7>(), multiply_tiles<kSums, 4, 7>();
+    load_tile<7>(panel + W, place), multiply_tiles<kSums, 4, 7>();
   } else {
     multiply_tiles<kSums, 6, 7>(), multiply_tiles<kSums, 4, 7>(), multiply_tiles<kSums, 5, 7>();
     load_tile<7>(panel + W, place), multiply_tiles<kSums, 5, 7>(), multiply_tiles<kSums, 4, 7>();
@@ -134,7 +137,8 @@ static void multiply_tile(int64_t k_blocks, const TileRows& rows, int64_t room, 
   for (int64_t block = 0; block < k_blocks; block += F::kJoined) {
     ahead.bring(F::kJoined);
     load_tile<4>(a, unit_row<F>());
-    if constexpr (F::kParts > 1) load_tile<5>(a + kUnitPlaces, unit_row<F>()), load_tile<6>(a + 2 * kUnitPlaces, unit_row<F>());
+    if constexpr (F::kParts > 1) load_tile<5>(a + kUnitPlaces, unit_row<F>());
+    if constexpr (F::kParts > 2) load_tile<6>(a + 2 * kUnitPlaces, unit_row<F>());
     multiply_vector<F, 0>(panel, place);
     if constexpr (N > 1) multiply_vector<F, 1>(panel + F::kWide, place);
     if constexpr (N > 2) multiply_vector<F, 2>(panel + 2 * F::kWide, place);
@@ -187,6 +191,10 @@ static void multiply_two_tiles(int64_t k_blocks, const TileRows* rows, int64_t r
     load_vectors<F, N>(panel, place, 0);
     if constexpr (F::kParts == 1) {
       load_rows<F>(upper, lower, 0), multiply_all<N>();
+    } else if constexpr (F::kParts == 2) {
+      load_rows<F>(upper, lower, 1), multiply_all<N>();
+      load_rows<F>(upper, lower, 0), multiply_all<N>();
+      load_vectors<F, N>(panel, place, 1), multiply_all<N>();
     } else {
       load_rows<F>(upper, lower, 2), multiply_all<N>();
       load_rows<F>(upper, lower, 0), multiply_all<N>();

@@ -10,11 +10,14 @@
 
                 A matrix unit makes these six products in less time than vectors the one. Of numbers below 2^-110 the last parts
                 are subnormal, which it takes as 0; a number that has no parts (`have_parts`) makes NaN of the sums that it is in.
+     Halves     in the target amx_bf16x3: the first two parts and the first three products, what PyTorch calls the precision
+                "high": about 16 bits. What is beyond the largest number that has parts, infinity too, becomes that number.
 
    Sums are float32 always. Each kind has
 
      kPair     factors that follow each other in k and lie in the place of one float: 1 float, or 2 numbers of bfloat16
      kParts    numbers that a factor is the sum of
+     kPartless whether numbers without parts are to be looked for: their products are left to floats
      kJoined   blocks of W columns of which a row of a left factor lies together: 2 where a matrix unit reads 64 bytes of it
 
    Left factors are [k / (kJoined W)][row][part][kJoined W / kPair], panels [k / kPair][N][part][W]. A factor whose number of k
@@ -30,6 +33,8 @@ namespace LS_TARGET {
 
 struct Floats {
   static constexpr int kPair = 1, kParts = 1, kJoined = 1;
+  static constexpr bool kPartless = false;
+  static V bounded(V v) { return v; }
   static V next_together(const V* v) { return v[0]; }
   static void store_right(float* p, int64_t, V v) { store(p, v); }
   static void store_left(float* p, V v) { store(p, v); }
@@ -43,6 +48,8 @@ struct Floats {
 template <int kNumParts, int kNumJoined>
 struct Pairs {
   static constexpr int kPair = 2, kParts = kNumParts, kJoined = kNumJoined;
+  static constexpr bool kPartless = kParts == 3;
+  static constexpr float kLargest = 0x1.FEp127f; /* that has parts */
 
   /* The next part of each number: its bits, in the lower half of each lane. What is left then is in its place. */
   static VI next_part(V& v) {
@@ -52,8 +59,12 @@ struct Pairs {
   }
   /* Whether the parts can stand for all of a vector's numbers: not for those that are not finite, or round to infinity. */
   static bool have_parts(V v) {
-    const __m512 largest = (__m512)splat(0x1.FEp127f);
-    return !_mm512_cmp_ps_mask(_mm512_abs_ps((__m512)v), largest, _CMP_NLE_UQ);
+    return !_mm512_cmp_ps_mask(_mm512_abs_ps((__m512)v), (__m512)splat(kLargest), _CMP_NLE_UQ);
+  }
+  /* Numbers that have parts in the place of those that are too large; where one part is all, infinity is its own. */
+  static V bounded(V v) {
+    if constexpr (kParts == 2) return at_least(at_most(v, kLargest), -kLargest);
+    return v;
   }
 
   static VI in_lanes(__m256i bits) { return (VI)_mm512_maskz_cvtepu16_epi32(0xFFFF, bits); }
@@ -74,6 +85,7 @@ struct Pairs {
 
   /* A vector of row k of a panel, `p` its place. Rows come in ascending order. */
   static void store_right(float* p, int64_t k, V v) {
+    v = bounded(v);
     for (int part = 0; part < kParts; ++part, p += W) {
       const VI bits = next_part(v);
       store(p, (V)(k % 2 ? (VI)load(p) | bits << 16 : bits));
@@ -82,6 +94,7 @@ struct Pairs {
 
   /* W of a left factor's columns. */
   static void store_left(float* p, V v) {
+    v = bounded(v);
     for (int part = 0; part < kParts; ++part, p += kJoined * W / kPair) {
       const __m256i bits = _mm512_maskz_cvtepi32_epi16(0xFFFF, (__m512i)next_part(v));
       __builtin_memcpy(p, &bits, sizeof bits);
@@ -97,15 +110,19 @@ struct Pairs {
 
   static V multiply_add(V s, V w, V sum) { return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)s, (__m512bh)w); }
 
-  /* What a panel of `columns` without parts holds in a column for k. */
+  /* What a panel of `columns` holds in a column for k. */
   static float of_panel(const float* panel, int64_t columns, int64_t k, int64_t column) {
-    static_assert(kParts == 1, "nobody asks for others");
-    uint32_t bits;
-    __builtin_memcpy(&bits, panel + k / 2 * columns + column, sizeof bits);
-    bits = k % 2 ? bits & 0xFFFF0000u : bits << 16;
-    float one;
-    __builtin_memcpy(&one, &bits, sizeof one);
-    return one;
+    const float* p = panel + (k / 2 * columns + column / W * W) * kParts + column % W;
+    float sum = 0.0f;
+    for (int part = 0; part < kParts; ++part) {
+      uint32_t bits;
+      __builtin_memcpy(&bits, p + part * W, sizeof bits);
+      bits = k % 2 ? bits & 0xFFFF0000u : bits << 16;
+      float one;
+      __builtin_memcpy(&one, &bits, sizeof one);
+      sum += one;
+    }
+    return sum;
   }
 };
 
@@ -157,6 +174,7 @@ struct Factors : Kind {
 
   /* W rows of a panel, `p` the place of the first, `width` floats from one place to the next: the square at `v`, which is spent. */
   static void store_square(float* p, int64_t width, V* v) {
+    for (int k = 0; k < W; ++k) v[k] = Kind::bounded(v[k]);
     for (int k = 0; k < W; k += kPair, p += width)
       for (int part = 0; part < kParts; ++part) store(p + part * W, Kind::next_together(v + k));
   }
@@ -166,7 +184,7 @@ struct Factors : Kind {
   static void store_rows(const float* from, int64_t rows, float* to) {
     for (int64_t row = 0; row < rows; row += kWhole, to += kWhole / kPair * kWide) {
       V numbers[kWhole];
-      for (int k = 0; k < kWhole; ++k) numbers[k] = row + k < rows ? load(from + (row + k) * W) : V{};
+      for (int k = 0; k < kWhole; ++k) numbers[k] = row + k < rows ? Kind::bounded(load(from + (row + k) * W)) : V{};
       if constexpr (kUnit) {
         mirror(numbers);
         mirror(numbers + W);
@@ -181,7 +199,10 @@ struct Factors : Kind {
 
 /* Those of products step by step, and of a whole chunk. Where the second are others, only calls in training have them, of so many
    rows that it pays; and of those that have so many at each step all products. */
-#if defined(LS_PARTS)
+#if defined(LS_PARTS) && LS_PARTS == 2
+using Step = Factors<Pairs<2, 2>>;
+using OfChunk = Step;
+#elif defined(LS_PARTS)
 using Step = Factors<Floats>;
 using OfChunk = Factors<Pairs<3, 2>>;
 #elif defined(__AMX_BF16__)

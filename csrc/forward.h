@@ -33,7 +33,7 @@ struct Forward {
   static constexpr int NW = N * W;
   static constexpr int G = Cell::kGates;
   static constexpr bool kLstm = L::kLstm, kGru = Cell::kCell == LS_GRU;
-  static constexpr bool kParts = F::kParts > 1;
+  static constexpr bool kPartless = F::kPartless;
 
   const ls_forward_args& a;
   const Steps steps;
@@ -84,7 +84,7 @@ struct Forward {
     h_block = direct ? W : Bp * W;
     plan_teams();
     /* Not with parts: where x has numbers without any, all panels' biases are read at once. */
-    passing = T == 1 && teams == 1 && !a.packed && !direct && !normal && !a.tokens.table && !kParts;
+    passing = T == 1 && teams == 1 && !a.packed && !direct && !normal && !a.tokens.table && !kPartless;
     int64_t group = ceil_div(B, teams);
     /* xg and x of a chunk should stay in the second-level cache; a matrix unit waits for the weights instead. */
     int64_t row_floats = sizes.panels * NW / team_size + sizes.input_blocks * W;
@@ -119,7 +119,7 @@ struct Forward {
     m = projects ? arena.array(direct ? B * m_row : R::left_floats(sizes.U, Bp)) : nullptr;
     hr = projects ? arena.array(projection.panels() * kColumns * Bp * W) : nullptr;
     x = direct ? nullptr : arena.array(teams * x_floats());
-    partless = kParts ? reinterpret_cast<int64_t*>(arena.array(2 * teams)) : nullptr;
+    partless = kPartless ? reinterpret_cast<int64_t*>(arena.array(2 * teams)) : nullptr;
     xg = arena.array(teams * sizes.panels * chunk_rows * NW);
     hg = normal ? arena.array(sizes.panels * Bp * NW) : nullptr;
     row_offset = reinterpret_cast<int64_t*>(arena.array(2 * T));
@@ -141,7 +141,7 @@ struct Forward {
     must_be(carve(memory) == floats);
     steps.count_rows(row_offset);
     clear(reinterpret_cast<float*>(shared), int64_t(sizeof(Team::Shared) / 4) * (teams + 1));
-    if (kParts) clear(reinterpret_cast<float*>(partless), 2 * teams);
+    if (kPartless) clear(reinterpret_cast<float*>(partless), 2 * teams);
     parallel(
         threads, [](void* context, int thread, int count) { static_cast<Forward*>(context)->work(thread, count); }, this);
     give(memory);
@@ -233,11 +233,11 @@ struct Forward {
           multiply_inputs_direct(team, first, last, row0, row1, rows, xg_chunk);
         if (first == 0 && !team.wait()) return; /* all have made their part of the first state */
       } else {
-        copy_inputs(team, first, last, row0, row1, rows, x_chunk, kParts ? partless + index : nullptr);
+        copy_inputs(team, first, last, row0, row1, rows, x_chunk, kPartless ? partless + index : nullptr);
         if (!team.wait()) return;
         if (passing)
           run_only_step(team, row0, rows, x_chunk, xg_chunk);
-        else if (kParts && partless[index] == first + 1)
+        else if (kPartless && partless[index] == first + 1)
           multiply_inputs_direct(team, first, last, row0, row1, rows, xg_chunk);
         else
           multiply_inputs(own_panels(team), first, rows, x_chunk, xg_chunk);
@@ -320,7 +320,7 @@ struct Forward {
         const float* from = a.x + steps.offset(t, row, a.x_step, a.x_row);
         for (int64_t block = team.begin(blocks); block < team.end(blocks); ++block) {
           const V v = row_block(from, sizes.I, block);
-          if constexpr (kParts)
+          if constexpr (kPartless)
             if (!F::have_parts(v)) __atomic_store_n(partless_chunk, first + 1, __ATOMIC_RELAXED);
           F::store_left(F::left_at(chunk, odd(rows), block, at), v);
         }

@@ -2,7 +2,8 @@
 
 #include <stdlib.h>
 
-#if defined(LS_HAVE_AMX) || defined(LS_HAVE_AMX_BF16)
+#if defined(LS_HAVE_AMX) || defined(LS_HAVE_AMX_BF16X3) || defined(LS_HAVE_AMX_BF16)
+#define LS_HAVE_UNITS
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -19,6 +20,9 @@ extern const Target target_avx512_bf16;
 #endif
 #if defined(LS_HAVE_AMX)
 extern const Target target_amx;
+#endif
+#if defined(LS_HAVE_AMX_BF16X3)
+extern const Target target_amx_bf16x3;
 #endif
 #if defined(LS_HAVE_AMX_BF16)
 extern const Target target_amx_bf16;
@@ -42,6 +46,9 @@ const Target* const kTargets[] = {
 #if defined(LS_HAVE_AMX)
     &target_amx,
 #endif
+#if defined(LS_HAVE_AMX_BF16X3)
+    &target_amx_bf16x3,
+#endif
 #if defined(LS_HAVE_AMX_BF16)
     &target_amx_bf16,
 #endif
@@ -51,7 +58,7 @@ const Target* const kTargets[] = {
 };
 constexpr int32_t kNumTargets = sizeof kTargets / sizeof kTargets[0];
 
-#if defined(LS_HAVE_AMX) || defined(LS_HAVE_AMX_BF16)
+#if defined(LS_HAVE_UNITS)
 
 /* Whether the processor has matrix units and Linux lets this process use them, for which it has to be asked once. */
 bool has_matrix_units() {
@@ -76,12 +83,12 @@ bool supported(int32_t target) {
                       __builtin_cpu_supports("avx512cd");
   if (!__builtin_strcmp(name, "avx2")) return avx2;
   if (!__builtin_strcmp(name, "avx512")) return avx512;
-#if defined(LS_HAVE_AMX) || defined(LS_HAVE_AMX_BF16) || defined(LS_HAVE_AVX512_BF16)
+#if defined(LS_HAVE_UNITS) || defined(LS_HAVE_AVX512_BF16)
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   if (!__builtin_strcmp(name, "avx512_bf16")) return bf16;
 #endif
-#if defined(LS_HAVE_AMX) || defined(LS_HAVE_AMX_BF16)
-  if (!__builtin_strcmp(name, "amx") || !__builtin_strcmp(name, "amx_bf16")) return bf16 && has_matrix_units();
+#if defined(LS_HAVE_UNITS)
+  if (!__builtin_strncmp(name, "amx", 3)) return bf16 && has_matrix_units();
 #endif
 #else
   (void)target;

@@ -6,8 +6,9 @@
    read the weights as they lie have factors of float32 there too. In the target amx forward passes that save, backward passes
    and losses of many rows multiply by matrix units, factors as sums of three numbers of bfloat16: the error is that of float32,
    but for numbers below 2^-110, of which digits are lost, and numbers that are not finite or above 3.38e38, which outside x make
-   NaN of the sums that they are in. These three are never active unless they are chosen. Whether amx and amx_bf16 are supported
-   is asked once, and asks Linux for the use of the processor's matrix units.
+   NaN of the sums that they are in. The target amx_bf16x3 multiplies everything so, factors as sums of two numbers of bfloat16 in
+   three products: about 16 bits; what is beyond 3.38e38, infinity too, counts as that. These four are never active unless they
+   are chosen. Whether those named amx are supported is asked once, and asks Linux for the use of the processor's matrix units.
 
      T  steps   B  sequences (rows)   I  input width   H  hidden units   G  gates: RNN 1, GRU 3 (r, z, n), LSTM 4 (i, f, g, o);
      of an LSTM whose gates are coupled 3 (f, g, o)   P  width of h: H, or what an LSTM projects it to

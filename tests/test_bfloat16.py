@@ -1,4 +1,4 @@
-"""The target whose products are of bfloat16: against the same equations in float64 with rounded factors."""
+"""Targets whose products are of bfloat16: against the same equations in float64 with rounded factors."""
 
 from __future__ import annotations
 
@@ -32,37 +32,49 @@ EVERY_TARGET = pytest.mark.parametrize(
         pytest.param(
             name, marks=pytest.mark.skipif(name not in native.supported(), reason=f"this processor lacks {name}")
         )
-        for name in native.BFLOAT16
+        for name in native.LOWER
     ],
 )
+ERROR = {**dict.fromkeys(native.BFLOAT16, 4e-3), native.HALVES: 1e-5}
+"""What rounding the factors makes of a result, of its largest value."""
 
 
 class RoundedProduct(torch.autograd.Function):
-    """x W^T in float64, factors rounded to bfloat16 in both directions."""
+    """x W^T in float64 in both directions, of factors of bfloat16: of as many as there are parts of each."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, parts: int) -> Tensor:
+        ctx.parts = parts
         ctx.save_for_backward(x, weight)
-        return rounded(x) @ rounded(weight).T
+        return rounded_product(x, weight.T, parts)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
         (d,) = grads
         x, weight = ctx.saved_tensors
-        return rounded(d) @ rounded(weight), rounded(d).T @ rounded(x)
+        return rounded_product(d, weight, ctx.parts), rounded_product(d.T, x, ctx.parts), None
 
 
 def rounded(x: Tensor) -> Tensor:
     return x.float().bfloat16().double()
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    found: Tensor = RoundedProduct.apply(x, weight)  # type: ignore[no-untyped-call]
-    return found
+def rounded_product(a: Tensor, b: Tensor, parts: int) -> Tensor:
+    """Return what is left of a b: of two parts of each factor all products but that of the smaller ones."""
+    high = rounded(a) @ rounded(b)
+    if parts == 1:
+        return high
+    low_a, low_b = rounded(a - rounded(a)), rounded(b - rounded(b))
+    return high + low_a @ rounded(b) + rounded(a) @ low_b
 
 
-def run_rounded(cell: str, x_TBI: Tensor, h: Tensor, weights: list[Tensor]) -> Tensor:
+def run_rounded(cell: str, x_TBI: Tensor, h: Tensor, weights: list[Tensor], parts: int) -> Tensor:
     """Return the outputs of a layer, as its equations give them with rounded factors. An LSTM's c starts at h."""
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        found: Tensor = RoundedProduct.apply(x, weight, parts)  # type: ignore[no-untyped-call]
+        return found
+
     w_ih, w_hh, b_ih, b_hh = weights
     c = h
     outputs = []
@@ -82,8 +94,8 @@ def run_rounded(cell: str, x_TBI: Tensor, h: Tensor, weights: list[Tensor]) -> T
     return torch.stack(outputs)
 
 
-def both(cell: str, I: int, H: int, T: int, B: int, kernel: str) -> list[tuple[Tensor, Tensor]]:
-    """Return pairs: outputs and every gradient of a kernel, and of the equations with rounded factors."""
+def both(cell: str, I: int, H: int, T: int, B: int, kernel: str, target: str) -> list[tuple[Tensor, Tensor]]:
+    """Return pairs: outputs and every gradient of a kernel, and of the equations with the factors of a target."""
     torch.manual_seed(I + 100 * H + T)
     layer = LAYERS[cell](I, H)
     x, loss, h = torch.randn(T, B, I), torch.randn(T, B, H), torch.rand(B, H)
@@ -92,7 +104,7 @@ def both(cell: str, I: int, H: int, T: int, B: int, kernel: str) -> list[tuple[T
         y = layer(ours, (h[None], h[None]) if cell == "lstm" else h[None])[0]
         (y * loss).sum().backward()
     weights = [p.detach().double().requires_grad_() for p in layer.parameters()]
-    wanted = run_rounded(cell, theirs, h.double(), weights)
+    wanted = run_rounded(cell, theirs, h.double(), weights, parts=1 + (target == native.HALVES))
     torch.autograd.backward((wanted * loss.double()).sum())
     found = [y.detach(), ours.grad, *(p.grad for p in layer.parameters())]
     return [
@@ -114,37 +126,39 @@ def test_outputs_and_gradients_are_those_of_rounded_factors(
     # With an error of 1e-7 a number in the middle of two of bfloat16 goes to the other one now and then: most results
     # are equal nevertheless, and none is further away than that. Where a result has few values, one such number reaches
     # all of them: they are counted among all the others.
-    found = distances(both(cell, I, H, T, B, target))
+    found = distances(both(cell, I, H, T, B, target, target))
     for distance in [torch.cat(found), *(distance for distance in found if distance.numel() >= 30)]:
-        assert distance.median() < 3e-4
-    assert max(float(distance.max()) for distance in found) < 1e-2
+        assert distance.median() < ERROR[target] / 13
+    assert max(float(distance.max()) for distance in found) < 2.5 * ERROR[target]
 
 
 @EVERY_TARGET
 @pytest.mark.parametrize("cell", LAYERS)
 @pytest.mark.parametrize(("T", "B"), [(1, 70), (12, 24)])
 def test_the_factors_are_rounded_and_nothing_else_is(target: str, cell: str, T: int, B: int) -> None:
-    near = distances(both(cell, 48, 40, T, B, target))
-    exact = distances(both(cell, 48, 40, T, B, kernels.NATIVE))
+    near = distances(both(cell, 48, 40, T, B, target, target))
+    exact = distances(both(cell, 48, 40, T, B, kernels.NATIVE, target))
+    times = 30 if target in native.BFLOAT16 else 2  # the error of float32 itself is nearer to that of two parts
     for of_bfloat16, of_float32 in zip(near[:-2], exact[:-2], strict=True):
-        assert 30 * of_bfloat16.mean() < of_float32.mean() < 2e-2
+        assert times * of_bfloat16.mean() < of_float32.mean() < 5 * ERROR[target]
 
 
-@needs_target
+@EVERY_TARGET
 @pytest.mark.parametrize(("T", "B", "H"), [(9, 33, 600), (40, 17, 200)])
-def test_sums_that_are_cut_into_pieces(T: int, B: int, H: int) -> None:
+def test_sums_that_are_cut_into_pieces(target: str, T: int, B: int, H: int) -> None:
     """More units than are summed at once, more steps than a chunk has."""
     torch.manual_seed(0)
     layer, x = longshort.GRU(600, H), torch.randn(T, B, 600)
     found = []
-    for kernel in (kernels.BFLOAT16, kernels.NATIVE):
+    for kernel in (target, kernels.NATIVE):
         with kernels.use(kernel):
             layer.zero_grad()
             y = layer(x)[0]
             y.square().sum().backward()
             found.append([y.detach(), *(p.grad for p in layer.parameters())])
     for ours, exact in zip(*found, strict=True):
-        assert 1e-6 < float((ours - exact).abs().mean() / exact.abs().max()) < 1e-3
+        distance = (ours - exact).abs().mean() / exact.abs().max()
+        assert ERROR[target] / 4000 < distance < ERROR[target] / 4
 
 
 OF_EVERY_CELL: list[dict[str, Any]] = [
@@ -182,7 +196,7 @@ def test_options_and_lengths_stay_near_float32(target: str, cell: str, given: di
     assert not found[target][0][3:, 2].any(), "past its end a row is 0"
     for ours, exact in zip(found[target], found["reference"], strict=True):
         distance = (ours - exact).abs() / exact.abs().max()
-        assert 1e-6 < distance.mean() < 1e-2
+        assert ERROR[target] / 4000 < distance.mean() < 2.5 * ERROR[target]
 
 
 def model(tmp_path: Path, **given: Any) -> Path:
@@ -337,8 +351,8 @@ def test_what_is_forced_is_told() -> None:
         assert kernels.active() == kernels.explain(layer, x).name == native.bfloat16()
         with kernels.use(kernels.active()):
             assert kernels.active() == native.bfloat16()
-    assert not {*kernels.available(), *native.targets()} & {*native.BFLOAT16}, "they give other results"
-    assert native.active_target() not in native.BFLOAT16
+    assert not {*kernels.available(), *native.targets()} & {*native.LOWER}, "they give other results"
+    assert native.active_target() not in native.LOWER
 
 
 def test_where_there_is_none_it_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from longshort.native_model import DecodeArgs, Draw, NativeModel, SamplingStruct
 from longshort.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 
 pytestmark = pytest.mark.skipif(not native.targets(), reason="there is no kernel library")
-FLOAT32_TARGETS = [name for name in native.built_targets() if name not in native.BFLOAT16]
+FLOAT32_TARGETS = [name for name in native.built_targets() if name not in native.LOWER]
 TOKENIZER = CharTokenizer("abcdefgh \n")
 
 
@@ -267,7 +267,7 @@ def test_eight_bits_are_the_model_with_rounded_weights(
     assert text == "".join(generate(same, TOKENIZER, "abc", 50, Sampling(temperature=0)))
 
 
-@pytest.mark.parametrize("target", native.BFLOAT16)
+@pytest.mark.parametrize("target", native.LOWER)
 def test_eight_bits_of_many_rows_where_tiles_have_more_than_vectors(
     target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

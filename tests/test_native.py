@@ -287,7 +287,7 @@ def test_threads_that_divide_rows(target: str, cell: str, reverse: bool) -> None
             case.check(target, reverse, threads)
 
 
-@pytest.mark.parametrize("target", [*TARGETS, *native.BFLOAT16], indirect=True)
+@pytest.mark.parametrize("target", [*TARGETS, *native.LOWER], indirect=True)
 @DIRECTIONS
 @EVERY_CELL
 def test_inference_gives_the_same_bits_for_any_threads_and_batch(target: str, cell: str, reverse: bool) -> None:

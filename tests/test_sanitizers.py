@@ -49,7 +49,7 @@ def runtime(name: str) -> str:
 
 
 def test_memory_and_undefined_behaviour() -> None:
-    targets = "avx2;avx512;amx;avx512_bf16;amx_bf16" if EVERYTHING else "avx512"
+    targets = "avx2;avx512;amx;avx512_bf16;amx_bf16;amx_bf16x3" if EVERYTHING else "avx512"
     place = build("address,undefined", f"-DLONGSHORT_TARGETS={targets}")
     few = "((sizes or lengths or normalisation or threads or refused) and not rnn and not share and not coupled)"
     few += " or (projections and reverse) or refuses or pieces or one_hot_rows or gradients_are_exact or does_not_fit"

@@ -97,7 +97,8 @@ class _CellLayer(StandIn, nn.RNNCellBase):
         grad = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (*weights, *state, *(() if x is None else (x,))) if tensor is not None
         )
-        return kernels.choose(self.cell, x=x, grad=grad)
+        size = None if x is None else (1, len(x) if x.dim() == 2 else 1, self.hidden_size)
+        return kernels.choose(self.cell, x=x, size=size, grad=grad)
 
 
 class RNNCell(_CellLayer):

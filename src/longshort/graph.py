@@ -46,7 +46,7 @@ def _call(arguments: Sequence[Any]) -> tuple[Tensor, State | None, list[Tensor],
             for h_mask, zoneout_mask, reset in zip(h_masks, zoneout_masks, resets, strict=True)
         )
     plain = (cell, hidden_size, directions, bias, batch_first, sequences, options, target)
-    call = ops.Call(*plain, tuple(vectors), projected=projected)
+    call = ops.Call(*plain, tuple(vectors), projected=projected).resolved(x)
     state = None if state is None else tuple(tensor.contiguous() for tensor in state)
     return ops.rows(x), state, [weight.contiguous() for weight in weights], call
 

@@ -6,11 +6,13 @@
                 it is asked for, since it is faster where nobody else uses the cores, and else may be slower
     bfloat16    the native kernels with factors of bfloat16 in their products, where the processor multiplies those:
                 faster, 3 digits; sums, states, gates and weights stay float32
+    amx_bf16x3  the same with factors of two numbers of bfloat16, by matrix units: 5 digits
     torch       PyTorch's own kernels (oneDNN, MKL or ATen on a CPU, cuDNN on a GPU): rnn, rnn_relu, gru, lstm
     reference   the equations of `cells.py`, step by step: every cell, any precision, differentiable twice
 
-`auto`, the default, takes the fastest of float32 that can run the call. `use` forces one, `explain` names the choice,
-`invalidate` forgets packed weights.
+`auto`, the default, takes the fastest of float32 that can run the call, and of lower precision where PyTorch's own
+switches allow that (`float32_precision.py`). `use` forces one, `explain` names the choice, `invalidate` forgets packed
+weights.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from longshort import backends, cells, graph, masks, native, ops
+from longshort import backends, cells, float32_precision, graph, masks, native, ops
 from longshort.cells import LayerWeights, Options, Readings, Sequences, Stack, State
 from longshort.errors import UsageError
 from longshort.ops import invalidate as invalidate
@@ -125,6 +127,7 @@ def choose(
     needs: frozenset[str] = frozenset(),
     *,
     x: Tensor | None = None,
+    size: tuple[int, int, int] | None = None,
     grad: bool = False,
     casts: bool = False,
 ) -> Choice:
@@ -135,6 +138,7 @@ def choose(
         needs: what the call has beyond a plain layer: the names of the layer's active options, and of `packed`,
             `lengths`, `resets`, `return_gates` and `proj_size` those that it uses.
         x: input, for its type and device; None where it is not known.
+        size: T, B and H, for how exact products have to be; None where they are not known.
         grad: whether gradients are wanted.
         casts: whether the caller hands the call to `run_layers`, which does what autocast asks for.
 
@@ -150,6 +154,9 @@ def choose(
         lacks = _native_lacks(cell, needs, x)
         if not lacks and forced:
             return Choice(forced, "forced by kernels.use", grad)
+        if not lacks and size and not torch.compiler.is_compiling() and (allowed := float32_precision.target(*size)):
+            reason = f"torch.backends' fp32_precision allows {float32_precision.allowed()} in products of float32"
+            return Choice(allowed, reason, grad)
         if not lacks:
             return Choice(_active_target(), "the native kernels run this call", grad)
         if forced:
@@ -216,8 +223,10 @@ def _graphed() -> bool:
 
 def _run_native(choice: Choice) -> Any:
     """Return what runs a stack of layers by the native kernels: as a node where a graph is made, else at once."""
-    run = graph.run_graph if _graphed() else ops.run_native
-    return partial(run, target=ops.TARGETS[choice.name], grad=choice.grad)
+    graphed = _graphed()
+    # A graph may run elsewhere, and when PyTorch's switches are set otherwise.
+    target = -1 if graphed and _forced is None else ops.TARGETS[choice.name]
+    return partial(graph.run_graph if graphed else ops.run_native, target=target, grad=choice.grad)
 
 
 def explain(layer: Any, x: Any = None, **arguments: Any) -> Choice:
@@ -403,7 +412,8 @@ def run(
     inputs = (x_TBI, *state, *flat, *(tensor for each in options for tensor in each.vectors.values()))
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     needs = frozenset({"layer_norm"} if options else ())
-    choice = choose(cell, needs, x=x_TBI, grad=grad)
+    size = (*x_TBI.shape[:2], stack.hidden_size)
+    choice = choose(cell, needs, x=x_TBI, size=size, grad=grad)
     return run_layers(choice, stack, x_TBI, state, flat, dropout=dropout, training=training, options=options)
 
 

@@ -85,7 +85,7 @@ def description() -> dict[str, object]:
         "cores": cores(),
         "vector_extensions": vector_extensions(),
         "native_kernels": list(native.targets()),
-        "bfloat16_kernels": [name for name in native.supported() if name in native.BFLOAT16],
+        "bfloat16_kernels": [name for name in native.supported() if name in native.LOWER],
         "native_target": native.active_target(),
         "native_threads": native.threading(),
         "system": f"{platform.system()} {platform.machine()}",

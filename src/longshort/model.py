@@ -196,7 +196,7 @@ class LanguageModel(nn.Module):
         weights = [weight for own in self.recurrent.all_weights for weight in own]
         stack = Stack(config.cell, x_TBE.shape[-1], config.hidden, config.layers, residual=config.residual)
         needs = frozenset({"return_gates", *(("layer_norm",) if config.layer_norm else ())})
-        choice = kernels.choose(config.cell, needs, x=x_TBE)
+        choice = kernels.choose(config.cell, needs, x=x_TBE, size=(len(ids_T), 1, config.hidden))
         found: list[Readings] = []
         options, state = self.recurrent.options, self.zero_state(1)
         kernels.run_layers(choice, stack, x_TBE, state, weights, options=options, readings=found)

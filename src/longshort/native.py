@@ -3,8 +3,8 @@
 The library is loaded when it is first asked for. What its functions mean is written in `csrc/longshort.h`;
 `native_layers.py` and `native_model.py` call them on NumPy arrays, `ops.py` on tensors. Environment:
 
-    LONGSHORT_TARGET=avx2       the build of the kernels that runs instead of the best this processor has; amx, amx_bf16
-                                and avx512_bf16 (products of bfloat16) run only where they are asked for
+    LONGSHORT_TARGET=avx2       the build of the kernels that runs instead of the best this processor has; amx, and
+                                those with products of bfloat16, run only where they are asked for
     LONGSHORT_LIBRARY=PATH      another library than the package's own, such as one with sanitizers
 """
 
@@ -48,6 +48,10 @@ SHOWN = {
 """What a forward pass can show beside h, in the library's order."""
 BFLOAT16 = ("amx_bf16", "avx512_bf16")
 """The targets whose products have factors of bfloat16, best first: about 3 digits; sums and all else are float32."""
+HALVES = "amx_bf16x3"
+"""The target whose products have factors of two numbers of bfloat16, three products each: about 5 digits."""
+LOWER = (HALVES, *BFLOAT16)
+"""The targets whose products are less exact than those of float32."""
 FUNCTIONS = {"exp": 0, "tanh": 1, "sigmoid": 2}
 PATH = Path(__file__).parent / "_lib" / "liblongshort.so"
 """Where the build puts the library."""
@@ -198,7 +202,7 @@ def built_targets() -> tuple[str, ...]:
 
 def targets() -> tuple[str, ...]:
     """Return the targets of float32 that this processor can run, best first, then `amx`; none without a library."""
-    return tuple(name for name in supported() if name not in BFLOAT16)
+    return tuple(name for name in supported() if name not in LOWER)
 
 
 def bfloat16() -> str | None:
@@ -218,7 +222,7 @@ def need_bfloat16() -> str:
 
 
 def supported() -> tuple[str, ...]:
-    """Return all targets that this processor can run: `targets`, then those of `BFLOAT16`."""
+    """Return all targets that this processor can run: `targets`, then those of `LOWER`."""
     found = library()
     return _supported(found) if found else ()
 

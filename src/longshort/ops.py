@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longshort import backends, buffers, cells, native
+from longshort import backends, buffers, cells, float32_precision, native
 from longshort.cells import VECTORS, Options, Readings, Sequences, Stack, State
 from longshort.native_model import LossArgs
 
@@ -54,6 +54,12 @@ SUPPORTED = native.targets()
 """The targets that this processor can run, best first."""
 
 
+def resolved(target: int, steps: int, rows: int, units: int) -> int:
+    """Return `target`; for -1 the number of what PyTorch's switches allow for T, B and H, else -1, the active one."""
+    name = None if target >= 0 else float32_precision.target(steps, rows, units)
+    return target if name is None else TARGETS[name]
+
+
 class Call(NamedTuple):
     """What one layer's forward and backward pass have in common, beside tensors.
 
@@ -70,7 +76,7 @@ class Call(NamedTuple):
     sequences: Sequences | None
     options: Sequence[Options]
     target: int
-    """Number of the target, -1 for the active one."""
+    """Number of the target, -1 for the active one; see `resolved`."""
     vectors: tuple[str, ...] = ()
     """Those of `cells.VECTORS` that follow each direction's weights, in their order."""
     ids: Tensor | None = None
@@ -87,6 +93,10 @@ class Call(NamedTuple):
         if self.sequences is not None:
             return len(self.sequences.counts), self.sequences.batch_size
         return (x.shape[1], x.shape[0]) if self.batch_first else (x.shape[0], x.shape[1])
+
+    def resolved(self, x: Tensor) -> Call:
+        """Return the call with the target that PyTorch's switches allow, where it has the active one."""
+        return self if self.target >= 0 else self._replace(target=resolved(-1, *self.size(x), self.H))
 
     def strides(self, x: Tensor) -> tuple[int, int]:
         """Return the floats from one step to the next, and from one row to the next."""
@@ -412,12 +422,13 @@ def cross_entropy(
         bias_V: of the output layer.
         targets_N: int64; below 0 where there is nothing to predict.
         scale: of the gradients.
-        target: number of the target that runs, -1 for the active one.
+        target: number of the target that runs, -1 for what PyTorch's switches allow or else the active one.
     """
     given = [tensor.detach().contiguous() for tensor in (h_NH, weight_VH, bias_V, targets_N)]
     dh_NH, *dweights = given[0].new_empty(h_NH.shape), *map(buffers.Gradients.like, given[1:3])
     nats_N = dh_NH.new_empty(len(h_NH), dtype=torch.float64)
     places = [tensor.data_ptr() for tensor in (*given, nats_N, dh_NH, *dweights)]
+    target = resolved(target, 2, *h_NH.shape)  # as many rows as of a batch that is read at once
     args = LossArgs(len(h_NH), *weight_VH.shape, target, torch.get_num_threads(), *places, scale)
     check(library.ls_loss(ctypes.byref(args)))
     return float(nats_N.numpy().sum()), (dh_NH, dweights[0], dweights[1])
@@ -557,9 +568,9 @@ def run_native(
 ) -> tuple[Tensor, State]:
     """Run a stack of layers by the native kernels.
 
-    Arguments as in `backends`; `target` is the number of the target that runs, -1 for the active one, and `grad` says
-    whether gradients are wanted. With `ids` (T, B), int64, the first layer reads symbols; `x` is its table then, as
-    `Call` says, and the first of the weights is empty.
+    Arguments as in `backends`; `target` is the number of the target that runs, -1 for what PyTorch's switches allow or
+    else the active one, and `grad` says whether gradients are wanted. With `ids` (T, B), int64, the first layer reads
+    symbols; `x` is its table then, as `Call` says, and the first of the weights is empty.
     """
     D = 2 if stack.bidirectional else 1
     layers, per_layer = stack.num_layers, len(weights) // stack.num_layers
@@ -573,7 +584,7 @@ def run_native(
         own, vectors = join_vectors(D, weights[layer * per_layer : (layer + 1) * per_layer], having)
         symbols = None if layer or ids is None else ids.contiguous()
         plain = (cell, stack.hidden_size, D, stack.bias, batch_first, sequences, having, target)
-        call = Call(*plain, vectors, symbols, shows, stack.proj_size)
+        call = Call(*plain, vectors, symbols, shows, stack.proj_size).resolved(x)
         x = rows(x) if symbols is None else x.contiguous()
         before = state if state is None or layers == 1 else tuple(t[layer * D : (layer + 1) * D] for t in state)
         num_states = len(stack.state_sizes)

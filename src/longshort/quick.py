@@ -82,6 +82,7 @@ class Quick:
             weights.append(weight)
         h_0, c_0 = (*state, None, None)[:2]
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, x, *state))
+        target = ops.resolved(target, T, B, H)
         packed = (
             None if grad else ops.pack(self._call if target < 0 else self._call._replace(target=target), weights, I)
         )

@@ -272,7 +272,8 @@ class RecurrentLayer(StandIn, nn.RNNBase):
             state, weights, having = self._with_options(x, state, weights, steps, rows, sequences, resets_TB)
         inputs = (x, *weights, *(state or ()), *(tensor for each in having for tensor in each.vectors.values()))
         grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-        choice = kernels.choose(stack.cell, needs, x=x, grad=grad, casts=True)
+        size = steps, rows, stack.hidden_size
+        choice = kernels.choose(stack.cell, needs, x=x, size=size, grad=grad, casts=True)
         return kernels.run_layers(
             choice,
             stack,
@@ -357,14 +358,18 @@ class RecurrentLayer(StandIn, nn.RNNBase):
 
     def choose(self, x: Any = None, *, lengths: Any = None, return_gates: bool = False, resets: Any = None) -> Choice:
         """Return the implementation that a call with these arguments would run: what `kernels.explain` tells."""
-        packed = isinstance(x, PackedSequence)
+        packed, size = isinstance(x, PackedSequence), None
         needs = self._needs_of(
             packed=packed, lengths=lengths is not None, resets=resets is not None, return_gates=return_gates
         )
         if packed:
+            size = len(x.batch_sizes), int(x.batch_sizes[0]), self.hidden_size
             x = x.data
+        elif x is not None:
+            steps, rows = (len(x), 1) if x.dim() == 2 else x.shape[1::-1] if self.batch_first else x.shape[:2]
+            size = steps, rows, self.hidden_size
         grad = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
-        return kernels.choose(self.cell, needs, x=x, grad=grad, casts=True)
+        return kernels.choose(self.cell, needs, x=x, size=size, grad=grad, casts=True)
 
     def flatten_parameters(self) -> None:
         """Lay the weights out for cuDNN, where it can run them."""

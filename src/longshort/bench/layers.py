@@ -12,13 +12,14 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from longshort import durable, kernels, machine
+from longshort import durable, kernels, machine, native
 from longshort.bench import ledger, peers
 from longshort.bench.grids import CELLS, GRIDS, MODES, OPTIONS, Case, Grid, summary
 from longshort.bench.ledger import Row
@@ -26,6 +27,7 @@ from longshort.bench.timing import Side, Timing, busy_neighbour, interleave
 from longshort.errors import UsageError
 
 ATTEMPTS = 3
+PRECISIONS = ("highest", "high", "medium")
 ENVIRONMENT = (
     *machine.HELD_TO["avx2"],
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_SPINCOUNT", "GOMP_CPU_AFFINITY"),
@@ -50,6 +52,7 @@ class Settings:
         isa: `avx2` where both sides are held to it.
         neighbour: whether another process keeps one core busy meanwhile.
         autocast: whether both sides run under autocast to bfloat16.
+        matmul_precision: of both sides, as `torch.set_float32_matmul_precision` takes it.
     """
 
     grid: str = "quick"
@@ -61,6 +64,7 @@ class Settings:
     isa: str | None = None
     neighbour: bool = False
     autocast: bool = False
+    matmul_precision: str = "highest"
 
     def resolved(self) -> Settings:
         """Return the settings with what was left to the grid filled in.
@@ -85,7 +89,8 @@ class Settings:
         for kind, chosen, known in (("cell", full.cells, cells), ("mode", full.modes, MODES)):
             _check_names(kind, chosen, known)
         _check_names("option", full.options, grid.options)
-        _check_names("kernel", (full.kernel,), ("auto", *kernels.available(), kernels.BFLOAT16))
+        _check_names("kernel", (full.kernel,), ("auto", *kernels.available(), kernels.BFLOAT16, *native.LOWER))
+        _check_names("precision of products", (full.matmul_precision,), PRECISIONS)
         for number in full.threads:
             if not 1 <= number <= 1024:
                 raise UsageError(f"--threads must be from 1 to 1024, not {number}.")
@@ -116,7 +121,10 @@ class Settings:
             if value is True:
                 words.append(f"--{field.name}")
             elif value != field.default:
-                words += [f"--{field.name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+                words += [
+                    f"--{field.name.replace('_', '-')}",
+                    ",".join(map(str, value)) if isinstance(value, tuple) else str(value),
+                ]
         return shlex.join(words)
 
 
@@ -170,13 +178,25 @@ def result(
 def _measure(case: Case, settings: Settings, attempt: int, gemm: Side, measure: Measure) -> Row:
     torch.set_num_threads(case.threads)
     gc.collect()
-    with torch.autocast("cpu", torch.bfloat16, enabled=settings.autocast):
-        ours, peer, kernel = peers.contestants(case, settings.kernel)
-        with kernels.use(settings.kernel), peers.gradients(case):
-            timing = measure(ours, peer, gemm)
+    torch.set_float32_matmul_precision(settings.matmul_precision)
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.autocast):
+            ours, peer, kernel = peers.contestants(case, settings.kernel)
+            with kernels.use(settings.kernel), peers.gradients(case):
+                timing = measure(ours, peer, replace(gemm, call=partial(_exactly, gemm.call, settings)))
+    finally:
+        torch.set_float32_matmul_precision("highest")
     # Beside a busy process the product is bound to vary; only what the host took is a disturbance then.
     most = {"most_gemm_spread": float("inf")} if settings.neighbour else {}
     return Row.of(case, timing, kernel=kernel, attempts=attempt, gemm_size=peers.GEMM_SIZE, **most)
+
+
+def _exactly(call: Callable[[], Any], settings: Settings) -> Any:
+    """Call what is the same in every benchmark: a product of float32."""
+    torch.set_float32_matmul_precision("highest")
+    found = call()
+    torch.set_float32_matmul_precision(settings.matmul_precision)
+    return found
 
 
 def _head(command: str, settings: Settings) -> dict[str, Any]:

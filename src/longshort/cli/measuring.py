@@ -162,6 +162,10 @@ def bench(
     autocast: Annotated[
         bool, Parameter(help="Both sides under PyTorch's autocast to bfloat16.", negative="", show_default=False)
     ] = False,
+    matmul_precision: Annotated[
+        Literal["highest", "high", "medium"],
+        Parameter(help="Of both sides, as torch.set_float32_matmul_precision takes it."),
+    ] = "highest",
     worst: Annotated[Int | None, Parameter(help="Show only this many cases, those where we do worst.")] = None,
     profile: Annotated[
         bool, Parameter(help="Of train: where the time of our step goes.", negative="", show_default=False)
@@ -180,7 +184,8 @@ def bench(
     if profile:
         if what != "train" or out is not None:
             raise UsageError("--profile is for bench train, and prints a table: --out does not go with it.")
-        if grid != "quick" or cells or modes or options or isa or worst or neighbour or autocast or kernel != "auto":
+        rest = (cells, modes, options, isa, worst, neighbour, autocast)
+        if any(rest) or (grid, kernel, matmul_precision) != ("quick", "auto", "highest"):
             raise UsageError("--profile goes with --threads, --precision and --json only.")
         _profile(_threads_of_workloads(threads), precision, json)
         return
@@ -194,6 +199,7 @@ def bench(
             "worst": worst,
         }
         given |= {"kernel": kernel != "auto", "neighbour": neighbour, "autocast": autocast}
+        given |= {"matmul-precision": matmul_precision != "highest"}
         _bench_workloads(what, [name for name, value in given.items() if value], threads, precision, out, json)
         return
     if precision != "float32":
@@ -220,6 +226,7 @@ def bench(
         "isa": isa,
         "neighbour": neighbour,
         "autocast": autocast,
+        "matmul_precision": matmul_precision,
     }
     settings = layers.Settings(grid=grid, **named, **how)
     with screen.Ticker() as ticker:
