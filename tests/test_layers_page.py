@@ -70,8 +70,17 @@ def test_what_is_refused(constructor: str) -> None:
         eval(constructor, dict(NAMES))
 
 
-@pytest.mark.parametrize("measured", ["projection", "autocast", "autocast-xeon"])
+@pytest.mark.parametrize(
+    "measured",
+    [
+        "26-layers-projection",
+        "26-layers-autocast",
+        "26-layers-autocast-xeon",
+        "27-layers-marks-high",
+        "27-layers-medium",
+    ],
+)
 def test_the_tables_of_figures_are_the_result_files(measured: str) -> None:
-    result = f"benchmarks/results/2026-11-26-layers-{measured}.json"
+    result = f"benchmarks/results/2026-11-{measured}.json"
     script = [sys.executable, "benchmarks/layers_table.py", result]
     assert subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True).stdout in PAGE
