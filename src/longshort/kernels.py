@@ -11,7 +11,7 @@
     reference   the equations of `cells.py`, step by step: every cell, any precision, differentiable twice
 
 `auto`, the default, takes the fastest of float32 that can run the call, and of lower precision where PyTorch's own
-switches allow that (`float32_precision.py`). `use` forces one, `explain` names the choice, `invalidate` forgets packed
+switches allow that (`precision.py`). `use` forces one, `explain` names the choice, `invalidate` forgets packed
 weights.
 """
 
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from longshort import backends, cells, float32_precision, graph, masks, native, ops
+from longshort import backends, cells, graph, masks, native, ops, precision
 from longshort.cells import LayerWeights, Options, Readings, Sequences, Stack, State
 from longshort.errors import UsageError
 from longshort.ops import invalidate as invalidate
@@ -154,8 +154,8 @@ def choose(
         lacks = _native_lacks(cell, needs, x)
         if not lacks and forced:
             return Choice(forced, "forced by kernels.use", grad)
-        if not lacks and size and not torch.compiler.is_compiling() and (allowed := float32_precision.target(*size)):
-            reason = f"torch.backends' fp32_precision allows {float32_precision.allowed()} in products of float32"
+        if not lacks and size and not torch.compiler.is_compiling() and (allowed := precision.target(*size)):
+            reason = f"torch.backends' fp32_precision allows {precision.allowed()} in products of float32"
             return Choice(allowed, reason, grad)
         if not lacks:
             return Choice(_active_target(), "the native kernels run this call", grad)

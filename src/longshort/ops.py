@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longshort import backends, buffers, cells, float32_precision, native
+from longshort import backends, buffers, cells, native, precision
 from longshort.cells import VECTORS, Options, Readings, Sequences, Stack, State
 from longshort.native_model import LossArgs
 
@@ -56,7 +56,7 @@ SUPPORTED = native.targets()
 
 def resolved(target: int, steps: int, rows: int, units: int) -> int:
     """Return `target`; for -1 the number of what PyTorch's switches allow for T, B and H, else -1, the active one."""
-    name = None if target >= 0 else float32_precision.target(steps, rows, units)
+    name = None if target >= 0 else precision.target(steps, rows, units)
     return target if name is None else TARGETS[name]
 
 

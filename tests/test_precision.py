@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 import longshort
-from longshort import float32_precision, head, kernels, machine, native
+from longshort import head, kernels, machine, native, precision
 
 pytestmark = pytest.mark.skipif(not native.targets(), reason="there is no kernel library")
 BACKENDS: Any = torch.backends
@@ -39,36 +39,36 @@ def switches() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     for place in (BACKENDS, BACKENDS.mkldnn, BACKENDS.mkldnn.rnn, BACKENDS.mkldnn.matmul):
         place.fp32_precision = "none"
-    assert float32_precision.allowed() == "none"
+    assert precision.allowed() == "none"
 
 
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Of `float32_precision`, another processor with certain targets."""
+    """Of `precision`, another processor with certain targets."""
 
     def choose(*targets: str, name: str = "", active: int = 0) -> None:
-        float32_precision._vectors_are_fast.cache_clear()
+        precision._vectors_are_fast.cache_clear()
         monkeypatch.setattr(native, "supported", lambda: targets)
         monkeypatch.setattr(native, "active_target", lambda: targets[active])
         monkeypatch.setattr(machine, "processor", lambda: name)
 
     yield choose
-    float32_precision._vectors_are_fast.cache_clear()
+    precision._vectors_are_fast.cache_clear()
 
 
 @pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize("wanted", EVERY_SWITCH)
 def test_every_switch_is_followed(wanted: str, number: int) -> None:
-    assert float32_precision.allowed() in ("none", "ieee")
+    assert precision.allowed() in ("none", "ieee")
     EVERY_SWITCH[wanted][number]()
-    assert float32_precision.allowed() == wanted
+    assert precision.allowed() == wanted
 
 
 def test_the_switch_of_recurrent_layers_goes_before_that_of_products() -> None:
     torch.set_float32_matmul_precision("medium")
     BACKENDS.mkldnn.rnn.fp32_precision = "ieee"
-    assert float32_precision.allowed() == "ieee"
-    assert float32_precision.target(35, 64, 256) is None
+    assert precision.allowed() == "ieee"
+    assert precision.target(35, 64, 256) is None
 
 
 XEON = ("avx512", "avx2", "baseline", "amx", "amx_bf16x3", "amx_bf16", "avx512_bf16")
@@ -76,40 +76,40 @@ XEON = ("avx512", "avx2", "baseline", "amx", "amx_bf16x3", "amx_bf16", "avx512_b
 
 def test_what_runs_is_no_less_exact_than_allowed_and_what_the_processor_has(on: Any) -> None:
     whole = 35, 64, 256
-    for precision, xeon, epyc, old_xeon in (
+    for setting, xeon, epyc, old_xeon in (
         ("highest", None, None, None),
         ("high", "amx_bf16x3", None, None),
         ("medium", "amx_bf16", "avx512_bf16", None),
     ):
-        torch.set_float32_matmul_precision(precision)
+        torch.set_float32_matmul_precision(setting)
         on(*XEON, name="Intel(R) Xeon(R) Processor")
-        assert float32_precision.target(*whole) == xeon
+        assert precision.target(*whole) == xeon
         on("avx512", "avx2", "baseline", "avx512_bf16", name="AMD EPYC 9R14")
-        assert float32_precision.target(*whole) == epyc
+        assert precision.target(*whole) == epyc
         on("avx512", "avx2", "baseline", "avx512_bf16", name="Intel(R) Xeon(R) Platinum 8380H")
-        assert float32_precision.target(*whole) == old_xeon, "its vectors multiply bfloat16 no faster"
+        assert precision.target(*whole) == old_xeon, "its vectors multiply bfloat16 no faster"
         on("avx2", "baseline")
-        assert float32_precision.target(*whole) is None
+        assert precision.target(*whole) is None
         on(*XEON, active=1)
-        assert float32_precision.target(*whole) is None, "LONGSHORT_TARGET has chosen one"
+        assert precision.target(*whole) is None, "LONGSHORT_TARGET has chosen one"
 
 
 def test_few_rows_and_few_units_stay_float32_where_that_is_faster(on: Any) -> None:
     on(*XEON)
     torch.set_float32_matmul_precision("high")
-    assert float32_precision.target(2, 12, 128) == "amx_bf16x3"
-    assert float32_precision.target(1, 48, 128) == "amx_bf16x3"
+    assert precision.target(2, 12, 128) == "amx_bf16x3"
+    assert precision.target(1, 48, 128) == "amx_bf16x3"
     for few in ((35, 11, 256), (1, 47, 256), (35, 64, 127)):
-        assert float32_precision.target(*few) is None
+        assert precision.target(*few) is None
     torch.set_float32_matmul_precision("medium")
-    assert float32_precision.target(1, 1, 8) == "amx_bf16"
+    assert precision.target(1, 1, 8) == "amx_bf16"
 
 
 def test_a_pytorch_without_switches_has_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_float32_matmul_precision("medium")
-    monkeypatch.setattr(float32_precision, "_read", None)
-    assert float32_precision.allowed() == "none"
-    assert float32_precision.target(35, 64, 256) is None
+    monkeypatch.setattr(precision, "_read", None)
+    assert precision.allowed() == "none"
+    assert precision.target(35, 64, 256) is None
 
 
 def results(layer: Any, x: Any, **given: Any) -> list[Tensor]:
@@ -137,15 +137,15 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
 
 @needs_halves
 @pytest.mark.parametrize(("name", "given"), CALLS, ids=str)
-@pytest.mark.parametrize(("precision", "target"), [("high", native.HALVES), ("medium", "amx_bf16")])
-def test_layers_run_what_the_switch_allows(precision: str, target: str, name: str, given: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("setting", "target"), [("high", native.HALVES), ("medium", "amx_bf16")])
+def test_layers_run_what_the_switch_allows(setting: str, target: str, name: str, given: dict[str, Any]) -> None:
     torch.manual_seed(0)
     layer, x = getattr(longshort, name)(30, 130, **given), torch.randn(14, 14, 30)
     exact = results(layer, x)
     with kernels.use(target):
         forced = results(layer, x)
     assert not same(forced, exact)
-    torch.set_float32_matmul_precision(precision)
+    torch.set_float32_matmul_precision(setting)
     choice = kernels.explain(layer, x)
     assert choice.name == target
     assert "fp32_precision allows" in choice.reason
@@ -202,10 +202,10 @@ def test_a_compiled_layer_follows_the_switch_of_when_it_runs() -> None:
     layer, x = longshort.LSTM(30, 130), torch.randn(14, 14, 30)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     exact = results(layer, x)
-    for precision in ("high", "highest"):
-        torch.set_float32_matmul_precision(precision)
+    for setting in ("high", "highest"):
+        torch.set_float32_matmul_precision(setting)
         found = results(layer, x)
-        assert same(found, exact) == (precision == "highest")
+        assert same(found, exact) == (setting == "highest")
         layer.zero_grad()
         y = compiled(x)[0]
         y.square().sum().backward()
