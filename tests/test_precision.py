@@ -39,7 +39,7 @@ def switches() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     for place in (BACKENDS, BACKENDS.mkldnn, BACKENDS.mkldnn.rnn, BACKENDS.mkldnn.matmul):
         place.fp32_precision = "none"
-    assert precision.allowed() == "none"
+    assert precision.allowed() == "ieee"
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize("wanted", EVERY_SWITCH)
 def test_every_switch_is_followed(wanted: str, number: int) -> None:
-    assert precision.allowed() in ("none", "ieee")
+    assert precision.allowed() == "ieee"
     EVERY_SWITCH[wanted][number]()
     assert precision.allowed() == wanted
 
@@ -108,7 +108,7 @@ def test_few_rows_and_few_units_stay_float32_where_that_is_faster(on: Any) -> No
 def test_a_pytorch_without_switches_has_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_float32_matmul_precision("medium")
     monkeypatch.setattr(precision, "_read", None)
-    assert precision.allowed() == "none"
+    assert precision.allowed() == "ieee"
     assert precision.target(35, 64, 256) is None
 
 

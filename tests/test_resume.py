@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from longshort import checkpoint, durable, head, kernels, model_files, native, snapshot, training, updates
+from longshort import checkpoint, durable, head, kernels, model_files, native, precision, snapshot, training, updates
 from longshort.checkpoint import load_model
 from longshort.cli import main
 from longshort.config import TrainConfig
@@ -280,9 +280,10 @@ def test_a_changed_text_is_refused_and_a_moved_one_found(text_file: Path, tmp_pa
 def test_a_changed_environment_is_named(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(text_file, tmp_path / "run", after(9))
     monkeypatch.setattr(torch, "__version__", "9.9.9")
-    version = "torch .* is now 9.9.9"
+    monkeypatch.setattr(precision, "allowed", lambda: "tf32")
+    changes = "torch .* is now 9.9.9, forced auto is now torch, precision of products ieee is now tf32"
     with (
-        pytest.warns(UserWarning, match=f"The environment has changed: {version}, forced auto is now torch"),
+        pytest.warns(UserWarning, match=f"The environment has changed: {changes}"),
         kernels.use("torch"),
     ):
         resume(tmp_path / "run")

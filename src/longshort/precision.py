@@ -24,11 +24,13 @@ _read: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 
 def allowed() -> str:
-    """Return what the switches allow for recurrent layers on a CPU: `bf16`, `tf32`, or else `ieee` or `none`."""
+    """Return what the switches allow for recurrent layers on a CPU: `bf16`, `tf32`, or else `ieee`."""
     if _read is None:
-        return "none"
+        return "ieee"
     found: str = _read("mkldnn", "rnn")
-    return found if found != "none" else _read("mkldnn", "matmul")
+    if found == "none":
+        found = _read("mkldnn", "matmul")
+    return "ieee" if found == "none" else found
 
 
 def target(steps: int, rows: int, units: int) -> str | None:
@@ -40,27 +42,24 @@ def target(steps: int, rows: int, units: int) -> str | None:
         units: H.
     """
     found = allowed()
+    if found == "ieee" or not _is_open():
+        return None
     if found == "bf16" and (name := _fast_bfloat16()):
         return name
-    if found not in ("bf16", "tf32") or not _has_halves():
-        return None
     # A matrix unit takes as long for one row as for 16, and narrow matrices as long as vectors do: docs/log.md.
-    return native.HALVES if rows >= (12 if steps > 1 else 48) and units >= 128 else None
+    many = rows >= (12 if steps > 1 else 48) and units >= 128
+    return native.HALVES if many and native.HALVES in native.supported() else None
 
 
-def _is_default() -> bool:
+def _is_open() -> bool:
     """Whether nobody has chosen a target for the process: what is chosen is also how exact it is to be."""
-    return native.active_target() == native.supported()[0]
+    return bool(native.library()) and native.active_target() == native.supported()[0]
 
 
 def _fast_bfloat16() -> str | None:
     """Return our target with products of bfloat16, where they are faster than those of float32."""
-    name = native.bfloat16() if native.library() and _is_default() else None
+    name = native.bfloat16()
     return name if name == native.BFLOAT16[0] or _vectors_are_fast() else None
-
-
-def _has_halves() -> bool:
-    return bool(native.library()) and native.HALVES in native.supported() and _is_default()
 
 
 @functools.cache

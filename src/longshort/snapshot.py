@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import longshort
-from longshort import kernels, machine, native, own_cells
+from longshort import kernels, machine, native, own_cells, precision
 from longshort.cells import State
 from longshort.errors import CheckpointError
 from longshort.model_files import Training
@@ -170,6 +170,7 @@ def environment() -> dict[str, Any]:
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "kernels": native.active_target() or "none",
         "forced": kernels.active(),
+        "precision of products": precision.allowed(),
         "threads": torch.get_num_threads(),
         "processes": processes,
         "own cells": own_cells.digest(),
@@ -179,5 +180,9 @@ def environment() -> dict[str, Any]:
 def changes(training: Training) -> list[str]:
     """Return what is another environment now than it was, a phrase each."""
     before, now = training.values.get("environment"), environment()
-    before = {"processes": 1, "own cells": "none", **before} if isinstance(before, dict) else {}
+    before = (
+        {"processes": 1, "own cells": "none", "precision of products": "ieee", **before}
+        if isinstance(before, dict)
+        else {}
+    )
     return [f"{name} {before.get(name)!s:.60} is now {now[name]}" for name in now if before.get(name) != now[name]]
