@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import longshort
-from longshort import kernels, machine, native
+from longshort import kernels, machine, native, precision
 from longshort.bench import grids, layers, ledger, peers, timing
 from longshort.bench.grids import GRIDS, Case, Grid
 from longshort.bench.layers import Settings
@@ -430,6 +431,34 @@ def test_autocast_is_of_both_sides() -> None:
             assert ({row["kernel"] for row in found["rows"]} == {best}) == autocast
 
 
+class Watching(TorchFunctionMode):
+    """Notes how exact products have to be, whenever PyTorch is called."""
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(precision.allowed())
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_precision_of_products_is_of_both_sides_and_not_of_the_machines_rate() -> None:
+    def measure(ours: Side, peer: Side, gemm: Side) -> Timing:
+        for name, side in (("ours", ours), ("peer", peer), ("gemm", gemm)):
+            with Watching(watched[name]):
+                side.call()
+        return quiet(ours, peer, gemm)
+
+    for setting, allowed in (("highest", "ieee"), ("high", "tf32"), ("medium", "bf16")):
+        watched: dict[str, list[str]] = {"ours": [], "peer": [], "gemm": []}
+        found = layers.result(Settings(cells=("rnn",), modes=("infer",), matmul_precision=setting), measure=measure)
+        assert set(watched["ours"]) == set(watched["peer"]) == {allowed}
+        assert set(watched["gemm"]) == {"ieee"}
+        assert found["command"].endswith(f"--matmul-precision {setting}") == (setting != "highest")
+        assert precision.allowed() == "ieee"
+
+
 def test_beside_a_neighbour_a_varying_product_is_no_noise() -> None:
     def measure(ours: Side, peer: Side, gemm: Side) -> Timing:
         return replace(quiet(ours, peer, gemm), gemm=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
@@ -547,6 +576,9 @@ def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
             "is measured beside torch.nn, and --grid options has other peers",
         ),
         (["train", "--autocast"], "--autocast goes with bench layers"),
+        (["train", "--matmul-precision", "high"], "--matmul-precision goes with bench layers"),
+        (["train", "--profile", "--matmul-precision", "high"], "--profile goes with --threads"),
+        (["layers", "--matmul-precision", "low"], "--matmul-precision"),
         (["layers", "--grid", "options", "--cells", "gru"], "no cell called 'gru' here; there are lstm"),
         (["layers", "--grid", "options", "--options", "peepholes"], "no option called 'peepholes'"),
         (["layers", "--isa", "avx9"], "--isa"),
