@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 import longshort
-from longshort import buffers, kernels, native
+from longshort import buffers, kernels, native, quick
 from longshort.buffers import Gradients, Saved
 
 pytestmark = pytest.mark.skipif(not native.targets(), reason="no native kernels here")
@@ -192,3 +192,27 @@ def test_a_training_loop_uses_the_same_memory_at_each_step(bidirectional: bool) 
             places.append({place(p.grad) for p in layer.parameters() if p.grad is not None})
     assert places[0] == places[1] == places[2]
     assert len(places[0]) == len(list(layer.parameters()))
+
+
+@pytest.mark.parametrize("quickly", [True, False])
+@pytest.mark.parametrize("steps", [64, 63])
+def test_large_outputs_and_gradients_lie_in_large_pages(
+    monkeypatch: pytest.MonkeyPatch, quickly: bool, steps: int
+) -> None:
+    asked: list[int] = []
+    given = buffers.prefer_large_pages
+
+    def ask(tensor: Tensor) -> Tensor:
+        asked.append(place(tensor))
+        return given(tensor)
+
+    monkeypatch.setattr(buffers, "prefer_large_pages", ask)
+    monkeypatch.setattr(quick, "prefer_large_pages", ask)
+    monkeypatch.setattr(buffers, "LARGE", 64 * 8 * 16)
+    monkeypatch.setattr(quick, "LARGE", 64 * 8 * 16)
+    layer, x = longshort.GRU(16, 16), torch.randn(steps, 8, 16, requires_grad=True)
+    y = layer(x)[0] if quickly else layer(x, lengths=[1, *[steps] * 7])[0]
+    assert (place(y) in asked) == (steps == 64 or not quickly)  # the other way looks at the size there
+    y.sum().backward()
+    assert x.grad is not None
+    assert (place(x.grad) in asked) == (steps == 64 or not quickly)

@@ -66,10 +66,14 @@ def _take(kept: list[T], fits: Callable[[T], bool]) -> T | None:
     return None
 
 
+LARGE = 1 << 20
+"""Numbers of what is large: such memory often comes anew from the system, page by page, and small pages are many."""
+
+
 def prefer_large_pages(tensor: Tensor) -> Tensor:
     """Return memory that is about to be written as a whole, in large pages where it is large."""
     library = native.library()
-    if tensor.nbytes >= 4 << 20 and library is not None:
+    if tensor.numel() >= LARGE and library is not None:
         library.ls_prefer_large_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
 

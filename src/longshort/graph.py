@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longshort import backends, native, ops
+from longshort import backends, buffers, native, ops
 from longshort.cells import Options, Readings, Sequences, Stack, State
 
 _LAYER = (
@@ -66,7 +66,7 @@ def _layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     save = arguments[_NUM_LAYER]
     x, state, weights, call = _call(arguments)
     floats = _saved_floats(call.cell, call.H, *call.size(x), call.target, call.layer_norm) if save else 0
-    saved = x.new_empty(call.directions, floats)
+    saved = buffers.prefer_large_pages(x.new_empty(call.directions, floats))
     y, after = ops.forward(call, x, state, weights, saved.unbind() if save else ())
     if save and call.sequences is not None:  # what the absent steps leave unwritten
         saved[:, ops.saved_floats(call, x) :] = 0

@@ -272,7 +272,7 @@ def forward(
     """
     D, H, P = call.directions, call.H, call.P
     T, B = call.size(x)
-    y = x.new_empty((T, B, D * P) if call.ids is not None else (*x.shape[:-1], D * P))
+    y = buffers.prefer_large_pages(x.new_empty((T, B, D * P) if call.ids is not None else (*x.shape[:-1], D * P)))
     h_n = x.new_empty(D, B, P)
     c_n = x.new_empty(D, B, H) if call.num_states == 2 else None
     per_direction = len(weights) // D
@@ -335,7 +335,7 @@ def backward(
     _, B = call.size(x)
     num_states = call.num_states
     lstm = num_states == 2
-    given = x.new_empty(x.shape) if wanted[0] else None
+    given = buffers.prefer_large_pages(x.new_empty(x.shape)) if wanted[0] else None
     dx, dtable = (given, None) if call.ids is None else (None, given)
     dbefore = [x.new_empty(D, B, width) if wanted[1 + i] else None for i, width in enumerate((P, H)[:num_states])]
     dweights = [

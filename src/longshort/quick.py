@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from longshort import native, ops
-from longshort.buffers import Gradients, Saved
+from longshort.buffers import LARGE, Gradients, Saved, prefer_large_pages
 from longshort.cells import Options, Stack
 from longshort.ops import BACKWARD, FORWARD, Call, address, check, library
 from longshort.options import LayerOptions
@@ -125,6 +125,8 @@ class Quick:
         T, B = (second, first) if self._batch_first else (first, second)
         H, P = self._H, self._P
         y, h_n = x.new_empty(first, second, P), x.new_empty(1, B, P)
+        if T * B * P >= LARGE:
+            prefer_large_pages(y)
         c_n = x.new_empty(1, B, H) if self._lstm else None
         fields = FORWARD.pack(
             *self._shape(target, having, T, B, weights),
@@ -161,6 +163,8 @@ class Quick:
         first, second, I = x.shape
         T, B = (second, first) if self._batch_first else (first, second)
         dx = x.new_empty(first, second, I) if wanted[0] else None
+        if dx is not None and T * B * I >= LARGE:
+            prefer_large_pages(dx)
         dh_0 = x.new_empty(1, B, self._P) if wanted[1] else None
         dc_0 = x.new_empty(1, B, self._H) if wanted[2] else None
         dweights = [Gradients.like(w) if want else None for w, want in zip(weights, wanted[3:], strict=True)]
