@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 import longshort
-from longshort import kernels
+from longshort import kernels, native
 from longshort.errors import UsageError
 from recurrent import CELL_PAIRS, PAIRS, same
 
@@ -170,3 +170,29 @@ def test_compiling_and_exporting_whole(ours: Any, theirs: Any, dtype: torch.dtyp
         same(compiled(x), layer(x, **arguments))
     exported: Any = torch.export.export(layer, (x,)).module()
     same(exported(x), peer(x))
+
+
+@pytest.mark.skipif(not native.targets(), reason="there are no native kernels")
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_a_compiled_layer_runs_the_target_that_the_process_has_then(ours: Any, theirs: Any) -> None:
+    layer, x = ours(7, 37), torch.randn(5, 9, 7)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+
+    def gradients(layer_or_compiled: Any, before: str, after: str) -> list[Tensor]:
+        layer.zero_grad()
+        native.set_target(before)
+        y = layer_or_compiled(x)[0]
+        native.set_target(after)
+        y.square().sum().backward()
+        return [y.detach(), *(p.grad for p in layer.parameters())]
+
+    own = native.active_target()
+    assert own is not None
+    try:
+        for target in native.targets():
+            wanted = gradients(layer, target, target)
+            for other in (target, own, native.targets()[-1]):  # what is saved lies otherwise for each
+                found = gradients(compiled, target, other)
+                assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), (target, other)
+    finally:
+        native.set_target(own)

@@ -58,18 +58,28 @@ def _size(x: Tensor, batch_first: bool, counts: Tensor | None, batch_size: int) 
 
 
 def _saved_floats(cell: str, H: int, T: int, B: int, target: int, layer_norm: bool) -> int:
-    """Return what one direction saves, for all rows of all steps, also those that there are not."""
-    return T * B * ops.saved_floats_a_row(cell, H, target, layer_norm)
+    """Return what one direction saves, for all rows of all steps, also those that there are not, and the target.
+
+    A graph that names no target is made before it is known which one runs: the most that any of them saves.
+    """
+    targets = (target,) if target >= 0 else _supported()
+    return T * B * max(ops.saved_floats_a_row(cell, H, number, layer_norm) for number in targets) + 1
+
+
+def _supported() -> list[int]:
+    return [ops.TARGETS[name] for name in native.supported()]
 
 
 def _layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    save = arguments[_NUM_LAYER]
+    target, save = arguments[_NUM_LAYER - 3], arguments[_NUM_LAYER]
     x, state, weights, call = _call(arguments)
-    floats = _saved_floats(call.cell, call.H, *call.size(x), call.target, call.layer_norm) if save else 0
+    floats = _saved_floats(call.cell, call.H, *call.size(x), target, call.layer_norm) if save else 0
     saved = buffers.prefer_large_pages(x.new_empty(call.directions, floats))
     y, after = ops.forward(call, x, state, weights, saved.unbind() if save else ())
-    if save and call.sequences is not None:  # what the absent steps leave unwritten
-        saved[:, ops.saved_floats(call, x) :] = 0
+    if save:
+        if (written := ops.saved_floats(call, x)) < floats - 1:
+            saved[:, written:] = 0  # what absent steps and smaller vectors leave
+        saved[:, -1] = call.target
     return y, after[0], after[1] if len(after) > 1 else x.new_empty(0), saved
 
 
@@ -87,6 +97,7 @@ def _layer_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _layer_backward(*arguments: Any) -> list[Tensor]:
     y, saved, dy, dh_n, dc_n, wanted = arguments[_NUM_LAYER:]
     x, state, weights, call = _call(arguments)
+    call = call._replace(target=int(saved[0, -1]))  # it alone knows how what it has saved lies
     dstate = (dh_n, dc_n)[: call.num_states]
     parts = saved.unbind()
     found = ops.backward(call, x, state, weights, y, parts, dy, dstate, wanted)

@@ -224,8 +224,11 @@ def _graphed() -> bool:
 def _run_native(choice: Choice) -> Any:
     """Return what runs a stack of layers by the native kernels: as a node where a graph is made, else at once."""
     graphed = _graphed()
-    # A graph may run elsewhere, and when PyTorch's switches are set otherwise.
-    target = -1 if graphed and _forced is None else ops.TARGETS[choice.name]
+    target = ops.TARGETS[choice.name]
+    if graphed and _forced is None:
+        # A graph may run when the process has another target, or elsewhere. What it saves has the size of this
+        # processor's best, so that compiled code that is kept on disk must not be that of another.
+        target = -1 - target
     return partial(graph.run_graph if graphed else ops.run_native, target=target, grad=choice.grad)
 
 

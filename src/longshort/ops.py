@@ -55,9 +55,9 @@ SUPPORTED = native.targets()
 
 
 def resolved(target: int, steps: int, rows: int, units: int) -> int:
-    """Return `target`; for -1 the number of what PyTorch's switches allow for T, B and H, else -1, the active one."""
+    """Return `target`; of those below 0 what PyTorch's switches allow for T, B and H, else -1, the active one."""
     name = None if target >= 0 else precision.target(steps, rows, units)
-    return target if name is None else TARGETS[name]
+    return max(target, -1) if name is None else TARGETS[name]
 
 
 class Call(NamedTuple):
@@ -76,7 +76,7 @@ class Call(NamedTuple):
     sequences: Sequences | None
     options: Sequence[Options]
     target: int
-    """Number of the target, -1 for the active one; see `resolved`."""
+    """Number of the target, below 0 for the active one; see `resolved`."""
     vectors: tuple[str, ...] = ()
     """Those of `cells.VECTORS` that follow each direction's weights, in their order."""
     ids: Tensor | None = None
@@ -95,8 +95,11 @@ class Call(NamedTuple):
         return (x.shape[1], x.shape[0]) if self.batch_first else (x.shape[0], x.shape[1])
 
     def resolved(self, x: Tensor) -> Call:
-        """Return the call with the target that PyTorch's switches allow, where it has the active one."""
-        return self if self.target >= 0 else self._replace(target=resolved(-1, *self.size(x), self.H))
+        """Return the call with the number of the target that it has now, where it has none."""
+        if self.target >= 0:
+            return self
+        number = resolved(-1, *self.size(x), self.H)
+        return self._replace(target=library.ls_active_target() if number < 0 else number)
 
     def strides(self, x: Tensor) -> tuple[int, int]:
         """Return the floats from one step to the next, and from one row to the next."""
