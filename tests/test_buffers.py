@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 import longshort
-from longshort import buffers, kernels, native, quick
+from longshort import buffers, kernels, native, ops, quick
 from longshort.buffers import Gradients, Saved
 
 pytestmark = pytest.mark.skipif(not native.targets(), reason="no native kernels here")
@@ -192,6 +192,46 @@ def test_a_training_loop_uses_the_same_memory_at_each_step(bidirectional: bool) 
             places.append({place(p.grad) for p in layer.parameters() if p.grad is not None})
     assert places[0] == places[1] == places[2]
     assert len(places[0]) == len(list(layer.parameters()))
+
+
+def test_of_what_is_saved_only_so_much_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Saved, "_free", [])
+    monkeypatch.setattr(Saved, "LEAST", 1000)
+    monkeypatch.setattr(Saved, "MOST_BYTES", 4 * 3500)
+
+    def after(*floats: int) -> list[int]:
+        """Return what waits after as many were saved, and went one after the other."""
+        saved = [Saved(number) for number in floats]
+        while saved:
+            del saved[0]
+        return [tensor.numel() for tensor in Saved._free]
+
+    assert after(1500, 1600) == [1500, 1600]
+    assert Saved(1400).tensor.numel() == 1500
+    assert after(2400) == [2400], "the newest, if both are too much"
+    assert after(3600) == [], "more than may wait"
+    assert after(*range(10, 22)) == [*range(14, 22)]
+
+
+def test_all_that_is_kept_can_be_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Saved, "_free", [])
+    layer, x = longshort.LSTM(40, 30), torch.randn(5, 4, 40)
+
+    def gradients() -> list[Tensor]:
+        return list(torch.autograd.grad(layer(x)[0].sum(), list(layer.parameters())))
+
+    before, again = gradients(), gradients()
+    with torch.no_grad():
+        y = layer(x)[0]
+    del again
+    assert Saved._free
+    assert Gradients._kept
+    assert ops._packed
+    kernels.empty_cache()
+    assert not [*Saved._free, *Gradients._kept, *ops._packed]
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), before, strict=True))
+    with torch.no_grad():
+        assert torch.equal(layer(x)[0], y)
 
 
 @pytest.mark.parametrize("quickly", [True, False])

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from longshort import native
+from longshort import machine, native
 
 _uses: Any = getattr(torch._C, "_storage_Use_Count", None)
 """How many have a storage, by its address: what PyTorch keeps for itself, so `_alone` makes sure of it."""
@@ -86,16 +86,26 @@ def large(floats: int) -> Tensor:
 class Saved:
     """What a forward pass keeps for its backward pass: memory that goes to the next forward pass afterwards."""
 
-    _free: ClassVar[list[Tensor]] = []
     MOST = 8
+    MOST_BYTES = max(256 << 20, machine.memory() // 8)
+    """What all that wait for their next forward pass take."""
+    LEAST = LARGE
+    """Numbers of those that are counted: many small ones are not worth it."""
+
+    _free: ClassVar[list[Tensor]] = []
 
     def __init__(self, floats: int) -> None:
         found = _take(self._free, lambda tensor: floats <= tensor.numel() <= 2 * floats + 4096)
         self.tensor = large(floats) if found is None else found
 
     def __del__(self) -> None:
-        if len(self._free) < self.MOST:
-            self._free.append(self.tensor)
+        waiting, large = self._free, self.tensor.numel() >= self.LEAST
+        waiting.append(self.tensor)
+        while len(waiting) > self.MOST or (large and sum(each.nbytes for each in [*waiting]) > self.MOST_BYTES):
+            try:
+                del waiting[0]  # what has waited longest
+            except IndexError:  # others have taken it
+                break
 
 
 class Gradients:
@@ -146,3 +156,9 @@ class Gradients:
     def drop(cls) -> None:
         """Forget all memory that is kept."""
         cls._kept, cls._bytes = {}, 0
+
+
+def drop() -> None:
+    """Forget all memory that waits for its next call."""
+    Saved._free.clear()
+    Gradients.drop()

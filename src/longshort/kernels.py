@@ -12,7 +12,7 @@
 
 `auto`, the default, takes the fastest of float32 that can run the call, and of lower precision where PyTorch's own
 switches allow that (`precision.py`). `use` forces one, `explain` names the choice, `invalidate` forgets packed
-weights.
+weights, `empty_cache` gives back what is kept between calls.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from longshort import backends, cells, graph, masks, native, ops, precision
+from longshort import backends, buffers, cells, graph, masks, native, ops, precision
 from longshort.cells import LayerWeights, Options, Readings, Sequences, Stack, State
 from longshort.errors import UsageError
 from longshort.ops import invalidate as invalidate
@@ -109,6 +109,17 @@ def use(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def empty_cache() -> None:
+    """Give back to the system what is kept from one call to the next: packed weights, memory, scratch.
+
+    A training loop is faster for what its last step left; who has finished training may have other use for it.
+    """
+    invalidate()
+    buffers.drop()
+    if (library := native.library()) is not None:
+        library.ls_trim()
 
 
 def exporting() -> bool:

@@ -43,6 +43,14 @@ def cores() -> int:
         return os.cpu_count() or 1
 
 
+def memory() -> int:
+    """Return the bytes of memory that this machine has; 0 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on this system
+        return 0
+
+
 def vector_extensions() -> list[str]:
     """Return the vector instructions that matter for matrix products, as far as the system tells."""
     try:
