@@ -34,12 +34,13 @@ needs_halves = pytest.mark.skipif(native.HALVES not in native.supported(), reaso
 
 @pytest.fixture(autouse=True)
 def switches() -> Iterator[None]:
-    """PyTorch's switches as they were found."""
-    yield
-    torch.set_float32_matmul_precision("highest")
-    for place in (BACKENDS, BACKENDS.mkldnn, BACKENDS.mkldnn.rnn, BACKENDS.mkldnn.matmul):
-        place.fp32_precision = "none"
-    assert precision.allowed() == "ieee"
+    """PyTorch's switches as they were found. Once its own tests are loaded, they are set in such a context alone."""
+    with BACKENDS.__allow_nonbracketed_mutation():
+        yield
+        torch.set_float32_matmul_precision("highest")
+        for place in (BACKENDS, BACKENDS.mkldnn, BACKENDS.mkldnn.rnn, BACKENDS.mkldnn.matmul):
+            place.fp32_precision = "none"
+        assert precision.allowed() == "ieee"
 
 
 @pytest.fixture
