@@ -182,6 +182,11 @@ def test_what_explain_tells_is_what_runs(kind: str) -> None:
     assert same(results(layer, x, **given), forced if chosen == native.HALVES else exact)
 
 
+def test_explain_takes_what_no_layer_would() -> None:
+    torch.set_float32_matmul_precision("high")
+    assert kernels.explain(longshort.LSTM(30, 130), torch.zeros(30)).name == native.active_target()
+
+
 @needs_halves
 def test_a_backward_pass_is_as_exact_as_its_forward_pass() -> None:
     torch.manual_seed(0)

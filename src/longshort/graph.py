@@ -10,6 +10,7 @@ equations that could be differentiated once more.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,12 +63,13 @@ def _saved_floats(cell: str, H: int, T: int, B: int, target: int, layer_norm: bo
 
     A graph that names no target is made before it is known which one runs: the most that any of them saves.
     """
-    targets = (target,) if target >= 0 else _supported()
-    return T * B * max(ops.saved_floats_a_row(cell, H, number, layer_norm) for number in targets) + 1
+    return T * B * _floats_a_row(cell, H, target, layer_norm) + 1
 
 
-def _supported() -> list[int]:
-    return [ops.TARGETS[name] for name in native.supported()]
+@functools.cache
+def _floats_a_row(cell: str, H: int, target: int, layer_norm: bool) -> int:
+    targets = (target,) if target >= 0 else [ops.TARGETS[name] for name in native.supported()]
+    return max(ops.saved_floats_a_row(cell, H, number, layer_norm) for number in targets)
 
 
 def _layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

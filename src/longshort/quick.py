@@ -125,7 +125,7 @@ class Quick:
         T, B = (second, first) if self._batch_first else (first, second)
         H, P = self._H, self._P
         y, h_n = x.new_empty(first, second, P), x.new_empty(1, B, P)
-        if T * B * P >= LARGE:
+        if T * B * P >= LARGE:  # asked here too: most are small, and a call costs more than the question
             prefer_large_pages(y)
         c_n = x.new_empty(1, B, H) if self._lstm else None
         fields = FORWARD.pack(

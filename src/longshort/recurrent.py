@@ -365,7 +365,7 @@ class RecurrentLayer(StandIn, nn.RNNBase):
         if packed:
             size = len(x.batch_sizes), int(x.batch_sizes[0]), self.hidden_size
             x = x.data
-        elif x is not None:
+        elif x is not None and x.dim() in (2, 3):
             steps, rows = (len(x), 1) if x.dim() == 2 else x.shape[1::-1] if self.batch_first else x.shape[:2]
             size = steps, rows, self.hidden_size
         grad = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
