@@ -127,6 +127,53 @@ def test_tracing_and_scripting_of_cells(ours: Any, theirs: Any) -> None:
         same(script(cell)(x), cell(x))
 
 
+class Held(nn.Module):
+    """A model whose graph `torch.fx` draws."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)[0]
+        return y * 2
+
+
+class HeldWithLengths(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Any:
+        y, _, gates = self.layer(x, lengths=lengths, return_gates=True)
+        return y * 2, gates[0]["h"]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_a_symbolic_trace_has_a_node_for_a_layer(ours: Any, theirs: Any) -> None:
+    x = torch.randn(5, 3, 3)
+    model = Held(ours(3, 4))
+    drawn, peer = torch.fx.symbolic_trace(model), torch.fx.symbolic_trace(Held(theirs(3, 4)))
+    assert [(n.op, str(n.target)) for n in drawn.graph.nodes] == [(n.op, str(n.target)) for n in peer.graph.nodes]
+    same(drawn(x), model(x))
+    rich, lengths = HeldWithLengths(ours(3, 4, layer_norm=True)), torch.tensor([5, 0, 2])
+    drawn = torch.fx.symbolic_trace(rich)
+    assert "call_module" in [node.op for node in drawn.graph.nodes]
+    same(drawn(x, lengths), rich(x, lengths))
+    with pytest.raises(torch.fx.proxy.TraceError):  # as PyTorch's, which is no model either
+        torch.fx.symbolic_trace(ours(3, 4))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), CELL_PAIRS)
+def test_a_symbolic_trace_has_a_node_for_a_cell(ours: Any, theirs: Any) -> None:
+    model, x = nn.Sequential(ours(3, 4)), torch.randn(2, 3)
+    drawn = torch.fx.symbolic_trace(model)
+    assert [node.op for node in drawn.graph.nodes] == ["placeholder", "call_module", "output"]
+    same(drawn(x), model(x))
+    with pytest.raises(torch.fx.proxy.TraceError, match="trace that model"):
+        torch.fx.symbolic_trace(ours(3, 4))
+
+
 @pytest.mark.parametrize("dynamo", [True, False])
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS[1:])
 def test_onnx_gets_one_node_a_layer(ours: Any, theirs: Any, dynamo: bool) -> None:

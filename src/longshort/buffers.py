@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -84,7 +84,11 @@ def large(floats: int) -> Tensor:
 
 
 class Saved:
-    """What a forward pass keeps for its backward pass: memory that goes to the next forward pass afterwards."""
+    """What a forward pass keeps for its backward pass: memory that goes to the next forward pass afterwards.
+
+    Where hooks see what PyTorch saves (activation checkpointing makes it anew, `save_on_cpu` has it elsewhere), they
+    see this too: it is new memory then, which `keep` gives to PyTorch, and which waits for nobody.
+    """
 
     MOST = 8
     MOST_BYTES = max(256 << 20, machine.memory() // 8)
@@ -95,10 +99,15 @@ class Saved:
     _free: ClassVar[list[Tensor]] = []
 
     def __init__(self, floats: int) -> None:
-        found = _take(self._free, lambda tensor: floats <= tensor.numel() <= 2 * floats + 4096)
+        self.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        found = None
+        if not self.hooked:
+            found = _take(self._free, lambda tensor: floats <= tensor.numel() <= 2 * floats + 4096)
         self.tensor = large(floats) if found is None else found
 
     def __del__(self) -> None:
+        if self.hooked:
+            return
         waiting, large = self._free, self.tensor.numel() >= self.LEAST
         waiting.append(self.tensor)
         while len(waiting) > self.MOST or (large and sum(each.nbytes for each in [*waiting]) > self.MOST_BYTES):
@@ -106,6 +115,40 @@ class Saved:
                 del waiting[0]  # what has waited longest
             except IndexError:  # others have taken it
                 break
+
+
+def keep(ctx: Any, tensors: Sequence[Tensor | None], saved: Sequence[Saved]) -> None:
+    """Keep until the backward pass what it needs; `ctx` is that of an autograd function.
+
+    Args:
+        ctx: of the forward pass.
+        tensors: inputs and outputs; None of those that there are not.
+        saved: what the library filled.
+    """
+    hooked = [each.tensor for each in saved if each.hooked]
+    ctx.saved, ctx.hooked = saved, len(hooked)
+    if hooked:
+        ctx.saved, ctx.sizes = (), [None if tensor is None else tensor.shape for tensor in (*tensors, *hooked)]
+    ctx.save_for_backward(*tensors, *hooked)
+
+
+def kept(ctx: Any) -> tuple[Sequence[Any], Sequence[Tensor]]:
+    """Return the tensors that `keep` was given, None of those that there were not, and the memory.
+
+    Raises:
+        RuntimeError: a hook gave back something else.
+    """
+    if not ctx.hooked:
+        return ctx.saved_tensors, [each.tensor for each in ctx.saved]
+    tensors: list[Any] = []
+    for tensor, size in zip(ctx.saved_tensors, ctx.sizes, strict=True):
+        if tensor is not None and not (tensor.shape == size and tensor.dtype is torch.float32 and tensor.is_cpu):
+            raise RuntimeError(
+                f"A hook of saved tensors must give back what it took, {tuple(size)} of torch.float32 on the CPU, "
+                f"not {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}."
+            )
+        tensors.append(None if tensor is None else tensor.contiguous())
+    return tensors[: -ctx.hooked], tensors[-ctx.hooked :]
 
 
 class Gradients:

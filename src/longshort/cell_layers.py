@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from longshort import kernels
 from longshort.cells import State
@@ -38,6 +38,8 @@ class _CellLayer(StandIn, nn.RNNCellBase):
         """
         if kernels.exporting():
             return self.torch_type.forward(self, input, hx)
+        if isinstance(input, fx.Proxy):
+            return self.as_node(input, hx)
         pair = self._num_states == 2
         state = () if hx is None else tuple(hx) if pair and isinstance(hx, tuple | list) else (hx,)
         weights = self._weights()

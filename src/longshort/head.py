@@ -76,12 +76,12 @@ def cross_entropy(h_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Te
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (h_NH, weight_VH, bias_V))
     target = kernels.native_target(h_NH) if wanted else None
     if target is not None:
-        return _CrossEntropy.apply(h_NH, weight_VH, bias_V, targets_N, tokens, target)  # type: ignore[no-untyped-call, no-any-return]
+        return _LongshortCrossEntropy.apply(h_NH, weight_VH, bias_V, targets_N, tokens, target)  # type: ignore[no-untyped-call, no-any-return]
     logits_NV = F.linear(h_NH, weight_VH, bias_V)
     return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="sum") / tokens
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _LongshortCrossEntropy(torch.autograd.Function):
     """The forward pass makes the gradients too: they are products with the logits, which are gone afterwards."""
 
     @staticmethod

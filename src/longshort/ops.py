@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 
 from longshort import backends, buffers, cells, native, precision
 from longshort.cells import VECTORS, Options, Readings, Sequences, Stack, State
@@ -191,6 +192,23 @@ def check(status: int) -> None:
         raise RuntimeError(f"The native kernels refused a layer's arguments (status {status}): please report this.")
 
 
+def run(function: Any, argument: Any, cell: str, part: str = "") -> None:
+    """Call a function of the library and raise what its status stands for; a profiler sees `longshort::{cell}{part}`.
+
+    Args:
+        function: of the library, with one argument.
+        argument: of the function.
+        cell: what the function computes.
+        part: of it, as a suffix.
+    """
+    if torch._C._autograd._profiler_enabled():
+        with record_function(f"longshort::{cell}{part}"):
+            status = function(argument)
+    else:
+        status = function(argument)
+    check(status)
+
+
 def rows(x: Tensor) -> Tensor:
     """Return `x` with its last dimension contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -304,7 +322,7 @@ def forward(
             saved[d].data_ptr() if saved else 0,
             *call.tokens(x),
         )
-        check(library.ls_forward(fields))
+        run(library.ls_forward, fields, call.cell)
     return y, (h_n,) if c_n is None else (h_n, c_n)
 
 
@@ -394,7 +412,7 @@ def backward(
             *call.tokens(x),
             address(dtable),
         )
-        check(library.ls_backward(fields))
+        run(library.ls_backward, fields, call.cell, "_backward")
     return [given, *dbefore, *dweights]
 
 
@@ -433,11 +451,11 @@ def cross_entropy(
     places = [tensor.data_ptr() for tensor in (*given, nats_N, dh_NH, *dweights)]
     target = resolved(target, 2, *h_NH.shape)  # as many rows as of a batch that is read at once
     args = LossArgs(len(h_NH), *weight_VH.shape, target, torch.get_num_threads(), *places, scale)
-    check(library.ls_loss(ctypes.byref(args)))
+    run(library.ls_loss, ctypes.byref(args), "cross_entropy")
     return float(nats_N.numpy().sum()), (dh_NH, dweights[0], dweights[1])
 
 
-class _Layer(torch.autograd.Function):
+class _LongshortLayer(torch.autograd.Function):  # by its name `grad_fn` and anomalies show it
     """One layer with gradients. Gradients of gradients go through the equations of `cells`."""
 
     @staticmethod
@@ -447,20 +465,19 @@ class _Layer(torch.autograd.Function):
         given = None if state[0] is None else state
         saved = [buffers.Saved(saved_floats(call, x)) for _ in range(call.directions)]
         y, after = forward(call, x, given, weights, [each.tensor for each in saved])  # type: ignore[arg-type]
-        ctx.call, ctx.saved, ctx.num_states = call, saved, num_states
-        ctx.save_for_backward(x, *rest, y)
+        ctx.call, ctx.num_states = call, num_states
+        buffers.keep(ctx, (x, *rest, y), saved)
         ctx.set_materialize_grads(False)
         return (y, *after, *(show(call, x, [each.tensor for each in saved]) if call.shows else ()))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *after: Tensor | None) -> tuple[Any, ...]:
-        x, *rest, y = ctx.saved_tensors
-        state, weights = rest[: ctx.num_states], rest[ctx.num_states :]
+        (x, *rest, y), saved = buffers.kept(ctx)
+        state, weights = tuple(rest[: ctx.num_states]), rest[ctx.num_states :]
         wanted = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # somebody will differentiate once more
             return (None, *by_equations(ctx.call, x, state, weights, (dy, *after), wanted))
         given = None if state[0] is None else state
-        saved = [each.tensor for each in ctx.saved]
         dstate, dgates = after[: ctx.num_states], after[ctx.num_states :]
         return (None, *backward(ctx.call, x, given, weights, y, saved, dy, dstate, wanted, dgates))
 
@@ -593,7 +610,7 @@ def run_native(
         num_states = len(stack.state_sizes)
         shown: tuple[Tensor, ...] = ()
         if grad:
-            x, *rest = _Layer.apply(call, x, *(before or (None,) * num_states), *own)  # type: ignore[no-untyped-call]
+            x, *rest = _LongshortLayer.apply(call, x, *(before or (None,) * num_states), *own)  # type: ignore[no-untyped-call]
             last, shown = tuple(rest[:num_states]), tuple(rest[num_states:])
         else:
             saved = [buffers.Saved(saved_floats(call, x)) for _ in range(D if shows else 0)]

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from longshort import native, ops
-from longshort.buffers import LARGE, Gradients, Saved, prefer_large_pages
+from longshort.buffers import LARGE, Gradients, Saved, keep, kept, prefer_large_pages
 from longshort.cells import Options, Stack
-from longshort.ops import BACKWARD, FORWARD, Call, address, check, library
+from longshort.ops import BACKWARD, FORWARD, Call, address, library
 from longshort.options import LayerOptions
 
 
@@ -92,7 +92,9 @@ class Quick:
         if self._draws:  # last of all: a call that goes another way draws its own
             having = self._options.for_direction(self._stack, {}, x, T, B, training=True, resets_TB=None)
         if grad:
-            y, *after = _Trained.apply(self, target, having, x, h_0, c_0, *weights)  # type: ignore[no-untyped-call]
+            y, *after = _LongshortQuickLayer.apply(  # type: ignore[no-untyped-call]
+                self, target, having, x, h_0, c_0, *weights
+            )
             return y, tuple(after) if self._lstm else after[0]
         y, h_n, c_n = self.forward(target, having, x, h_0, c_0, weights, packed, None)
         return y, h_n if c_n is None else (h_n, c_n)
@@ -141,7 +143,7 @@ class Quick:
             address(saved),
             *(0, 0, 0),
         )
-        check(library.ls_forward(fields))
+        ops.run(library.ls_forward, fields, self._cell)
         return y, h_n, c_n
 
     def backward(
@@ -191,7 +193,7 @@ class Quick:
             *ops.vector_fields(self._vectors, dweights[self._num_plain :]),
             *(0, 0, 0, 0, 0, 0),
         )
-        check(library.ls_backward(fields))
+        ops.run(library.ls_backward, fields, self._cell, "_backward")
         return dx, dh_0, dc_0, *dweights
 
     def by_equations(
@@ -217,7 +219,7 @@ class Quick:
         return ops.saved_floats_a_row(self._cell, self._H, target, self._call.layer_norm)
 
 
-class _Trained(torch.autograd.Function):
+class _LongshortQuickLayer(torch.autograd.Function):  # by its name `grad_fn` and anomalies show it
     """The usual call with gradients. Gradients of gradients go through the equations of `cells`."""
 
     @staticmethod
@@ -234,18 +236,17 @@ class _Trained(torch.autograd.Function):
         target = library.ls_active_target() if target < 0 else target
         saved = Saved(x.shape[0] * x.shape[1] * quick.saved_floats_a_row(target))
         y, h_n, c_n = quick.forward(target, having, x, h_0, c_0, weights, None, saved.tensor)
-        ctx.quick, ctx.target, ctx.having, ctx.saved = quick, target, having, saved
-        ctx.save_for_backward(x, h_0, c_0, y, *weights)
+        ctx.quick, ctx.target, ctx.having = quick, target, having
+        keep(ctx, (x, h_0, c_0, y, *weights), (saved,))
         ctx.set_materialize_grads(False)
         return (y, h_n) if c_n is None else (y, h_n, c_n)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None = None) -> tuple[Any, ...]:
-        x, h_0, c_0, y, *weights = ctx.saved_tensors
+        (x, h_0, c_0, y, *weights), (saved,) = kept(ctx)
         quick, target, having, wanted = ctx.quick, ctx.target, ctx.having, ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():  # somebody will differentiate once more
             found = quick.by_equations(target, having, x, h_0, c_0, weights, (dy, dh_n, dc_n), wanted)
         else:
-            saved = ctx.saved.tensor
             found = quick.backward(target, having, x, h_0, c_0, weights, y, saved, dy, dh_n, dc_n, wanted)
         return None, None, None, *found

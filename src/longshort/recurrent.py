@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, TypedDict, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from longshort import kernels, ops
@@ -189,6 +189,8 @@ class RecurrentLayer(StandIn, nn.RNNBase):
         return_gates: bool = False,
         resets: Tensor | None = None,
     ) -> Any:
+        if isinstance(input, fx.Proxy):
+            return self.as_node(input, hx, lengths=lengths, return_gates=return_gates, resets=resets)
         plain = lengths is None and resets is None and not return_gates
         if plain and self._stock and kernels.exporting():
             return self.torch_type.forward(self, input, hx)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from longshort import backends
@@ -41,6 +41,22 @@ class StandIn(nn.Module):
         module = self.torch_type.__new__(self.torch_type)
         module.__dict__.update({n: value for n, value in self.__dict__.items() if n not in OWN_ATTRIBUTES})
         return module
+
+    def as_node(self, input: fx.Proxy, *rest: Any, **arguments: Any) -> fx.Proxy:
+        """Return this module's call as one node of the graph that `torch.fx.symbolic_trace` draws, as of PyTorch's.
+
+        Args:
+            input: stands for the input while the graph is drawn.
+            rest: what follows it.
+            arguments: by keyword.
+
+        Raises:
+            TraceError: this module is the whole of what is traced, as PyTorch raises then.
+        """
+        tracer = cast(fx.Tracer, input.tracer)
+        if tracer.root is self:
+            raise fx.proxy.TraceError("A recurrent layer is one node of the model that holds it: trace that model.")
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, *rest), arguments)
 
     __prepare_scriptable__ = as_torch
     """What `torch.jit.script` compiles in place of this module."""
