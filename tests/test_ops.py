@@ -204,11 +204,11 @@ def arguments_of(
     x, h_0 = torch.randn(T, B, I).requires_grad_(grad), torch.randn(D, B, P).requires_grad_(grad)
     c_0 = torch.randn(D, B, H).requires_grad_(grad) if lstm else None
     counts, order = (torch.tensor([2, 2, 1, 0]), torch.tensor([1, 0])) if lengths else (None, None)
-    h_masks: list[Tensor | None] = [torch.rand(B, P) for _ in range(D)] if masks else []
-    zoneout: list[Tensor | None] = [torch.rand(T, B, P) for _ in range(D)] if masks else []
-    resets: list[Tensor | None] = [torch.rand(T, B) < 0.3 for _ in range(D)] if masks else []
+    h_masks = [torch.rand(B, P) for _ in range(D)] if masks else None
+    zoneout = [torch.rand(T, B, P) for _ in range(D)] if masks else None
+    resets = [torch.rand(T, B) < 0.3 for _ in range(D)] if masks else None
     rest = (cell, H, D, True, False, counts, order, B if lengths else 0, False, h_masks, zoneout, 0.0, resets, -1)
-    return (x, h_0, c_0, weights, *rest, list(sizes), projected, grad)
+    return (x, h_0, c_0, weights, *rest, list(sizes) or None, projected, grad)
 
 
 # Of the four choices any three in every combination, by half as many calls as all four would take.

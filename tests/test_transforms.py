@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import shutil
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -217,6 +219,31 @@ def test_compiling_and_exporting_whole(ours: Any, theirs: Any, dtype: torch.dtyp
         same(compiled(x), layer(x, **arguments))
     exported: Any = torch.export.export(layer, (x,)).module()
     same(exported(x), peer(x))
+
+
+@pytest.mark.skipif(not native.targets(), reason="there are no native kernels")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="AOTInductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own: of TorchScript, of its trees
+def test_a_package_of_aotinductor_holds_layers(tmp_path: Path) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plain = longshort.GRU(3, 4, 2, bidirectional=True)
+            self.rich = longshort.LSTM(8, 4, layer_norm=True, peephole=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.rich(self.plain(x)[0])[0]
+            return y * 2
+
+    model, x = Both().eval(), torch.randn(5, 3, 3)
+    steps, rows = torch.export.Dim("steps", min=2, max=64), torch.export.Dim("rows", min=2, max=64)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: steps, 1: rows}})
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        loaded = torch._inductor.aoti_load_package(path)
+        for shape in ((5, 3, 3), (9, 2, 3)):
+            y = torch.randn(shape)
+            assert torch.equal(loaded(y), model(y))
 
 
 @pytest.mark.skipif(not native.targets(), reason="there are no native kernels")

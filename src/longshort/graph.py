@@ -4,14 +4,15 @@
     longshort::layer_backward   the gradients
 
 Eager calls go past this, straight to `ops`. All arguments are tensors and numbers, so that a graph can be saved; the
-state, masks and counts that a call does not have are None. Gradients of gradients are refused: a graph holds no
-equations that could be differentiated once more.
+state, masks (a list has one of each direction), counts and vectors that a call does not have are None, also lists:
+AOTInductor hands on empty ones as None. Gradients of gradients are refused: a graph holds no equations that could be
+differentiated once more.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from longshort.cells import Options, Readings, Sequences, Stack, State
 
 _LAYER = (
     "Tensor x, Tensor? h_0, Tensor? c_0, Tensor[] weights, str cell, int hidden_size, int directions, bool bias, "
-    "bool batch_first, Tensor? counts, Tensor? order, SymInt batch_size, bool packed, Tensor?[] h_masks, "
-    "Tensor?[] zoneout_masks, float zoneout, Tensor?[] resets, int target, str[] vectors, int projected"
+    "bool batch_first, Tensor? counts, Tensor? order, SymInt batch_size, bool packed, Tensor[]? h_masks, "
+    "Tensor[]? zoneout_masks, float zoneout, Tensor[]? resets, int target, str[]? vectors, int projected"
 )
 _NUM_LAYER = 20
 _library: Any = torch.library.Library("longshort", "DEF")  # type: ignore[no-untyped-call]
@@ -41,13 +42,14 @@ def _call(arguments: Sequence[Any]) -> tuple[Tensor, State | None, list[Tensor],
     state = None if h_0 is None else (h_0,) if c_0 is None else (h_0, c_0)
     sequences = None if counts is None else Sequences(counts, order, batch_size, packed)
     options: tuple[Options, ...] = ()
-    if h_masks:
+    if h_masks or zoneout_masks or zoneout or resets:
+        h_masks, zoneout_masks, resets = (each or [None] * directions for each in (h_masks, zoneout_masks, resets))
         options = tuple(
             Options(h_mask_BH=h_mask, zoneout_mask_TBH=zoneout_mask, zoneout=zoneout, resets_TB=reset).contiguous()
             for h_mask, zoneout_mask, reset in zip(h_masks, zoneout_masks, resets, strict=True)
         )
     plain = (cell, hidden_size, directions, bias, batch_first, sequences, options, target)
-    call = ops.Call(*plain, tuple(vectors), projected=projected).resolved(x)
+    call = ops.Call(*plain, tuple(vectors or ()), projected=projected).resolved(x)
     state = None if state is None else tuple(tensor.contiguous() for tensor in state)
     return ops.rows(x), state, [weight.contiguous() for weight in weights], call
 
@@ -91,7 +93,7 @@ def _layer_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     P = projected or H
     T, B = _size(x, batch_first, counts, batch_size)
     state = x.new_empty(D, B, P)
-    floats = _saved_floats(cell, H, T, B, target, "gamma_ih" in vectors) if save else 0
+    floats = _saved_floats(cell, H, T, B, target, "gamma_ih" in (vectors or ())) if save else 0
     c_n = state.new_empty(D, B, H) if native.STATES[cell] == 2 else x.new_empty(0)
     return x.new_empty(*x.shape[:-1], D * P), state, c_n, x.new_empty(D, floats)
 
@@ -164,6 +166,10 @@ torch.library.register_autograd("longshort::layer", _differentiate, setup_contex
 torch.library.register_autograd("longshort::layer_backward", _refuse, setup_context=_setup_backward, lib=_library)
 
 
+def _given(tensors: Iterable[Tensor | None]) -> list[Tensor] | None:
+    return [tensor for tensor in tensors if tensor is not None] or None
+
+
 def run_graph(
     stack: Stack,
     x: Tensor,
@@ -204,12 +210,12 @@ def run_graph(
             stack.bias,
             batch_first,
             *rows,
-            [each.h_mask_BH for each in having],
-            [each.zoneout_mask_TBH for each in having],
+            _given(each.h_mask_BH for each in having),
+            _given(each.zoneout_mask_TBH for each in having),
             having[0].zoneout if having else 0.0,
-            [each.resets_TB for each in having],
+            _given(each.resets_TB for each in having),
             target,
-            vectors,
+            vectors or None,
             stack.proj_size,
             grad,
         )
