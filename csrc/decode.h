@@ -76,7 +76,7 @@ struct Language {
         upper(args.model.H, args.model.H), head{args.model.V, args.model.H}, steps(steps), status(LS_OK), shared{} {
     double inputs = double(model.table ? 0 : model.E) + double(model.layers - 1) * double(model.H);
     double weights = G * double(model.H) * (inputs + double(model.layers * model.H)) + double(model.V * model.H);
-    together = a.B < a.num_threads * (kAccumulators / N);
+    together = a.B < int64_t(a.num_threads) * (kAccumulators / N);
     /* A weight of few rows takes the time of five operations to come. */
     double flops = weights * (together ? larger(2 * a.B, model.int8 ? 2 : 5) : 2 * a.B) * double(steps);
     int most = int(smaller(a.num_threads, together ? upper.panels : a.B));

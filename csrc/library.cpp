@@ -262,7 +262,8 @@ int32_t ls_forward(const ls_forward_args* args) {
   if (!are_tokens(args->tokens, args->shape, args->tokens.table)) return LS_BAD_ARGUMENT;
   bool lying = (args->weight_ih || !args->shape.I) && args->weight_hh && (args->weight_hr || !args->shape.P);
   bool weights = args->packed || lying;
-  if (!target || (!empty && (!weights || (!args->x && args->shape.I) || !args->y))) return LS_BAD_ARGUMENT;
+  bool has_rows = args->shape.T && args->shape.B && !(empty && args->shape.starts); /* of y, also beyond rows' ends */
+  if (!target || (!empty && (!weights || (!args->x && args->shape.I))) || (has_rows && !args->y)) return LS_BAD_ARGUMENT;
   return target->forward(args);
 }
 

@@ -16,12 +16,14 @@ constexpr int kKept = 8;                         /* blocks that wait for the nex
 constexpr size_t kKeptBytes = size_t(256) << 20; /* all of them together */
 
 struct Header {
-  size_t bytes; /* after the header */
+  size_t bytes;   /* after the header */
+  uint64_t given; /* when it was given back: how many were before */
 };
 
 pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 Header* kept[kKept];
 size_t kept_bytes = 0;
+uint64_t times_given = 0;
 
 Header* header_of(void* block) { return reinterpret_cast<Header*>(static_cast<char*>(block) - kAlignment); }
 void* block_of(Header* header) { return reinterpret_cast<char*>(header) + kAlignment; }
@@ -74,24 +76,32 @@ void* take(size_t bytes) {
 void give(void* block) {
   if (!block) return;
   Header* header = header_of(block);
-  Header* dropped = header;
+  if (header->bytes > kKeptBytes) return free(header);
+  /* What has waited longest makes room: it may be of a shape that nobody has any more. */
+  Header* dropped[kKept];
+  int num_dropped = 0, place = -1;
   pthread_mutex_lock(&lock);
-  if (kept_bytes + header->bytes <= kKeptBytes) {
-    int place = 0;
+  header->given = times_given++;
+  while (place < 0) {
+    int free_place = -1, oldest = -1;
     for (int i = 0; i < kKept; ++i) {
-      if (!kept[i]) {
-        place = i;
-        break;
-      }
-      if (kept[i]->bytes < kept[place]->bytes) place = i; /* else in the place of the smallest */
+      if (!kept[i])
+        free_place = i;
+      else if (oldest < 0 || kept[i]->given < kept[oldest]->given)
+        oldest = i;
     }
-    dropped = kept[place];
-    if (dropped) kept_bytes -= dropped->bytes;
-    kept[place] = header;
-    kept_bytes += header->bytes;
+    if (free_place >= 0 && kept_bytes + header->bytes <= kKeptBytes) {
+      place = free_place;
+    } else {
+      dropped[num_dropped++] = kept[oldest];
+      kept_bytes -= kept[oldest]->bytes;
+      kept[oldest] = nullptr;
+    }
   }
+  kept[place] = header;
+  kept_bytes += header->bytes;
   pthread_mutex_unlock(&lock);
-  free(dropped);
+  for (int i = 0; i < num_dropped; ++i) free(dropped[i]);
 }
 
 void trim() {

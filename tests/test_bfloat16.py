@@ -129,7 +129,8 @@ def test_outputs_and_gradients_are_those_of_rounded_factors(
     found = distances(both(cell, I, H, T, B, target, target))
     for distance in [torch.cat(found), *(distance for distance in found if distance.numel() >= 30)]:
         assert distance.median() < 0.075 * ERROR[target]
-    assert max(float(distance.max()) for distance in found) < 2.5 * ERROR[target]
+    # A gradient of one number can be the small sum of large ones, and has no larger one beside it to be a share of.
+    assert max(float(distance.max()) for distance in found if distance.numel() > 1) < 2.5 * ERROR[target]
 
 
 @EVERY_TARGET

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 import longshort
-from longshort import buffers, kernels, native, ops, quick
+from longshort import buffers, kernels, native, native_layers, ops, quick
 from longshort.buffers import Gradients, Saved
 
 pytestmark = pytest.mark.skipif(not native.targets(), reason="no native kernels here")
@@ -211,6 +213,24 @@ def test_of_what_is_saved_only_so_much_waits(monkeypatch: pytest.MonkeyPatch) ->
     assert after(2400) == [2400], "the newest, if both are too much"
     assert after(3600) == [], "more than may wait"
     assert after(*range(10, 22)) == [*range(14, 22)]
+
+
+@pytest.mark.skipif(not hasattr(resource, "RUSAGE_THREAD"), reason="this system does not count a thread's page faults")
+def test_scratch_of_a_size_that_nobody_asks_for_makes_room() -> None:
+    def weights(H: int) -> native_layers.Weights:
+        return native_layers.Weights(np.zeros((4 * H, 1), np.float32), np.zeros((4 * H, H), np.float32))
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        native_layers.forward("lstm", x_TBI, small, out=out_TBH, threads=1)
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+    kernels.empty_cache()
+    x_TBI, small, out_TBH = np.zeros((3, 12, 1), np.float32), weights(1280), np.empty((3, 12, 1280), np.float32)
+    native_layers.forward("lstm", x_TBI, weights(2600), threads=1)  # 216 MB of scratch, of 256 that may wait
+    first = faults()
+    assert min(faults() for _ in range(3)) < first / 4
+    kernels.empty_cache()
 
 
 def test_all_that_is_kept_can_be_given_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -399,6 +399,22 @@ def test_what_does_not_fit_is_refused_before_the_library_is_called() -> None:
         NativeModel(
             "lstm", [weights], np.zeros((5, 2), np.float32), (np.zeros((3, 1), np.float32), np.zeros(4, np.float32))
         )
+    rows, output = np.zeros((5, 2), np.float32), (np.zeros((4, 1), np.float32), np.zeros(4, np.float32))
+    above = native_layers.Weights(np.zeros((4, 1), np.float32), np.zeros((4, 1), np.float32))
+    of_two = native_layers.Weights(np.zeros((8, 1), np.float32), np.zeros((8, 2), np.float32))
+    gains = [np.ones(4, np.float32)] * 2 + [np.ones(1, np.float32)] * 2
+    NativeModel("lstm", [weights, above], rows, output, gains=[gains, gains])
+    for layers, of_gains, named in (
+        ([weights, of_two], (), "weight_ih of layer 1"),
+        ([weights, weights], (), "weight_ih of layer 1"),
+        ([above, above], (), "weight_ih of layer 0"),
+        ([weights, above._replace(weight_hh=np.zeros((4, 2), np.float32))], (), "weight_hh of layer 1"),
+        ([weights, above], [gains], "gains must be 4 arrays of each layer"),
+        ([weights, above], [gains, gains[:2]], "gains must be 4 arrays of each layer"),
+        ([weights, above], [gains, gains[::-1]], "gains must have the shape"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            NativeModel("lstm", layers, rows, output, gains=of_gains)
 
 
 def test_the_library_refuses_what_it_can_see() -> None:

@@ -135,6 +135,54 @@ def test_lengths_are_those_of_separate_rows(ours: Any, theirs: Any, kernel: str,
     assert not any(gradient.isnan().any() for gradient in gradients)
 
 
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_directions_of_the_state(ours: Any, theirs: Any) -> None:
+    layer = ours(3, 4, 2, bidirectional=True)
+    output, after = layer(torch.randn(5, 2, 3))
+    h_n = after[0] if theirs is nn.LSTM else after
+    by_direction = layer.split_directions(h_n)
+    assert by_direction.shape == (2, 2, 2, 4)
+    assert torch.equal(by_direction[-1, 0], output[-1, :, :4])
+    assert torch.equal(by_direction[-1, 1], output[0, :, 4:])
+    assert layer.split_directions(h_n[:, 0]).shape == (2, 2, 4)
+    with pytest.raises(UsageError, match=r"2 layers in 2 directions has 4 entries, got \(2, 2, 4\)"):
+        layer.split_directions(h_n[:2])
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_batch_first_may_be_set_afterwards(ours: Any, theirs: Any, layers: int) -> None:
+    layer, peer, x = ours(3, 4, layers), theirs(3, 4, layers), torch.randn(5, 2, 3)
+    layer.load_state_dict(peer.state_dict())
+    for batch_first in (True, False):
+        layer.batch_first = peer.batch_first = batch_first
+        same(layer(x), peer(x))
+        with torch.no_grad():
+            same(layer(x), peer(x))
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_parameters_of_options_that_do_not_fit_are_refused(kernel: str) -> None:
+    layer, x = longshort.LSTM(3, 8, layer_norm=True, learn_initial_state=True), torch.randn(5, 2, 3)
+    for name, wrong in (
+        ("gamma_ih_l0", torch.ones(4)),
+        ("gamma_c_l0", torch.ones(8, dtype=torch.float64)),
+        ("h_0_l0", torch.ones(2)),
+    ):
+        right = getattr(layer, name)
+        setattr(layer, name, nn.Parameter(wrong))
+        with kernels.use(kernel), pytest.raises(RuntimeError, match=f"{name} must have the shape"):
+            layer(x)
+        setattr(layer, name, right)
+    layer(x)
+
+
+@pytest.mark.parametrize(("arguments", "options"), [({"lengths": [0, 0]}, {}), ({}, {"zoneout": 0.1})])
+def test_sequences_of_no_step_are_refused_in_pytorchs_words(arguments: Any, options: Any) -> None:
+    with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0"):
+        longshort.GRU(3, 4, **options)(torch.randn(0, 2, 3), **arguments)
+
+
 def test_lengths_that_cannot_be_are_refused() -> None:
     layer, x = longshort.LSTM(3, 4), torch.zeros(5, 2, 3)
     wrong: list[tuple[Any, type[Exception], str]] = [
@@ -235,6 +283,15 @@ def test_packed_sequences(ours: Any, theirs: Any, kernel: str, enforce_sorted: b
             for out, after in (found, expected)
         ]
         same(gradients[0], gradients[1], 1e-4 if dtype is torch.float32 else None)
+
+
+def test_sizes_of_a_packed_sequence_may_lie_apart() -> None:
+    layer, x = longshort.LSTM(3, 4), torch.randn(5, 3)
+    apart = torch.tensor([3, 9, 1, 9, 1])[::2]
+    expected = layer(PackedSequence(x, torch.tensor([3, 1, 1])))
+    same(layer(PackedSequence(x, apart)), expected)
+    with pytest.raises(RuntimeError, match="expected scalar type Long"):
+        layer(PackedSequence(x, apart.int()))
 
 
 def test_a_packed_sequence_that_does_not_add_up_is_refused() -> None:

@@ -21,6 +21,7 @@ from longshort.errors import CheckpointError, ConfigError, TextError, UsageError
 from longshort.evaluation import evaluate
 from longshort.model import LanguageModel, load_language_model
 from longshort.text.tokenizers import ByteTokenizer, CharTokenizer
+from recurrent import same
 
 SYMBOLS = "abcdefgh"
 TOKENIZER = CharTokenizer(SYMBOLS)
@@ -129,6 +130,36 @@ def without_kernels() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "ready", lambda: False)
         yield
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+@pytest.mark.parametrize("embedding", [0, 16])
+def test_what_does_not_fit_a_model_is_refused(kernel: str, embedding: int) -> None:
+    model = LanguageModel(ModelConfig(cell="lstm", vocab_size=20, embedding=embedding, hidden=8, layers=2))
+    ids, (h, c) = torch.randint(20, (30, 4)), model.zero_state(4)
+    wrong_states = {
+        "one row": model.zero_state(1),
+        "other units": (h, c[..., :3]),
+        "another type": (h, c.double()),
+        "no c": (h,),
+    }
+    with kernels.use(kernel):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                for state in wrong_states.values():
+                    with pytest.raises(UsageError, match=r"state must be|state of lstm is"):
+                        model(ids, state)
+                for wrong in (ids + 21, ids - 20, ids[0], ids.float(), ids > 3, ids.to("meta")):
+                    with pytest.raises(UsageError, match="Symbols must be"):
+                        model(wrong)
+                same(model(ids.int()), model(ids))
+                logits, state = model(ids[:0], (h, c))
+                assert logits.shape == (0, 4, 20)
+                assert state[0] is h
+        right = model.recurrent.get_parameter("weight_hh_l1")
+        model.recurrent.weight_hh_l1 = torch.nn.Parameter(right[:, :4].detach())
+        with pytest.raises(UsageError, match=r"Weight 5 must be \(32, 8\)"):
+            model(ids)
 
 
 def test_tied_weights_are_one_and_are_saved_once() -> None:

@@ -119,6 +119,13 @@ def test_arguments_that_cannot_be_are_refused(cell: str) -> None:
     assert library.ls_forward(ctypes.byref(forward)) == native.OK
     assert library.ls_backward(ctypes.byref(backward)) == native.OK
     assert library.ls_forward(None) == library.ls_backward(None) == native.BAD_ARGUMENT
+    nobody = np.zeros(3, np.int64)  # no row has a step, but all of y is beyond their ends
+    forward.shape.counts, forward.y, y = nobody.ctypes.data, None, forward.y
+    assert library.ls_forward(ctypes.byref(forward)) == native.BAD_ARGUMENT
+    forward.shape.starts = nobody.ctypes.data  # of packed rows there is none
+    assert library.ls_forward(ctypes.byref(forward)) == native.OK
+    forward.shape.starts, forward.y = None, y
+    assert library.ls_forward(ctypes.byref(forward)) == native.OK
 
 
 @needs_library

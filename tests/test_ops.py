@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 import longshort
 from longshort import graph, kernels, native, ops
+from longshort.buffers import Saved
 from longshort.cells import Stack
 from longshort.options import LayerOptions
-from recurrent import PAIRS, flat, same, seeded
+from recurrent import CELL_PAIRS, PAIRS, flat, same, seeded
 
 pytestmark = pytest.mark.skipif(not native.targets(), reason="there are no native kernels here")
 
@@ -154,13 +156,90 @@ def test_many_passes_at_once_keep_their_own_memory(ours: Any, theirs: Any) -> No
         same(list(gradients), list(torch.autograd.grad(expected[i], list(peer.parameters()), retain_graph=True)))
 
 
-def test_an_output_that_was_changed_is_noticed() -> None:
-    layer = longshort.LSTM(3, 4)
-    y, _ = layer(torch.randn(2, 1, 3))
-    with torch.no_grad():
-        y.mul_(2)
+@pytest.mark.parametrize("shape", [{}, {"num_layers": 2}, {"bidirectional": True}, {"batch_first": True}])
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_an_output_may_be_changed_in_place(ours: Any, theirs: Any, shape: dict[str, Any]) -> None:
+    layer, peer = ours(4, 4, **shape), theirs(4, 4, **shape)
+    layer.load_state_dict(peer.state_dict())
+    x = torch.randn(6, 3, 4)
+    found = []
+    for each, changes in ((layer, True), (peer, False)):  # some of PyTorch's refuse it
+        y, _ = each(x)
+        if changes:
+            y += torch.cat([x] * (1 + layer.bidirectional), -1)
+            y.mul_(3)
+        else:
+            y = (y + torch.cat([x] * (1 + layer.bidirectional), -1)) * 3
+        found.append(torch.autograd.grad(y.square().sum(), list(each.parameters())))
+    same(list(found[0]), list(found[1]))
+
+
+def test_an_input_that_was_changed_is_noticed() -> None:
+    layer, x = longshort.LSTM(3, 4), torch.randn(2, 1, 3)
+    y, _ = layer(x)
+    x.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [{}, {"num_layers": 2}])
+def test_a_training_loop_holds_what_one_forward_pass_saves(monkeypatch: pytest.MonkeyPatch, shape: Any) -> None:
+    """Also while the last step's loss lives, as it does in a loop until the next step has one."""
+    alive: weakref.WeakSet[Saved] = weakref.WeakSet()
+    make = Saved.__init__
+
+    def note(saved: Saved, floats: int) -> None:
+        make(saved, floats)
+        alive.add(saved)
+
+    monkeypatch.setattr(Saved, "__init__", note)
+    layer, x = longshort.LSTM(3, 4, **shape), torch.randn(5, 2, 3)
+    losses: list[Any] = []
+    for step in range(4):
+        losses.append(layer(x)[0].sum())
+        assert len(alive) == layer.num_layers
+        if step == 2:
+            losses[-1].backward(retain_graph=True)
+            assert len(alive) == layer.num_layers
+        losses[-1].backward()
+        assert not alive
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        losses[-1].backward()
+
+
+def test_weights_are_watched_once() -> None:
+    layer, x = longshort.GRU(3, 4), torch.randn(2, 1, 3)
+    kinds = weakref.finalize._registry  # type: ignore[attr-defined]
+    with torch.no_grad():
+        layer(x)
+        before = len(kinds)
+        for _ in range(3):
+            kernels.invalidate()
+            layer(x)
+    assert len(kinds) == before
+
+
+def test_numbers_that_are_to_be_read_as_negative() -> None:
+    """Views such as the imaginary part of a conjugate lie as they were, with a sign to be changed."""
+    x = torch.complex(torch.zeros(6, 1, 1), torch.randn(6, 1, 1)).conj().imag
+    assert x.is_neg()
+    for ours, theirs in PAIRS:
+        layer, peer = ours(1, 1), theirs(1, 1)
+        layer.load_state_dict(peer.state_dict())
+        before = x[:1] if theirs is not nn.LSTM else (x[:1], x[1:2])
+        for each in (torch.enable_grad(), torch.no_grad()):
+            with each:
+                same(layer(x, before), peer(x, before))
+        gradients = []
+        for module in (layer, peer):
+            y = module(x)[0]
+            loss = torch.complex(y, y).conj().imag.sum()
+            gradients.append(list(torch.autograd.grad(loss, list(module.parameters()))))
+        same(gradients[0], gradients[1])
+    for ours, theirs in CELL_PAIRS:
+        cell, peer = ours(1, 4), theirs(1, 4)
+        cell.load_state_dict(peer.state_dict())
+        same(cell(x[0]), peer(x[0]))
 
 
 def test_subnormal_numbers_count_again_after_a_call() -> None:

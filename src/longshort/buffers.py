@@ -15,6 +15,9 @@ from longshort import machine, native
 _uses: Any = getattr(torch._C, "_storage_Use_Count", None)
 """How many have a storage, by its address: what PyTorch keeps for itself, so `_alone` makes sure of it."""
 
+_keeps_graph: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+"""Whether the backward pass that runs leaves the graph for another one: what PyTorch keeps for itself, too."""
+
 T = TypeVar("T")
 Kept = tuple[Tensor, int, torch.UntypedStorage]
 """Memory as a tensor; where it lies; and the one object that stands for it in Python."""
@@ -99,11 +102,13 @@ class Saved:
     _free: ClassVar[list[Tensor]] = []
 
     def __init__(self, floats: int) -> None:
-        self.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        self.hooked = True  # until there is memory that could wait
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         found = None
-        if not self.hooked:
+        if not hooked:
             found = _take(self._free, lambda tensor: floats <= tensor.numel() <= 2 * floats + 4096)
         self.tensor = large(floats) if found is None else found
+        self.hooked = hooked
 
     def __del__(self) -> None:
         if self.hooked:
@@ -117,38 +122,54 @@ class Saved:
                 break
 
 
-def keep(ctx: Any, tensors: Sequence[Tensor | None], saved: Sequence[Saved]) -> None:
+def keep(ctx: Any, tensors: Sequence[Tensor | None], output: Tensor, saved: Sequence[Saved]) -> None:
     """Keep until the backward pass what it needs; `ctx` is that of an autograd function.
 
     Args:
         ctx: of the forward pass.
-        tensors: inputs and outputs; None of those that there are not.
+        tensors: inputs; None of those that there are not.
+        output: y, which the caller may change in place, as that of PyTorch's GRU.
         saved: what the library filled.
     """
     hooked = [each.tensor for each in saved if each.hooked]
-    ctx.saved, ctx.hooked = saved, len(hooked)
+    ctx.num_hooked = len(hooked)
     if hooked:
-        ctx.saved, ctx.sizes = (), [None if tensor is None else tensor.shape for tensor in (*tensors, *hooked)]
-    ctx.save_for_backward(*tensors, *hooked)
+        tensors = (*tensors, output, *hooked)
+        ctx.sizes = [None if tensor is None else tensor.shape for tensor in tensors]
+    else:
+        ctx.output, ctx.version, ctx.saved = output.detach(), output._version, saved
+    ctx.save_for_backward(*tensors)
 
 
-def kept(ctx: Any) -> tuple[Sequence[Any], Sequence[Tensor]]:
-    """Return the tensors that `keep` was given, None of those that there were not, and the memory.
+def kept(ctx: Any) -> tuple[Sequence[Any], Tensor | None, Sequence[Tensor]]:
+    """Return the tensors that `keep` was given, the output, or None where it has been changed, and the memory.
 
     Raises:
         RuntimeError: a hook gave back something else.
     """
-    if not ctx.hooked:
-        return ctx.saved_tensors, [each.tensor for each in ctx.saved]
-    tensors: list[Any] = []
+    if not ctx.num_hooked:
+        tensors = ctx.saved_tensors  # first: it says where there has been a backward pass already
+        output = ctx.output if ctx.output._version == ctx.version else None
+        return tensors, output, [each.tensor for each in ctx.saved]
+    found: list[Any] = []
     for tensor, size in zip(ctx.saved_tensors, ctx.sizes, strict=True):
         if tensor is not None and not (tensor.shape == size and tensor.dtype is torch.float32 and tensor.is_cpu):
             raise RuntimeError(
                 f"A hook of saved tensors must give back what it took, {tuple(size)} of torch.float32 on the CPU, "
                 f"not {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}."
             )
-        tensors.append(None if tensor is None else tensor.contiguous())
-    return tensors[: -ctx.hooked], tensors[-ctx.hooked :]
+        found.append(None if tensor is None else tensor.contiguous())
+    first = len(found) - ctx.num_hooked
+    return found[: first - 1], found[first - 1], found[first:]
+
+
+def release(ctx: Any) -> None:
+    """Let go of the memory after a backward pass, as PyTorch does of tensors, unless another is to come.
+
+    The graph can live longer: in a loop `loss` is the last step's until the next one has its own.
+    """
+    if not _keeps_graph():
+        ctx.output, ctx.saved = None, ()
 
 
 class Gradients:

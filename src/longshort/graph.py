@@ -39,8 +39,9 @@ def _call(arguments: Sequence[Any]) -> tuple[Tensor, State | None, list[Tensor],
     """Return x, state, weights and the rest, from the arguments that both operations share."""
     x, h_0, c_0, weights, cell, hidden_size, directions, bias, batch_first, counts, order, batch_size = arguments[:12]
     packed, h_masks, zoneout_masks, zoneout, resets, target, vectors, projected = arguments[12:_NUM_LAYER]
-    state = None if h_0 is None else (h_0,) if c_0 is None else (h_0, c_0)
-    sequences = None if counts is None else Sequences(counts, order, batch_size, packed)
+    state: State | None = None if h_0 is None else (h_0,) if c_0 is None else (h_0, c_0)
+    order = None if order is None else order.contiguous()
+    sequences = None if counts is None else Sequences(counts.contiguous(), order, batch_size, packed)
     options: tuple[Options, ...] = ()
     if h_masks or zoneout_masks or zoneout or resets:
         h_masks, zoneout_masks, resets = (each or [None] * directions for each in (h_masks, zoneout_masks, resets))
@@ -50,8 +51,8 @@ def _call(arguments: Sequence[Any]) -> tuple[Tensor, State | None, list[Tensor],
         )
     plain = (cell, hidden_size, directions, bias, batch_first, sequences, options, target)
     call = ops.Call(*plain, tuple(vectors or ()), projected=projected).resolved(x)
-    state = None if state is None else tuple(tensor.contiguous() for tensor in state)
-    return ops.rows(x), state, [weight.contiguous() for weight in weights], call
+    state = None if state is None else tuple(map(ops.dense, state))
+    return ops.rows(x), state, list(map(ops.dense, weights)), call
 
 
 def _size(x: Tensor, batch_first: bool, counts: Tensor | None, batch_size: int) -> tuple[int, int]:
@@ -63,9 +64,10 @@ def _size(x: Tensor, batch_first: bool, counts: Tensor | None, batch_size: int) 
 def _saved_floats(cell: str, H: int, T: int, B: int, target: int, layer_norm: bool) -> int:
     """Return what one direction saves, for all rows of all steps, also those that there are not, and the target.
 
-    A graph that names no target is made before it is known which one runs: the most that any of them saves.
+    A graph that names no target is made before it is known which one runs: the most that any of them saves. The next
+    direction's begins with a line of the cache.
     """
-    return T * B * _floats_a_row(cell, H, target, layer_norm) + 1
+    return (T * B * _floats_a_row(cell, H, target, layer_norm) // 16 + 1) * 16
 
 
 @functools.cache

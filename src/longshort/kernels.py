@@ -420,15 +420,43 @@ def run(
 
     Returns:
         Outputs (T, B, H) and the state after the last step.
+
+    Raises:
+        UsageError: state, weights or the options' vectors do not fit.
     """
-    stack = Stack(cell, x_TBI.shape[-1], state[0].shape[-1], len(weights))
+    stack = Stack(cell, x_TBI.shape[-1], weights[0][1].shape[-1], len(weights))
     flat = [tensor for layer_weights in weights for tensor in layer_weights]
+    _check(stack, x_TBI.shape[1], state, flat, options)
     inputs = (x_TBI, *state, *flat, *(tensor for each in options for tensor in each.vectors.values()))
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     needs = frozenset({"layer_norm"} if options else ())
     size = (*x_TBI.shape[:2], stack.hidden_size)
     choice = choose(cell, needs, x=x_TBI, size=size, grad=grad)
     return run_layers(choice, stack, x_TBI, state, flat, dropout=dropout, training=training, options=options)
+
+
+def _check(stack: Stack, rows: int, state: State, weights: Sequence[Tensor], options: Sequence[Options]) -> None:
+    """Refuse what does not fit: the native kernels would read beyond its end, PyTorch's equations repeat it."""
+    like, casts = weights[0], torch._C._is_any_autocast_enabled()
+
+    def check(name: str, tensor: Tensor, shape: tuple[int, ...], casts: bool = False) -> None:
+        typed = casts or tensor.dtype is like.dtype
+        if tensor.shape != shape or tensor.device != like.device or not typed:
+            raise UsageError(
+                f"{name} must be {shape}, of {like.dtype} on {like.device}.",
+                f"It is {tuple(tensor.shape)}, of {tensor.dtype} on {tensor.device}.",
+            )
+
+    if len(state) != len(stack.state_sizes):
+        raise UsageError(f"The state of {stack.cell} is {len(stack.state_sizes)} tensors, not {len(state)}.")
+    for number, (tensor, width) in enumerate(zip(state, stack.state_sizes, strict=True)):
+        check(f"Tensor {number} of the state", tensor, (stack.num_layers, rows, width), casts)
+    for number, (tensor, shape) in enumerate(zip(weights, stack.weight_shapes, strict=True)):
+        check(f"Weight {number}", tensor, shape)
+    for layer, each in enumerate(options):
+        for name, vector in each.vectors.items():
+            size = stack.gate_size if name in ("gamma_ih", "gamma_hh") else stack.hidden_size
+            check(f"{name} of layer {layer}", vector, (size,))
 
 
 def embed(ids: Tensor, embedding_VE: Tensor) -> Tensor:
@@ -472,6 +500,9 @@ def run_tokens(
 
     Returns:
         Outputs (T, B, H) and the state after the last step.
+
+    Raises:
+        UsageError: as of `run`.
     """
     if residual:
 
@@ -485,6 +516,9 @@ def run_tokens(
         between = partial(masks.dropout, share=dropout, training=training)
         return layer_by_layer(run_layer, between, len(weights), ids_TB, residual)
     weight_ih, bias_ih = weights[0][0], weights[0][2]
+    stack = Stack(cell, weight_ih.shape[1], weights[0][1].shape[-1], len(weights))
+    flat = [tensor for layer_weights in weights for tensor in layer_weights]
+    _check(stack, ids_TB.shape[1], state, flat, options)
     if options:  # a row of the table is not what the layer normalises
         if embedding_VE is None:
             assert identity is not None
@@ -505,10 +539,8 @@ def run_tokens(
     if target is not None:
         table_VG = weight_ih.T if embedding_VE is None else embedding_VE @ weight_ih.T
         table_VG = F.pad(table_VG, (0, 0, 0, 1))  # the unknown symbol's row is zero
-        flat = [tensor for layer_weights in weights for tensor in layer_weights]
         flat[0] = weight_ih.detach()[:, :0]
         grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (table_VG, *state, *flat))
-        stack = Stack(cell, weight_ih.shape[1], state[0].shape[-1], len(weights))
         return ops.run_native(
             stack, table_VG, state, flat, dropout=dropout, training=training, target=target, grad=grad, ids=ids_TB
         )

@@ -20,6 +20,7 @@ from longshort import cells, checkpoint, kernels, masks, native
 from longshort.cells import Readings, Stack, State
 from longshort.config import ModelConfig
 from longshort.decoder import Decoder, check_weights, runs_natively
+from longshort.errors import UsageError
 from longshort.head import AdaptiveSoftmax, Softmax
 from longshort.layers import CellStack
 from longshort.model_files import Saved
@@ -73,6 +74,9 @@ class LanguageModel(nn.Module):
         Returns:
             Logits (T, B, V) and the state after the last symbol. The gradient flows through both: cut it with
             `detach` where a window ends.
+
+        Raises:
+            UsageError: other numbers than symbols, or a state of other shape, type or device than `zero_state` gives.
         """
         h_TBH, state = self._read(ids_TB, state)
         return self.output.logits(h_TBH), state
@@ -95,12 +99,16 @@ class LanguageModel(nn.Module):
     def _read(self, ids_TB: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Return what the output layer reads, (T, B, H), and the state after the last symbol."""
         config = self.config
+        ids_TB = self._checked(ids_TB)
+        state = self.zero_state(ids_TB.shape[1]) if state is None else state
+        if not ids_TB.numel():
+            return state[0].new_zeros(*ids_TB.shape, config.hidden), state
         h_TBH, state = kernels.run_tokens(
             config.cell,
             ids_TB,
             None if self.embedding is None else self.embedding.weight,
             self.identity,
-            self.zero_state(ids_TB.shape[1]) if state is None else state,
+            state,
             self.recurrent.all_weights,
             dropout=config.dropout,
             training=self.training,
@@ -108,6 +116,20 @@ class LanguageModel(nn.Module):
             options=self.recurrent.options,
         )
         return masks.dropout(h_TBH, config.dropout, self.training), state
+
+    def _checked(self, ids_TB: Tensor) -> Tensor:
+        """Return symbols as int64, where they are some."""
+        V = self.config.vocab_size
+        if ids_TB.dim() != 2 or ids_TB.is_floating_point() or ids_TB.dtype is torch.bool:
+            raise UsageError(f"Symbols must be integers (T, B), got {tuple(ids_TB.shape)} of {ids_TB.dtype}.")
+        if ids_TB.device != self.device:
+            raise UsageError(f"Symbols must be where the model is, on {self.device}, not on {ids_TB.device}.")
+        # Elsewhere looking would wait for the device, which refuses what is out of range itself.
+        if ids_TB.is_cpu and ids_TB.numel() and not torch.compiler.is_compiling():
+            least, most = (int(number) for number in ids_TB.aminmax())
+            if least < 0 or most > V:
+                raise UsageError(f"Symbols must be from 0 to {V}, got {least if least < 0 else most}.")
+        return ids_TB.long()
 
     def initialise_normal(self, std: float = 0.01) -> None:
         """Draw every weight from N(0, std) and set every bias to zero, as the lecture does; gains stay 1."""
@@ -187,7 +209,7 @@ class LanguageModel(nn.Module):
     def readings(self, ids_T: NDArray[np.int64]) -> list[dict[str, NDArray[np.float32]]]:
         """Read `ids_T` from a zero state and return what each layer had at every step, as `Decoder.readings`."""
         config, device = self.config, self.device
-        ids_TB = torch.from_numpy(ids_T).to(device).unsqueeze(1)
+        ids_TB = self._checked(torch.from_numpy(ids_T).to(device).unsqueeze(1))
         if self.embedding is not None:
             x_TBE = kernels.embed(ids_TB, self.embedding.weight)
         else:

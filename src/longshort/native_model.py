@@ -126,7 +126,13 @@ class NativeModel:
         number = native.index_of(self._library, target)
         (size, E), H = rows.shape, layers[0].weight_hh.shape[1]
         self.V, self.H, self.num_layers, self.cell = size - 1, H, len(layers), cell
-        first = layers[0]
+        G, first = GATES[cell] * H, layers[0]
+        for layer, weights in enumerate(layers):
+            native.require_shape(f"weight_ih of layer {layer}", weights.weight_ih, (G, H if layer else E))
+            native.require_shape(f"weight_hh of layer {layer}", weights.weight_hh, (G, H))
+        of_gains = (G, G, H, H)[: 2 * native.STATES[cell]]
+        if gains and [len(own) for own in gains] != [len(of_gains)] * len(layers):
+            raise ValueError(f"gains must be {len(of_gains)} arrays of each layer")
         self._table = self._embedding = None
         if 4 * size * GATES[cell] * H <= TABLE_BYTES:
             self._table = self._pack_table(_gates(cell, first, rows, gains[0][0] if gains else None), number)
@@ -151,11 +157,10 @@ class NativeModel:
         self._structure.table, self._structure.embedding = address(self._table), address(self._embedding)
         self._structure.packed = ctypes.cast(self._pointers, ctypes.c_void_p)
         self._structure.head = address(self._head)
-        G = GATES[cell] * H
         self._gains = [
             native.float_array("gains", gain, (size,))
             for own in gains
-            for gain, size in zip(own, (G, G, H, H), strict=False)
+            for gain, size in zip(own, of_gains, strict=True)
         ]
         if gains:
             each = len(self._gains) // len(layers)

@@ -209,9 +209,14 @@ def run(function: Any, argument: Any, cell: str, part: str = "") -> None:
     check(status)
 
 
+def dense(tensor: Tensor) -> Tensor:
+    """Return `tensor` with its numbers one after the other, as they are: some views are to be read as negative."""
+    return tensor.contiguous().resolve_neg()
+
+
 def rows(x: Tensor) -> Tensor:
-    """Return `x` with its last dimension contiguous."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """Return `x` with its last dimension as of `dense`."""
+    return x.resolve_neg() if x.stride(-1) == 1 or x.shape[-1] == 1 else dense(x)
 
 
 @functools.cache
@@ -229,6 +234,13 @@ class _Packed(NamedTuple):
 
 
 _packed: dict[int, _Packed] = {}
+_watched: set[int] = set()
+"""The weights, by their ids, whose end `_forget` will be told of."""
+
+
+def _forget(owner: int) -> None:
+    _packed.pop(owner, None)
+    _watched.discard(owner)
 
 
 def invalidate() -> None:
@@ -258,8 +270,9 @@ def pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
     floats = library.ls_packed_floats(*sizes, target)
     packed = buffers.large(floats)
     check(library.ls_pack(*sizes, target, *pointers, packed.data_ptr()))
-    if found is None:
-        weakref.finalize(owner, _packed.pop, id(owner), None)
+    if id(owner) not in _watched:
+        _watched.add(id(owner))
+        weakref.finalize(owner, _forget, id(owner))
     _packed[id(owner)] = _Packed(key, packed)
     return packed
 
@@ -363,8 +376,8 @@ def backward(
         buffers.Gradients.like(w) if want else None for w, want in zip(weights, wanted[1 + num_states :], strict=True)
     ]
     dy = None if dy is None else rows(dy)
-    dstate = [None if gradient is None else gradient.contiguous() for gradient in dstate]
-    dgates = [None if gradient is None else gradient.contiguous() for gradient in dgates or (None,) * D]
+    dstate = [None if gradient is None else dense(gradient) for gradient in dstate]
+    dgates = [None if gradient is None else dense(gradient) for gradient in dgates or (None,) * D]
     per_direction = len(weights) // D
     x_step, x_row = (0, 0) if call.ids is not None else call.strides(x)
     y_step, y_row = call.strides(y)
@@ -445,7 +458,7 @@ def cross_entropy(
         scale: of the gradients.
         target: number of the target that runs, -1 for what PyTorch's switches allow or else the active one.
     """
-    given = [tensor.detach().contiguous() for tensor in (h_NH, weight_VH, bias_V, targets_N)]
+    given = [dense(tensor.detach()) for tensor in (h_NH, weight_VH, bias_V, targets_N)]
     dh_NH, *dweights = given[0].new_empty(h_NH.shape), *map(buffers.Gradients.like, given[1:3])
     nats_N = dh_NH.new_empty(len(h_NH), dtype=torch.float64)
     places = [tensor.data_ptr() for tensor in (*given, nats_N, dh_NH, *dweights)]
@@ -466,20 +479,25 @@ class _LongshortLayer(torch.autograd.Function):  # by its name `grad_fn` and ano
         saved = [buffers.Saved(saved_floats(call, x)) for _ in range(call.directions)]
         y, after = forward(call, x, given, weights, [each.tensor for each in saved])  # type: ignore[arg-type]
         ctx.call, ctx.num_states = call, num_states
-        buffers.keep(ctx, (x, *rest, y), saved)
+        buffers.keep(ctx, (x, *rest), y, saved)
         ctx.set_materialize_grads(False)
         return (y, *after, *(show(call, x, [each.tensor for each in saved]) if call.shows else ()))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *after: Tensor | None) -> tuple[Any, ...]:
-        (x, *rest, y), saved = buffers.kept(ctx)
+        (x, *rest), y, saved = buffers.kept(ctx)
         state, weights = tuple(rest[: ctx.num_states]), rest[ctx.num_states :]
         wanted = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # somebody will differentiate once more
             return (None, *by_equations(ctx.call, x, state, weights, (dy, *after), wanted))
         given = None if state[0] is None else state
+        if y is None:
+            again = [torch.empty_like(each) for each in saved]
+            y, _ = forward(ctx.call, x, given, weights, again)
         dstate, dgates = after[: ctx.num_states], after[ctx.num_states :]
-        return (None, *backward(ctx.call, x, given, weights, y, saved, dy, dstate, wanted, dgates))
+        found = backward(ctx.call, x, given, weights, y, saved, dy, dstate, wanted, dgates)
+        buffers.release(ctx)
+        return (None, *found)
 
 
 def by_equations(
@@ -552,7 +570,7 @@ def join_vectors(
         n = len(weights) // directions
         joined = ((*weights[d * n : (d + 1) * n], *own.values()) for d, own in enumerate(vectors))
         weights = [tensor for own in joined for tensor in own]
-    return [weight.contiguous() for weight in weights], names
+    return list(map(dense, weights)), names
 
 
 def part_vectors(call: Call, weights: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Options]]:
@@ -597,7 +615,7 @@ def run_native(
     cell = cell_of(stack)
     shows = readings is not None and bool(native.SHOWN[cell])
     if state is not None:
-        state = tuple(tensor.contiguous() for tensor in state)
+        state = tuple(map(dense, state))
     after: list[State] = []
     for layer in range(layers):
         having = tuple(each.contiguous() for each in options[layer * D : (layer + 1) * D])
@@ -605,7 +623,7 @@ def run_native(
         symbols = None if layer or ids is None else ids.contiguous()
         plain = (cell, stack.hidden_size, D, stack.bias, batch_first, sequences, having, target)
         call = Call(*plain, vectors, symbols, shows, stack.proj_size).resolved(x)
-        x = rows(x) if symbols is None else x.contiguous()
+        x = rows(x) if symbols is None else dense(x)
         before = state if state is None or layers == 1 else tuple(t[layer * D : (layer + 1) * D] for t in state)
         num_states = len(stack.state_sizes)
         shown: tuple[Tensor, ...] = ()

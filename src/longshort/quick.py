@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from longshort import native, ops
-from longshort.buffers import LARGE, Gradients, Saved, keep, kept, prefer_large_pages
+from longshort.buffers import LARGE, Gradients, Saved, keep, kept, prefer_large_pages, release
 from longshort.cells import Options, Stack
 from longshort.ops import BACKWARD, FORWARD, Call, address, library
 from longshort.options import LayerOptions
@@ -37,7 +37,7 @@ class Quick:
     def __init__(
         self, stack: Stack, names: Sequence[str], batch_first: bool, options: LayerOptions, training: bool
     ) -> None:
-        self._stack, self._batch_first, self._options = stack, batch_first, options
+        self._stack, self.batch_first, self._options = stack, batch_first, options
         self._draws = training and bool(options.recurrent_dropout or options.zoneout)
         self._fixed = Options(zoneout=0.0 if training else options.zoneout, coupled=stack.coupled)
         self._cell, self._I, self._H, self._bias = ops.cell_of(stack), stack.input_size, stack.hidden_size, stack.bias
@@ -55,8 +55,10 @@ class Quick:
         H, P, float32 = self._H, self._P, torch.float32
         if type(x) is not Tensor or x.dtype is not float32 or x.dim() != 3 or not x.is_cpu or x.stride(2) != 1:
             return None
+        if x.is_neg():
+            return None
         T, B, I = x.shape
-        if self._batch_first:
+        if self.batch_first:
             T, B = B, T
         if not T or not B or self._I != I:
             return None
@@ -69,7 +71,7 @@ class Quick:
             for tensor in state:
                 if type(tensor) is not Tensor or tensor.dtype is not float32 or tensor.shape != (1, B, width):
                     return None
-                if not (tensor.is_cpu and tensor.is_contiguous()):
+                if not (tensor.is_cpu and tensor.is_contiguous()) or tensor.is_neg():
                     return None
                 width = H
         weights = []
@@ -77,7 +79,7 @@ class Quick:
             weight = parameters.get(name)
             if type(weight) is not Parameter or weight.dtype is not float32 or weight.shape != shape:
                 return None
-            if not (weight.is_cpu and weight.is_contiguous()):
+            if not (weight.is_cpu and weight.is_contiguous()) or weight.is_neg():
                 return None
             weights.append(weight)
         h_0, c_0 = (*state, None, None)[:2]
@@ -109,7 +111,7 @@ class Quick:
     def _places(self, tensor: Tensor) -> tuple[int, int, int]:
         """Return where a tensor laid as the input lies, and the floats from step to step and from row to row."""
         first, second, _ = tensor.stride()
-        return (tensor.data_ptr(), second, first) if self._batch_first else (tensor.data_ptr(), first, second)
+        return (tensor.data_ptr(), second, first) if self.batch_first else (tensor.data_ptr(), first, second)
 
     def forward(
         self,
@@ -124,7 +126,7 @@ class Quick:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return y, h_n and of an LSTM c_n; arguments as of `ops.forward`, and checked before."""
         first, second, _ = x.shape
-        T, B = (second, first) if self._batch_first else (first, second)
+        T, B = (second, first) if self.batch_first else (first, second)
         H, P = self._H, self._P
         y, h_n = x.new_empty(first, second, P), x.new_empty(1, B, P)
         if T * B * P >= LARGE:  # asked here too: most are small, and a call costs more than the question
@@ -163,7 +165,7 @@ class Quick:
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, h_0, c_0 and the weights, those that are `wanted`; the others None."""
         first, second, I = x.shape
-        T, B = (second, first) if self._batch_first else (first, second)
+        T, B = (second, first) if self.batch_first else (first, second)
         dx = x.new_empty(first, second, I) if wanted[0] else None
         if dx is not None and T * B * I >= LARGE:
             prefer_large_pages(dx)
@@ -171,7 +173,7 @@ class Quick:
         dc_0 = x.new_empty(1, B, self._H) if wanted[2] else None
         dweights = [Gradients.like(w) if want else None for w, want in zip(weights, wanted[3:], strict=True)]
         dy = None if dy is None else ops.rows(dy)
-        dh_n, dc_n = (None if each is None else each.contiguous() for each in (dh_n, dc_n))
+        dh_n, dc_n = (None if each is None else ops.dense(each) for each in (dh_n, dc_n))
         fields = BACKWARD.pack(
             *self._shape(target, having, T, B, weights),
             *self._places(x),
@@ -237,16 +239,19 @@ class _LongshortQuickLayer(torch.autograd.Function):  # by its name `grad_fn` an
         saved = Saved(x.shape[0] * x.shape[1] * quick.saved_floats_a_row(target))
         y, h_n, c_n = quick.forward(target, having, x, h_0, c_0, weights, None, saved.tensor)
         ctx.quick, ctx.target, ctx.having = quick, target, having
-        keep(ctx, (x, h_0, c_0, y, *weights), (saved,))
+        keep(ctx, (x, h_0, c_0, *weights), y, (saved,))
         ctx.set_materialize_grads(False)
         return (y, h_n) if c_n is None else (y, h_n, c_n)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None = None) -> tuple[Any, ...]:
-        (x, h_0, c_0, y, *weights), (saved,) = kept(ctx)
+        (x, h_0, c_0, *weights), y, (saved,) = kept(ctx)
         quick, target, having, wanted = ctx.quick, ctx.target, ctx.having, ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():  # somebody will differentiate once more
             found = quick.by_equations(target, having, x, h_0, c_0, weights, (dy, dh_n, dc_n), wanted)
         else:
+            if y is None:
+                y, _, _ = quick.forward(target, having, x, h_0, c_0, weights, None, torch.empty_like(saved))
             found = quick.backward(target, having, x, h_0, c_0, weights, y, saved, dy, dh_n, dc_n, wanted)
+            release(ctx)
         return None, None, None, *found

@@ -51,10 +51,9 @@ class RecurrentLayer(StandIn, nn.RNNBase):
         if checked.given:
             self.mode = mode
             self.options = checked
-            sizes = checked.parameter_sizes(self._stack)
             for names in self._option_names:
                 for name, full_name in names.items():
-                    tensor = torch.empty(sizes[name], **factory)
+                    tensor = torch.empty(self._option_sizes[name], **factory)
                     self.register_parameter(full_name, nn.Parameter(tensor))
             self._initialise_options()
         self.prepare()
@@ -108,8 +107,14 @@ class RecurrentLayer(StandIn, nn.RNNBase):
     @cached_property
     def _option_names(self) -> list[dict[str, str]]:
         """Names of the options' parameters, of each layer and direction, by the name without these."""
-        sizes, suffixes = self.options.parameter_sizes(self._stack), ("", "_reverse")[: 1 + self.bidirectional]
-        return [{n: f"{n}_l{k}{suffix}" for n in sizes} for k in range(self.num_layers) for suffix in suffixes]
+        suffixes = ("", "_reverse")[: 1 + self.bidirectional]
+        return [
+            {n: f"{n}_l{k}{suffix}" for n in self._option_sizes} for k in range(self.num_layers) for suffix in suffixes
+        ]
+
+    @cached_property
+    def _option_sizes(self) -> dict[str, int]:
+        return self.options.parameter_sizes(self._stack)
 
     def reset_parameters(self) -> None:
         """Draw or set the first values of all parameters."""
@@ -162,6 +167,9 @@ class RecurrentLayer(StandIn, nn.RNNBase):
             UsageError: arguments that do not go together.
         """
         quick = self._quick[self.training]
+        if quick is not None and quick.batch_first is not self.batch_first:  # set since then
+            del self._quick
+            quick = self._quick[self.training]
         target = None if quick is None else kernels.quick_target()
         if quick is not None and target is not None and (not arguments or self._are_whole(input, arguments)):
             found = quick(self._parameters, input, hx, target)
@@ -204,6 +212,8 @@ class RecurrentLayer(StandIn, nn.RNNBase):
             rows, steps = input.shape[:2] if batch_first else input.shape[1::-1]
         else:
             rows, steps = None, len(input) if dims == 2 else 0
+        if dims in (2, 3) and not steps and not (plain and self._stock):
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # PyTorch's words
         if not (steps and self._fits(input, rows, state, weights)):
             return self._complain(input, hx, weights, plain)
         if dims == 2:
@@ -238,11 +248,11 @@ class RecurrentLayer(StandIn, nn.RNNBase):
         weights, state, sizes = self._weights(), self._state(hx), counts.tolist()
         if sum(sizes) != len(x) or sizes != sorted(sizes, reverse=True) or sizes[-1] < 1:
             raise RuntimeError(f"The batch_sizes {sizes} of a PackedSequence must fall and sum up to its {len(x)} rows")
-        if x.dim() != 2 or not self._fits(x, sizes[0], state, weights):
+        if counts.dtype is not torch.int64 or x.dim() != 2 or not self._fits(x, sizes[0], state, weights):
             return self._complain(input, hx, weights, True)
         if state is not None and order is not None:
             state = tuple(tensor.index_select(1, order) for tensor in state)
-        sequences = Sequences(counts, None, sizes[0], packed=True)
+        sequences = Sequences(counts.contiguous(), None, sizes[0], packed=True)
         output, state = self._run(x, state, weights, len(sizes), sizes[0], False, sequences, None, None)
         if original is not None:
             state = tuple(tensor.index_select(1, original) for tensor in state)
@@ -348,6 +358,13 @@ class RecurrentLayer(StandIn, nn.RNNBase):
                 shape = (stack.num_directions, width) if rows is None else (stack.num_directions, rows, width)
                 if tensor.shape != shape or tensor.is_cpu is not cpu or (tensor.dtype is not dtype and not casts):
                     return False
+        for names in self._option_names if self._option_sizes else ():
+            for name, full_name in names.items():
+                vector = getattr(self, full_name)
+                if vector.shape != (self._option_sizes[name],) or vector.is_cpu is not cpu:
+                    return False
+                if vector.dtype is not dtype and not casts:
+                    return False
         return x.shape[-1] == stack.input_size
 
     def _complain(self, input: Any, hx: Any, weights: list[Tensor], plain: bool) -> Any:
@@ -355,6 +372,14 @@ class RecurrentLayer(StandIn, nn.RNNBase):
         for name, weight, shape in zip(self._flat_weights_names, weights, self._stack.weight_shapes, strict=True):
             if weight.shape != shape:
                 raise RuntimeError(f"{name} must have the shape {shape}, got {tuple(weight.shape)}")
+        for names in self._option_names:
+            for name, full_name in names.items():
+                vector, like, size = getattr(self, full_name), weights[0], self._option_sizes[name]
+                if vector.shape != (size,) or vector.dtype is not like.dtype or vector.device != like.device:
+                    raise RuntimeError(
+                        f"{full_name} must have the shape {(size,)}, of {like.dtype} on {like.device}, "
+                        f"got {tuple(vector.shape)}, of {vector.dtype} on {vector.device}"
+                    )
         with nullcontext() if plain and self._stock else NoKernel():
             return self.torch_type.forward(self, input, hx)
 
@@ -372,6 +397,26 @@ class RecurrentLayer(StandIn, nn.RNNBase):
             size = steps, rows, self.hidden_size
         grad = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
         return kernels.choose(self.cell, needs, x=x, size=size, grad=grad, casts=True)
+
+    def split_directions(self, state: Tensor) -> Tensor:
+        """Return a tensor of the state by layer and direction: h_n, c_n, h_0 or c_0.
+
+        Args:
+            state: (L * D, B, H), or unbatched (L * D, H): layer 0 forward, layer 0 backward, layer 1 forward, ...
+
+        Returns:
+            A view, (L, D, B, H) or (L, D, H): `[-1, 0]` is the last layer's forward direction, `[-1, -1]` its backward
+            one where there are two. Their outputs are the first and the second H numbers of the layer's output.
+
+        Raises:
+            UsageError: another number of layers and directions.
+        """
+        L, D = self.num_layers, 1 + self.bidirectional
+        if state.dim() not in (2, 3) or len(state) != L * D:
+            raise UsageError(
+                f"The state of {L} layers in {D} directions has {L * D} entries, got {tuple(state.shape)}."
+            )
+        return state.view(L, D, *state.shape[1:])
 
     def flatten_parameters(self) -> None:
         """Lay the weights out for cuDNN, where it can run them."""

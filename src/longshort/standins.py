@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from longshort import backends
 from longshort.errors import UsageError
 
-OWN_ATTRIBUTES = ("options", "_stack", "_stock", "_needs", "_option_names", "_quick")
+OWN_ATTRIBUTES = ("options", "_stack", "_stock", "_needs", "_option_sizes", "_option_names", "_quick")
 """What our modules hold beside what PyTorch's hold; all but `options` are caches, made when first asked for."""
 CACHES = OWN_ATTRIBUTES[1:]
 
@@ -68,7 +68,5 @@ class NoKernel(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func` unless it is a recurrent kernel."""
         if func in backends.TORCH_OPS.values():
-            raise RuntimeError(
-                "Input, state and weights must be of one type and on one device, and there must be at least one step"
-            )
+            raise RuntimeError("Input, state and weights must be of one type and on one device")
         return func(*args, **(kwargs or {}))
