@@ -9,6 +9,7 @@
 #define LONGSHORT_DECODE_H
 
 #include "bytes.h"
+#include "equations.h"
 #include "layout.h"
 #include "normal.h"
 #include "output.h"
@@ -345,16 +346,14 @@ struct Language {
             }
           }
           if constexpr (kLstm) { /* the output waits for the whole row's c */
-            V after = sigmoid(gates[1]) * load(c + block * rows.room * W) + sigmoid(gates[0]) * tanh(gates[2]);
+            V after = lstm_c<Cell>(gates, load(c + block * rows.room * W));
             store(c + block * rows.room * W, first_lanes(after, units));
-            store(h_gates + panel * apart + unit * W, sigmoid(gates[3]));
+            store(h_gates + panel * apart + unit * W, sigmoid(gates[LstmGates<Cell>::kO]));
           } else if constexpr (kGru) {
-            V n = tanh(gates[2] + sigmoid(gates[0]) * hidden);
-            V before = load(rows.h[now] + place(rows, layer, block, row));
-            put(rows, layer, block, row, now, n + sigmoid(gates[1]) * (before - n), below, sum);
-          } else {
-            V after = Cell::kCell == LS_RNN_TANH ? tanh(gates[0]) : relu(gates[0]);
+            V after = gru_h(gates, hidden, load(rows.h[now] + place(rows, layer, block, row)));
             put(rows, layer, block, row, now, after, below, sum);
+          } else {
+            put(rows, layer, block, row, now, rnn_h<Cell>(gates[0]), below, sum);
           }
         }
       if constexpr (kLstm) {
@@ -420,15 +419,15 @@ struct Language {
         V gates[G], after;
         for (int gate = 0; gate < G; ++gate) gates[gate] = load(sums + r * NW + (gate * Cell::kUnits + unit) * W);
         if constexpr (kLstm) {
-          V c = sigmoid(gates[1]) * load(rows.c + at) + sigmoid(gates[0]) * tanh(gates[2]);
-          c = first_lanes(c, units);
+          V c = first_lanes(lstm_c<Cell>(gates, load(rows.c + at)), units);
           store(rows.c + at, c);
-          after = sigmoid(gates[3]) * tanh(c);
+          after = sigmoid(gates[LstmGates<Cell>::kO]) * tanh(c);
         } else if constexpr (kGru) {
-          V n = tanh(load(xg + r * NW + 2 * W) + sigmoid(gates[0]) * gates[2]);
-          after = n + sigmoid(gates[1]) * (load(rows.h[now] + at) - n);
+          V hidden = gates[2];
+          gates[2] = load(xg + r * NW + 2 * W);
+          after = gru_h(gates, hidden, load(rows.h[now] + at));
         } else {
-          after = Cell::kCell == LS_RNN_TANH ? tanh(gates[0]) : relu(gates[0]);
+          after = rnn_h<Cell>(gates[0]);
         }
         put(rows, layer, block, row + r, now, after, below, sum);
       }

@@ -19,6 +19,7 @@
 #ifndef LONGSHORT_FORWARD_H
 #define LONGSHORT_FORWARD_H
 
+#include "equations.h"
 #include "layout.h"
 #include "normal.h"
 
@@ -530,33 +531,24 @@ struct Forward {
       const int units = sizes.units(block);
       if (peeps && !L::kCoupled) gates[0] += c_before * load_part(having.weight_ci + block * W, units);
       if (peeps) gates[L::kF] += c_before * load_part(having.weight_cf + block * W, units);
-      V f = sigmoid(gates[L::kF]), g = tanh(gates[L::kG]);
-      V i = L::kCoupled ? 1.0f - f : sigmoid(gates[0]);
-      V c_after = f * c_before + i * g;
+      V c_after = lstm_c<Cell>(gates, c_before);
       if (peeps) gates[L::kO] += c_after * load_part(having.weight_co + block * W, units);
-      V o = sigmoid(gates[L::kO]);
+      gates[L::kO] = sigmoid(gates[L::kO]);
       store(p, c_after);
       if (saved) {
-        if (!L::kCoupled) store(saved, i);
-        store(saved + L::kF * W, f);
-        store(saved + L::kG * W, g);
-        store(saved + L::kO * W, o);
+        for (int gate = 0; gate < G; ++gate) store(saved + gate * W, gates[gate]);
         store(saved + L::kC * W, c_after);
       }
-      gates[L::kO] = o;
       return c_after;
     } else if constexpr (kGru) {
-      V r = sigmoid(gates[0]), z = sigmoid(gates[1]);
-      V n = tanh(gates[2] + r * hidden);
+      V after = gru_h(gates, hidden, before);
       if (saved) {
-        store(saved, r);
-        store(saved + W, z);
-        store(saved + 2 * W, n);
-        store(saved + 3 * W, hidden);
+        for (int gate = 0; gate < G; ++gate) store(saved + gate * W, gates[gate]);
+        store(saved + G * W, hidden);
       }
-      return n + z * (before - n);
+      return after;
     } else {
-      V after = Cell::kCell == LS_RNN_TANH ? tanh(gates[0]) : relu(gates[0]);
+      V after = rnn_h<Cell>(gates[0]);
       if (saved) store(saved, after);
       return after;
     }
