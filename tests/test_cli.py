@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
+import pty
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -20,6 +23,7 @@ import pytest
 
 from longshort import checkpoint, documents, native
 from longshort.cli import main
+from longshort.errors import OutputError
 from longshort.text.corpus import SOURCES
 
 VERBS = ("demo", "train", "resume", "eval", "generate", "score", "inspect", "compare", "bench", "doctor")
@@ -50,6 +54,11 @@ def out_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.out
 
 
+def give(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """Let standard input give `content`."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
 def complaint(capsys: pytest.CaptureFixture[str], status: int, *arguments: str) -> str:
     """Run a command that fails with `status`, and return its message after checking its form."""
     capsys.readouterr()
@@ -67,8 +76,13 @@ def complaint(capsys: pytest.CaptureFixture[str], status: int, *arguments: str) 
 # ------------------------------------------------------------------------------------------------ help and version
 
 
+def as_users_have_it() -> dict[str, str]:
+    """Return an environment in which output into a pipe is held back, as it is where nobody asks for another way."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
 def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "100"}
+    environment = {**as_users_have_it(), "COLUMNS": "100"}
     command = [sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, **options)
 
@@ -207,6 +221,64 @@ def test_unseen_prompt_characters_are_named(workplace: Path, capsys: pytest.Capt
     assert "never saw any character" in message
 
 
+def test_unseen_words_of_a_prompt_are_named(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("words.txt").write_text("the quick fox sees the dog .\n" * 90, encoding="utf-8")
+    assert main(["train", "words.txt", "--tokenizer", "word", "--steps", "2", *TINY, "--out", "run"]) == 0
+    capsys.readouterr()
+    assert main(["generate", "run", "--prompt", "fox zebra the\n\tyak zebra ", "--length", "3"]) == 0
+    assert capsys.readouterr().err == "longshort: the model never saw 'zebra', 'yak'; read as <unk>.\n"
+    assert main(["generate", "run", "--prompt", "the fox", "--length", "3"]) == 0
+    assert capsys.readouterr().err == ""
+    message = complaint(capsys, 1, "generate", "run", "--prompt", "zebra yak")
+    assert "never saw any word of the prompt 'zebra yak'" in message
+
+
+def test_prompts_and_stops_may_begin_with_a_hyphen(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(workplace / "run")
+    for prompt in ("- the item", "-- the item", "--the item", "-1 the item"):
+        assert out_of(capsys, "generate", run, "--prompt", prompt, "--length", "3").startswith(prompt)
+        found = json.loads(out_of(capsys, "inspect", run, "--prompt", prompt, "--json"))
+        assert (found["text"], found["symbols"]) == ("the prompt", [*prompt])
+    stops = ("-", "--length", "-e")
+    words = [word for stop in stops for word in ("--stop", stop)]
+    found = json.loads(out_of(capsys, "generate", run, *words, "--length", "7", "--json"))
+    assert (found["stop"], found["length"]) == ([*stops], 7)
+
+
+def test_a_lone_hyphen_is_standard_input_where_a_text_stands(workplace: Path) -> None:
+    run, text = str(workplace / "run"), "the text that comes"
+    for words in (["-", "--json"], ["--json", "-"], ["--json", "--length", "99", "-"], ["--json", "--", "-"]):
+        done = python("-m", "longshort", "inspect", run, *words, input=text)
+        assert json.loads(done.stdout)["symbols"] == [*text], done.stderr
+    done = python("-m", "longshort", "inspect", run, "--prompt", "-", input=text)
+    assert "1 symbol of the prompt" in done.stdout
+    done = python("-m", "longshort", "inspect", run, "--plot", "-", input=text)
+    assert (done.returncode, "--plot requires an argument" in done.stderr) == (2, True)
+
+
+def test_a_prompt_is_read_from_a_file(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, prompt = str(workplace / "run"), "the cat\nsees a \n"
+    Path("prompt").write_text(prompt, encoding="utf-8")
+    wanted = out_of(capsys, "generate", run, "--prompt", prompt, "--length", "30")
+    assert wanted.startswith(prompt)
+    assert out_of(capsys, "generate", run, "--prompt-file", "prompt", "--length", "30") == wanted
+    done = python("-m", "longshort", "generate", run, "--prompt-file", "-", "--length", "30", input=prompt)
+    assert done.stdout == wanted, done.stderr
+    found = json.loads(out_of(capsys, "generate", run, "--prompt-file", "prompt", "--length", "30", "--json"))
+    assert (found["prompt"], prompt + found["text"] + "\n") == (prompt, wanted)
+    long = "the cat sees. " * 20_000  # more than a word of the command line may have
+    Path("prompt").write_text(long, encoding="utf-8")
+    assert out_of(capsys, "generate", run, "--prompt-file", "prompt", "--length", "1").startswith(long)
+    Path("prompt").write_text("é" * 100_000, encoding="utf-8")
+    assert len(complaint(capsys, 1, "generate", run, "--prompt-file", "prompt")) < 300
+    Path("prompt").write_bytes("the café".encode("latin-1"))
+    assert "byte 0xe9 at offset 7" in complaint(capsys, 1, "generate", run, "--prompt-file", "prompt")
+    assert "'nowhere'" in complaint(capsys, 2, "generate", run, "--prompt-file", "nowhere")
+    for given in ("", "the "):
+        message = complaint(capsys, 2, "generate", run, "--prompt", given, "--prompt-file", "prompt")
+        assert "--prompt or --prompt-file" in message
+
+
 def test_control_characters_are_shown_and_not_sent(capsys: pytest.CaptureFixture[str]) -> None:
     Path("evil.txt").write_text("\x1b[31m\x07\x9b\u202e\r\n" * 300, encoding="utf-8")
     assert main(["train", "evil.txt", "--steps", "2", *TINY, "--out", "run"]) == 0
@@ -261,6 +333,8 @@ def test_a_toml_file_sets_options_and_flags_win(workplace: Path, capsys: pytest.
     assert (saved["hidden"], saved["cell"], saved["steps"], saved["clip"]) == (9, "rnn", 2, 2)
     Path("c.toml").write_text("hiddn = 9\n", encoding="utf-8")
     assert "Did you mean 'hidden'" in complaint(capsys, 2, "train", text, "--config", "c.toml")
+    Path("c.toml").write_text('corpus = "timemachine"\ndata_dir = ""\n', encoding="utf-8")
+    assert "--data-dir is empty" in complaint(capsys, 2, "train", "--config", "c.toml")
     Path("c.toml").write_text("hidden = = 9\n", encoding="utf-8")
     assert "cannot be read" in complaint(capsys, 2, "train", text, "--config", "c.toml")
     assert "cannot be read" in complaint(capsys, 2, "train", text, "--config", "none.toml")
@@ -336,6 +410,17 @@ def test_minutes_print_the_choice_and_the_flags_that_repeat_it(
         (["train", "TEXT", "--cell", "lsmt"], "Did you mean 'lstm'"),
         (["train", "TEXT", "--cell", "LSTM"], "Did you mean 'lstm'"),
         (["train", "TEXT", "--out", ""], "--out is empty"),
+        (["train", "TEXT", "--out="], "--out is empty"),
+        (["train", "TEXT", "--config", ""], "--config is empty"),
+        (["train", "--corpus", "timemachine", "--data-dir", ""], "--data-dir is empty"),
+        (["demo", "--minutes", "0.01", "--out", ""], "--out is empty"),
+        (["resume", "RUN", "--data-dir", ""], "--data-dir is empty"),
+        (["eval", "RUN", "TEXT", "--cell", ""], "--cell is empty"),
+        (["generate", "RUN", "--state", ""], "--state is empty"),
+        (["generate", "RUN", "--stop", "a", "--stop", ""], "--stop is empty"),
+        (["generate", "RUN", "--prompt-file", ""], "--prompt-file is empty"),
+        (["bench", "layers", "--out", ""], "--out is empty"),
+        (["bench", "train", "--out", ""], "--out is empty"),
         (["train", "TEXT", "--tokenizer", "wrod"], "tokenizer must be one of char, byte"),
         (["train", "TEXT", "--bidirectional"], "cannot be bidirectional"),
         (["train", "TEXT", "--recipe", "lectre"], "Did you mean 'lecture'"),
@@ -349,7 +434,9 @@ def test_minutes_print_the_choice_and_the_flags_that_repeat_it(
         (["eval", "nowhere", "TEXT"], "run or model directory"),
         (["eval", "RUN"], "No text was given"),
         (["eval", "RUN", "TEXT", "--split", "valid"], "own text"),
-        (["eval", "RUN", "TEXT", "--block", "0"], "at least 1"),
+        (["eval", "RUN", "TEXT", "--block", "0"], "--block must be from 1 to 2147483647, not 0"),
+        (["eval", "RUN", "TEXT", "--dynamic", "--block", "0"], "--block must be from 1"),
+        (["eval", "RUN", "TEXT", "--block", "1" + 19 * "0"], "--block must be from 1"),
         (["eval", "RUN", "TEXT", "--lanes", "0"], "--lanes must be at least 1"),
         (["eval", "RUN", "--split", "train"], "--split"),
         (["eval", "TEXT", "--split", "valid"], "not a run"),
@@ -435,6 +522,61 @@ def test_an_output_that_cannot_be_written_is_told_before_training(
     assert "cannot be written" in message
 
 
+def test_a_current_directory_that_cannot_be_written_is_told_before_the_text_is_read(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longshort.training.Prepared", lambda *_: pytest.fail("the text was read"))
+    monkeypatch.chdir("/proc")
+    for more in ([], ["--minutes", "1"]):
+        assert "/proc" in complaint(capsys, 1, "train", str(workplace / "english.txt"), *more)
+
+
+def test_what_is_next_is_what_can_be_done(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = str(workplace / "english.txt")
+    for verb in (["train", text, "--heldout", "0", "--steps", "2", *TINY, "--out", "a"], ["resume", "a"]):
+        assert main(verb) == 0
+        assert capsys.readouterr().err.endswith("Next: longshort generate a\n")
+    assert main(["train", text, "--lines", "--heldout", "0", "--steps", "2", *TINY, "--out", "b"]) == 0
+    assert capsys.readouterr().err.endswith("Next: longshort score b FILE --top 5\n")
+    assert main(["resume", str(workplace / "run")]) == 0
+    assert capsys.readouterr().err.endswith(f"    longshort eval {workplace / 'run'} --split valid\n")
+
+
+def test_standard_input_is_kept_for_a_run_alone(
+    workplace: Path, english: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LONGSHORT_CACHE", str(Path("cache").absolute()))
+
+    def kept() -> list[Path]:
+        return list(Path("cache", "stdin").iterdir())
+
+    run, content = str(workplace / "run"), english.encode("utf-8")
+    give(monkeypatch, content)
+    assert "19,999 tokens" in out_of(capsys, "eval", run, "-")
+    assert not kept()
+    give(monkeypatch, content)
+    complaint(capsys, 2, "eval", "nowhere", "-")
+    assert not kept()
+    train = ["train", "-", "--steps", "2", *TINY, "--out", "a"]
+    give(monkeypatch, content)
+    complaint(capsys, 2, *train, "--min-freq", "2")
+    assert not kept()
+
+    def refuse(*_: Any) -> None:
+        raise OutputError("There is no space.")
+
+    with pytest.MonkeyPatch.context() as patch:  # noticed where the run is made already, which is deleted then
+        patch.setattr("longshort.durable.require_space", refuse)
+        give(monkeypatch, content)
+        assert main(train) == 1
+    assert not Path("a").exists()
+    assert not kept()
+    give(monkeypatch, content)
+    assert main(train) == 0
+    assert len(kept()) == 1
+    assert "1,999 tokens" in out_of(capsys, "eval", "a", "--split", "valid")
+
+
 def test_a_damaged_model_is_refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = next((workplace / "run" / "checkpoints").iterdir())
     shutil.copytree(source, "model")
@@ -488,6 +630,76 @@ def test_a_closed_pipe_is_no_error(workplace: Path) -> None:
         assert done.returncode == 0
 
 
+@pytest.mark.parametrize("how", ["pipe", "terminal", "full"])
+def test_training_goes_on_where_nobody_hears_of_it(how: str, workplace: Path) -> None:
+    """Standard error goes away after its first bytes; that of `resume` is never there."""
+    arguments = ["train", str(workplace / "english.txt"), "--steps", "60", "--validate-every", "5", *TINY]
+    environment = {**as_users_have_it(), "TERM": "xterm"}
+    if how == "full":
+        read, write = None, os.open("/dev/full", os.O_WRONLY)
+    else:
+        read, write = pty.openpty() if how == "terminal" else os.pipe()
+    command = [sys.executable, "-m", "longshort", *arguments, "--out", "run"]
+    with subprocess.Popen(command, stderr=write, env=environment) as process:
+        os.close(write)
+        if read is not None:
+            assert os.read(read, 1)
+            os.close(read)
+        assert process.wait() == 0
+    assert main([*arguments, "--out", "whole"]) == 0
+    for name in ("metrics.jsonl", "result.json"):
+        assert Path("run", name).read_bytes() == Path("whole", name).read_bytes()
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "longshort", "resume", "run", "--steps", "70"]
+        assert subprocess.run(command, stderr=full, env=environment, check=False).returncode == 0
+    assert json.loads(Path("run", "result.json").read_text(encoding="utf-8"))["steps"] == 70
+
+
+def test_streams_that_are_closed_or_full_change_no_exit_status(workplace: Path) -> None:
+    run = shlex.quote(str(workplace / "run"))
+    for words, status in (
+        (f"generate {run} >&-", 0),
+        ("doctor >&-", 0),
+        (f"generate {run} --prompt éthe 2>&-", 0),
+        (f"generate {run} --prompt éthe 2>/dev/full", 0),
+        ("generate nowhere 2>&-", 2),
+        ("generate nowhere 2>/dev/full", 2),
+        (f"generate {run} >/dev/full", 1),
+        ("doctor >/dev/full", 1),
+    ):
+        command = f"{shlex.quote(sys.executable)} -m longshort {words}"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, env=as_users_have_it(), check=False)
+        assert done.returncode == status, (words, done.stderr)
+        assert len(done.stderr.splitlines()) == (status == 1), done.stderr
+        assert ("the" in done.stdout) == (status == 0 and "2>" in words), words
+
+
+def test_standard_input_that_is_closed_is_told(workplace: Path) -> None:
+    run = shlex.quote(str(workplace / "run"))
+    for words in (f"score {run} -", f"eval {run} -", "train -", f"inspect {run} -", f"generate {run} --prompt-file -"):
+        command = f"{shlex.quote(sys.executable)} -m longshort {words} <&-"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+        wanted = "longshort: Standard input is closed.\nPipe some text into it, or give a file.\n"
+        assert (done.returncode, done.stderr) == (1, wanted), words
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_a_live_log_is_answered_while_it_grows(ahead: int, workplace: Path) -> None:
+    command = [sys.executable, "-m", "longshort", "score", str(workplace / "run"), "-", "--ahead", str(ahead)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+    with subprocess.Popen(command, env=as_users_have_it(), **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for _ in range(2):
+            process.stdin.write(b"the cat sees the dog.\n" * ahead)
+            for _ in range(ahead):
+                assert select.select([process.stdout], [], [], 60)[0], "there was no answer"
+                assert float(process.stdout.readline()) > 0
+        process.stdin.close()
+        assert process.stdout.read() == b""
+    assert process.returncode == 0
+
+
 def test_an_interrupt_ends_with_130_and_what_was_saved_loads(workplace: Path) -> None:
     arguments = ["train", str(workplace / "english.txt"), "--steps", "100000", "--validate-every", "5", "--out", "run"]
     process = subprocess.Popen(
@@ -501,6 +713,21 @@ def test_an_interrupt_ends_with_130_and_what_was_saved_loads(workplace: Path) ->
     assert process.returncode == 130
     assert "Traceback" not in said
     assert re.search(r"longshort: stopped; step \d+ of 100,000 is saved. Go on with: \S* ?resume run$", said.strip())
+    assert checkpoint.load_model("run").weights
+
+
+def test_an_interrupt_that_nobody_hears_of_saves_and_ends_with_130(workplace: Path) -> None:
+    arguments = ["train", str(workplace / "english.txt"), "--steps", "100000", "--validate-every", "5", "--out", "run"]
+    command = [sys.executable, "-m", "longshort", *arguments, *TINY]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=as_users_have_it()) as process:
+        assert process.stderr is not None
+        assert process.stderr.read(1)
+        process.stderr.close()
+        deadline = time.monotonic() + 60
+        while not Path("run", "best.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
     assert checkpoint.load_model("run").weights
 
 

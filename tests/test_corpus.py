@@ -17,6 +17,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -181,6 +182,33 @@ def test_standard_input_is_kept_as_a_file(cache: Path, monkeypatch: pytest.Monke
     with refused(UsageError, "Standard input is given twice"):
         corpus.keep_standard_input(["-", "-"])
     assert len(list((cache / "stdin").iterdir())) == 1, "a text that was refused was kept"
+
+
+def test_standard_input_is_kept_while_it_is_needed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept() -> list[Path]:
+        return list((cache / "stdin").iterdir())
+
+    for needed in (False, True):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"some text\n")))
+        with corpus.standard_input_kept(["-"], partial(bool, needed)) as paths:
+            assert read_files(paths).content == "some text\n"
+        assert len(kept()) == needed
+    with corpus.standard_input_kept(paths) as same:  # a file that was kept before is a file as any other
+        assert same == paths
+    assert len(kept()) == 1
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"some text\n")))
+    with pytest.raises(ZeroDivisionError), corpus.standard_input_kept(["-"]):
+        raise ZeroDivisionError
+    assert len(kept()) == 1
+
+
+def test_standard_input_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it then
+    for path in corpus.STDIN:
+        with refused(TextError, "Standard input is closed"):
+            corpus.keep_standard_input([path])
+        with refused(TextError, "Standard input is closed"):
+            list(corpus.lines(path))
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,24 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from longshort.config import ModelConfig
+from longshort.config import ModelConfig, TrainConfig
+from longshort.continuation import Continuation
+from longshort.decoder import Decoder
 from longshort.errors import ConfigError, VocabularyError
-from longshort.generation import Sampling, choose, generate, philox4x32, prompt_ids, uniform
+from longshort.generation import Request, Sampling, choose, generate, generate_many, philox4x32, prompt_ids, uniform
 from longshort.text.tokenizers import ByteTokenizer, CharTokenizer
+from longshort.text.words import WordTokenizer
+from longshort.training import make_model
 
 logits = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=12).map(lambda v: np.array(v, dtype=np.float32))
 units = st.floats(0, 1, exclude_max=True)
@@ -131,6 +137,51 @@ def test_without_a_prompt_a_newline_or_the_first_symbol_is_read() -> None:
 def test_a_prompt_of_unknown_symbols_alone_is_refused() -> None:
     with pytest.raises(VocabularyError, match="never saw any character of the prompt 'é€'"):
         list(generate(Scripted([0], 2), CharTokenizer("ab"), "é€", 3))
+
+
+def test_a_prompt_of_unknown_words_alone_is_refused() -> None:
+    with pytest.raises(VocabularyError, match="never saw any word of the prompt 'yak gnu'"):
+        list(generate(Scripted([0], 3), WordTokenizer(["the", "cat", "<eos>"]), "yak gnu", 3))
+
+
+def words_model(lines: bool = False) -> Decoder:
+    """Return a model of words with random weights."""
+    torch.manual_seed(3)
+    tokenizer = WordTokenizer.train("the cat sat on a mat .\nwhy , said he .\n")
+    model = make_model(TrainConfig(hidden=12, embedding=5, lines=lines, tokenizer="word"), tokenizer).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return Decoder(model.config, model.weights(), tokenizer)
+
+
+def written(model: Decoder, request: Request) -> tuple[str, Continuation]:
+    ends: dict[int, Continuation] = {}
+    text = "".join(piece for _, piece in generate_many(model, model.tokenizer, [request], ends))
+    return text, ends[0]
+
+
+def assert_same(found: Continuation, wanted: Continuation) -> None:
+    assert found.tail.tolist() == wanted.tail.tolist()
+    for ours, theirs in zip((*found.state, found.logits_V), (*wanted.state, wanted.logits_V), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_white_space_alone_is_no_symbol_of_a_model_of_words(lines: bool) -> None:
+    """Neither where a text goes on with it, nor where it is all that is written before a stop."""
+    model = words_model(lines)
+    _, end = written(model, Request(prompt="the cat", length=0))
+    for space in (" ", "\t ", ""):
+        assert_same(written(model, Request(prompt=space, length=0, after=end))[1], end)
+        assert_same(written(model, Request(prompt=space, length=0))[1], written(model, Request(length=0))[1])
+    greedy = Request(prompt="the cat", length=9, sampling=Sampling(temperature=0))
+    first = written(model, replace(greedy, length=1))[0].strip()
+    assert first
+    text, stopped = written(model, replace(greedy, stop=(first,)))
+    assert not text.strip()
+    assert stopped.position == 1
+    assert_same(stopped, end)
 
 
 @given(st.text(min_size=1, max_size=20).filter(lambda t: "\ufffd" not in t and t.isprintable()))

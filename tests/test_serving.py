@@ -353,13 +353,14 @@ def test_every_route_but_one_wants_the_token() -> None:
                     {"authorization": f"Bearer {TOKEN}x"},
                     {"authorization": "Bearer "},
                     {"authorization": "Basic !"},
+                    {"authorization": b"Basic \xe9"},
                     {"authorization": TOKEN},
                     {"authorization": f"Bearer {TOKEN}"},
                     {"authorization": f"basic {basic}"},
                 )
             ]
             let_in = 400 if method == "POST" else 200  # a body is missing
-            assert statuses == [200] * 7 if path == "/healthz" else [401] * 5 + [let_in] * 2, path
+            assert statuses == [200] * 8 if path == "/healthz" else [401] * 6 + [let_in] * 2, path
         assert client.get("/nothing").status_code == 401
         assert client.get("/").headers["www-authenticate"].startswith("Basic")
 
@@ -379,6 +380,9 @@ def test_other_names_and_other_pages_are_refused(client: Any) -> None:
         ("http://127.0.0.1:9000", 403),
         ("https://evil.example", 403),
         ("null", 403),
+        ("http://[", 403),
+        ("http://[::1", 403),
+        ("http://[x]", 403),
     ):
         assert client.get("/v1/models", headers={"origin": origin}).status_code == status, origin
     answer = client.options("/v1/completions", headers={"origin": "http://127.0.0.1:8000"})
@@ -653,10 +657,26 @@ def test_what_cannot_be_served_is_said(
     monkeypatch.setenv("LONGSHORT_TOKEN", TOKEN)
     assert main(["serve", str(run), "--host", "no such name"]) == 1
     assert "Cannot listen" in capsys.readouterr().err
+    for host in ("a..b", "x" * 64, "\udcff"):
+        assert main(["serve", str(run), "--host", host]) == 2
+        said = capsys.readouterr().err
+        assert said == f"longshort: --host must be an address or a name, not {host!r}.\n"
     assert main(["serve", str(tmp_path / "nothing")]) == 2
     monkeypatch.setattr("longshort.machine.version_of", lambda _package: None)
     assert main(["serve", str(run)]) == 1
     assert "pip install 'longshort[serve]'" in capsys.readouterr().err
+
+
+def test_a_folder_whose_name_is_no_text_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = saved(tmp_path).rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    given: list[Any] = []
+    monkeypatch.setattr(server, "serve", lambda *those: given.extend(those))
+    assert main(["serve", str(run)]) == 143
+    model, name = given[:2]
+    with testclient.TestClient(routes.application(model, name), "http://127.0.0.1") as client:
+        assert [only["id"] for only in client.get("/v1/models").json()["data"]] == ["caf\ufffd"]
+        answer = client.post("/v1/completions", json={"prompt": "abc", "model": "caf\ufffd"})
+        assert (answer.status_code, answer.json()["model"]) == (200, "caf\ufffd")
 
 
 def test_the_description_names_what_is_answered(client: Any) -> None:

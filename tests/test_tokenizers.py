@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -35,6 +36,27 @@ def test_char_gives_unknown_exactly_to_what_training_never_saw(trained: str, rea
     known = sorted(set(trained))
     expected = [known.index(c) if c in known else len(known) for c in read]
     assert tokenizer.encode(read).tolist() == expected
+
+
+def test_symbols_outside_the_vocabulary_are_those_of_the_tokenizer() -> None:
+    char, word = CharTokenizer("ab "), WordTokenizer.train("the cat sat")
+    assert char.unknown_symbols("a\tzb\nzé") == ["\t", "z", "\n", "é"]
+    assert word.unknown_symbols("zebra the\xa0 yak\ncat  zebra \t") == ["zebra", "yak", "\n"]
+    for tokenizer in (char, word, ByteTokenizer()):
+        assert tokenizer.unknown_symbols("") == []
+    assert ByteTokenizer().unknown_symbols("é") == []
+
+
+@given(trained=texts.filter(str.split), read=texts)
+def test_symbols_that_are_unknown_are_named_once_in_their_order(trained: str, read: str) -> None:
+    seen, words_read = set(trained), [word for word in re.split(f"[{WHITE}]+", read.replace("\n", " ")) if word]
+    expected = list(dict.fromkeys(c for c in read if c not in seen))
+    assert CharTokenizer.train(trained).unknown_symbols(read) == expected
+    known = set(re.split(f"[{WHITE}]+", trained.replace("\n", " ")))
+    found = WordTokenizer.train(f"{trained}\n").unknown_symbols(read)
+    # Of those that Python alone takes for white space, U+001C to U+001F, a word is shown without.
+    expected = list(dict.fromkeys(word.strip() or word for word in words_read if word not in known))
+    assert [word.strip() for word in found] == [word.strip() for word in expected]
 
 
 def test_char_vocabulary_is_sorted_and_does_not_count_unknown() -> None:

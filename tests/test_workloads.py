@@ -92,7 +92,7 @@ def test_the_command_measures_prints_and_keeps(
     ("flags", "words"),
     [
         (["--grid", "marks"], "--grid goes with bench layers, not with bench score"),
-        (["--cells", "gru"], "--cells goes with bench layers"),
+        (["--cells", "gru"], "--cells and --modes go with bench layers"),
         (["--neighbour"], "--neighbour goes with bench layers"),
         (["--threads", "0"], "--threads must be from 1 to 1024, not 0"),
         (["--threads", "1,2"], "whole numbers|from 1"),

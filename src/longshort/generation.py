@@ -331,13 +331,14 @@ def _read(
     model: Model, tokenizer: Tokenizer, newline: int | None, text: str, after: Continuation | None
 ) -> Continuation:
     """Return where a model is when it has read `text` after another, or from a zero state."""
-    if after and not text:
-        return after
-    if newline is None or (after and "\n" not in text):
-        ids, state = prompt_ids(tokenizer, text), after.state if after else None
+    if newline is not None and not (after and "\n" not in text):
+        ids, state = np.append(newline, _known_ids(tokenizer, text.rpartition("\n")[2])), None
+    elif after:
+        ids, state = _known_ids(tokenizer, text), after.state
+        if not len(ids):  # white space alone is no symbol of a model of words
+            return after
     else:
-        line = text.rpartition("\n")[2]
-        ids, state = np.append(newline, prompt_ids(tokenizer, line) if line else np.empty(0, np.int64)), None
+        ids, state = prompt_ids(tokenizer, text), None
     logits_V, state = model.logits(ids, state)
     return Continuation(state, np.array(logits_V), ids[-TAIL:], after.position if after else 0)
 
@@ -353,13 +354,20 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> NDArray[np.int64]:
     Raises:
         VocabularyError: the prompt has symbols, but the model knows none of them.
     """
-    ids = tokenizer.encode(prompt).astype(np.int64)
-    if len(ids) == 0:
-        newline = tokenizer.encode("\n").astype(np.int64)
-        return newline if newline[0] < tokenizer.size else np.zeros(1, dtype=np.int64)
-    if (ids == tokenizer.size).all():
+    ids = _known_ids(tokenizer, prompt)
+    if len(ids):
+        return ids
+    newline = tokenizer.encode("\n").astype(np.int64)
+    return newline if newline[0] < tokenizer.size else np.zeros(1, dtype=np.int64)
+
+
+def _known_ids(tokenizer: Tokenizer, text: str) -> NDArray[np.int64]:
+    """Return the ids of `text`, none where it has no symbol; errors as of `prompt_ids`."""
+    ids = tokenizer.encode(text).astype(np.int64)
+    if len(ids) and (ids == tokenizer.size).all():
+        symbol = "word" if tokenizer.name == "word" else "character"
         raise VocabularyError(
-            f"The model never saw any character of the prompt {prompt!r}.",
+            f"The model never saw any {symbol} of the prompt {text!r:.80}.",
             "Give a prompt in the language and script of the text it was trained on.",
         )
     return ids

@@ -91,8 +91,8 @@ def contestants(case: Case, kernel: str = "auto") -> tuple[Side, Side, str]:
     states = [torch.randn(1, B, width) * 0.1 for width in widths]
     hx: Any = tuple(states) if len(states) == 2 else states[0]
     given = _call_arguments(case)
-    ours = _OURS[case.cell](H, H, **_arguments(case))
-    peer = _peer(case, ours)
+    ours = our_layer(case)
+    peer = peer_of(case, ours)
     runs = [_run(ours, hx, **given), _run(peer, hx, **(given if case.peer == "eager" else {}))]
     if case.peer == "eager":
         runs[1] = kernels.use("reference")(runs[1])
@@ -123,7 +123,13 @@ def _call_arguments(case: Case) -> dict[str, Any]:
     return {"lengths": torch.tensor(case.lengths())} if case.option == "lengths" else {}
 
 
-def _peer(case: Case, ours: nn.Module) -> nn.Module:
+def our_layer(case: Case) -> nn.Module:
+    """Return our layer, as it is made."""
+    layer: nn.Module = _OURS[case.cell](case.H, case.H, **_arguments(case))
+    return layer
+
+
+def peer_of(case: Case, ours: nn.Module) -> nn.Module:
     """Return the layer that `ours` is measured against, with the weights of `ours`."""
     if case.peer == "eager":
         return copy.deepcopy(ours)

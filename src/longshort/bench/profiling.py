@@ -21,9 +21,9 @@ from longshort.text.batches import Batch
 from longshort.training import TextStepper
 
 PARTS = {
-    "_LayerBackward": "recurrence, backward",
-    "_Layer": "recurrence, forward",
-    "_CrossEntropy": "output layer and loss",
+    "_LongshortLayerBackward": "recurrence, backward",
+    "_LongshortLayer": "recurrence, forward",
+    "_LongshortCrossEntropy": "output layer and loss",
     "Optimizer": "update",
     "_foreach_norm": "clipping",
     "linalg_vector_norm": "clipping",
@@ -60,8 +60,8 @@ def profile_step(stepper: TextStepper, batches: Sequence[Batch]) -> dict[str, fl
         parts[_part_of(event)] += event.self_cpu_time_total / 1e6 / _STEPS
     with stepper.in_precision():
         share = _share_of_weights(stepper.model, batches[0])
-    backward = parts[PARTS["_LayerBackward"]]
-    parts[PARTS["_LayerBackward"]] = (1 - share) * backward
+    backward = parts[PARTS["_LongshortLayerBackward"]]
+    parts[PARTS["_LongshortLayerBackward"]] = (1 - share) * backward
     order = [
         TABLE,
         "recurrence, forward",

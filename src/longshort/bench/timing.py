@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,10 +36,12 @@ class Side:
     Attributes:
         call: what is timed.
         prepare: runs before every call, outside the clock.
+        within: gives the context of a block's calls, outside the clock.
     """
 
     call: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass
@@ -84,18 +86,36 @@ def interleave(
     """
     ticks = ticks or stolen_ticks
     block_seconds = BLOCK_SECONDS if block_seconds is None else block_seconds
-    ours_calls, peer_calls = (max(1, round(block_seconds / _warm_up(side, clock))) for side in (ours, peer))
+    ours_calls, peer_calls = (_calls_of_block(side, block_seconds, clock) for side in (ours, peer))
     _one(gemm, clock)
     before = ticks()
     timing = Timing(repetitions=(ours_calls, peer_calls), gemm=[_one(gemm, clock)])
+    turns = [(ours, ours_calls, timing.ours), (peer, peer_calls, timing.peer)]
     for number in range(blocks):
-        turns = [(ours, ours_calls, timing.ours), (peer, peer_calls, timing.peer)]
-        for side, calls, figures in reversed(turns) if number % 2 else turns:
-            figures.append(statistics.median(_one(side, clock) for _ in range(calls)))
+        _take_turns(turns, number, clock)
         timing.gemm.append(_one(gemm, clock))
     stolen, total = (now - then for now, then in zip(ticks(), before, strict=True))
     timing.stolen = stolen / total if total > 0 else 0.0
     return timing
+
+
+def take_turns(
+    sides: Sequence[Side],
+    *,
+    blocks: int = BLOCKS,
+    block_seconds: float | None = None,
+    clock: Clock = time.perf_counter,
+) -> list[list[float]]:
+    """Time any number of things in turns after warming all of them up; arguments as of `interleave`.
+
+    Returns:
+        Of each side what `Timing.ours` is.
+    """
+    block_seconds = BLOCK_SECONDS if block_seconds is None else block_seconds
+    turns: list[Turn] = [(side, _calls_of_block(side, block_seconds, clock), []) for side in sides]
+    for number in range(blocks):
+        _take_turns(turns, number, clock)
+    return [figures for _, _, figures in turns]
 
 
 def spread(figures: Sequence[float]) -> float:
@@ -131,6 +151,22 @@ def busy_neighbour() -> Iterator[int]:
     finally:
         process.kill()
         process.wait()
+
+
+Turn = tuple[Side, int, list[float]]
+"""A side, its calls in a block, and what they gave so far."""
+
+
+def _take_turns(turns: Sequence[Turn], number: int, clock: Clock) -> None:
+    """Run the block of this number: every side's turn, the last first where the number is odd."""
+    for side, calls, figures in reversed(turns) if number % 2 else turns:
+        with side.within():
+            figures.append(statistics.median(_one(side, clock) for _ in range(calls)))
+
+
+def _calls_of_block(side: Side, block_seconds: float, clock: Clock) -> int:
+    with side.within():
+        return max(1, round(block_seconds / _warm_up(side, clock)))
 
 
 def _one(side: Side, clock: Clock) -> float:

@@ -11,9 +11,10 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from longshort.config import is_own_cell
 from longshort.errors import MissingExtraError, OutputError, UsageError
@@ -68,6 +69,11 @@ def path(given: str | None) -> Path | None:
     return Path(given) if given is not None else None
 
 
+def empty(flag: str) -> UsageError:
+    """The error to raise for a flag whose value is empty."""
+    return UsageError(f"{flag} is empty.", "An unset shell variable looks like this.")
+
+
 def names(given: str | None) -> list[str]:
     """Return what a list of names holds; nothing if none was given."""
     if given is None:
@@ -115,6 +121,57 @@ def as_json(content: Any, indent: int | None = None) -> str:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps(finite(content), indent=indent, allow_nan=False)
+
+
+class Voice:
+    """Standard error, which falls silent once it cannot be written: its reader has gone, or its disk is full.
+
+    What is said there is about the work, and never worth ending it.
+
+    Args:
+        stream: what writes.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, words: str) -> int:
+        """Write, if that can be."""
+        try:
+            return self._stream.write(words)
+        except OSError:
+            give_up(self._stream)
+            return len(words)
+
+    def flush(self) -> None:
+        """Give out what is held, if that can be."""
+        try:
+            self._stream.flush()
+        except OSError:
+            give_up(self._stream)
+
+
+def give_up(stream: TextIO) -> None:
+    """Let all that is written to a stream go nowhere, also what it holds, which would fail once more at exit."""
+    with suppress(OSError):  # of a stream that has no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+@contextmanager
+def streams() -> Iterator[None]:
+    """Have a standard output and error that can be written to, also where they were closed before the program began."""
+    before = sys.stdout, sys.stderr
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+        sys.stdout, sys.stderr = sys.stdout or nowhere, cast(TextIO, Voice(sys.stderr or nowhere))
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
 
 
 def say(words: str) -> None:

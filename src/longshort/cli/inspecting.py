@@ -35,7 +35,7 @@ def inspect(
     file: Annotated[str | None, Parameter(help="A text file, or gzip of it; - for standard input.")] = None,
     /,
     *,
-    prompt: Annotated[str | None, Parameter(help="Read this instead of FILE.")] = None,
+    prompt: Annotated[str | None, Parameter(help="Read this instead of FILE.", allow_leading_hyphen=True)] = None,
     corpus: Corpus = None,
     data_dir: DataDir = None,
     length: Annotated[Int, Parameter(help="Most characters to read, from the start.")] = 20_000,

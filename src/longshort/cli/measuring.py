@@ -134,7 +134,7 @@ def _compare_depths(
 
 
 def bench(
-    what: Annotated[Literal["layers", "train", "generate", "score"], Parameter(help="What to measure.")],
+    what: Annotated[Literal["layers", "kernels", "train", "generate", "score"], Parameter(help="What to measure.")],
     /,
     *,
     grid: Annotated[
@@ -146,6 +146,10 @@ def bench(
     ] = "quick",
     cells: Annotated[str | None, Parameter(help="Cells, separated by commas (default: lstm,gru,rnn).")] = None,
     modes: Annotated[str | None, Parameter(help="train, infer, or both (default: train,infer).")] = None,
+    shapes: Annotated[
+        str | None,
+        Parameter(help="Of kernels: steps x rows x units (default: 1x1x256,35x1x256,35x20x256,35x64x256)."),
+    ] = None,
     threads: Annotated[
         str | None, Parameter(help="Numbers of threads, separated by commas (default: 2; of full: 1,2).")
     ] = None,
@@ -177,10 +181,13 @@ def bench(
 ) -> None:
     """Measure us beside PyTorch, in turns, with the same weights: layers, or whole steps of training, writing, scoring.
 
-    Ratios, spreads, share of the rate of a large matrix product.
+    Ratios, spreads, share of the rate of a large matrix product. `kernels`: a layer by every implementation that this
+    machine can run, and how exact each is.
     """
     from longshort import machine
 
+    if shapes is not None and what != "kernels":
+        raise UsageError(f"--shapes goes with bench kernels, not with bench {what}.", "Leave it out.")
     if profile:
         if what != "train" or out is not None:
             raise UsageError("--profile is for bench train, and prints a table: --out does not go with it.")
@@ -190,24 +197,24 @@ def bench(
         _profile(_threads_of_workloads(threads), precision, json)
         return
     if what != "layers":
-        given = {
-            "grid": grid != "quick",
-            "cells": cells,
-            "modes": modes,
-            "options": options,
-            "isa": isa,
-            "worst": worst,
-        }
-        given |= {"kernel": kernel != "auto", "neighbour": neighbour, "autocast": autocast}
-        given |= {"matmul-precision": matmul_precision != "highest"}
-        _bench_workloads(what, [name for name, value in given.items() if value], threads, precision, out, json)
+        given = {"grid": grid != "quick", "options": options, "isa": isa, "worst": worst, "kernel": kernel != "auto"}
+        given |= {"neighbour": neighbour, "autocast": autocast, "matmul-precision": matmul_precision != "highest"}
+        for name, value in given.items():
+            if value:
+                raise UsageError(f"--{name} goes with bench layers, not with bench {what}.", "Leave it out.")
+        if what == "kernels":
+            if precision != "float32":
+                raise UsageError("--precision goes with bench train, generate and score; kernels have all of them.")
+            _bench_kernels(cells, modes, shapes, threads, out, json)
+        else:
+            if cells or modes:
+                raise UsageError(f"--cells and --modes go with bench layers and kernels, not with bench {what}.")
+            _bench_workloads(what, threads, precision, out, json)
         return
     if precision != "float32":
         raise UsageError("--precision goes with bench train, generate and score.", f"Give --kernel {precision} here.")
     if worst is not None and worst < 1:
         raise UsageError(f"--worst must be at least 1, not {worst}.")
-    if out == "":
-        raise UsageError("--out is empty.", "An unset shell variable looks like this.")
     named: dict[str, Any] = {
         "cells": tuple(console.names(cells)),
         "modes": tuple(console.names(modes)),
@@ -237,14 +244,34 @@ def bench(
         tables.print_benchmark(result, worst)
 
 
-def _bench_workloads(
-    what: str, refused: list[str], threads: str | None, precision: str, out: str | None, json: bool
+def _bench_kernels(
+    cells: str | None, modes: str | None, shapes: str | None, threads: str | None, out: str | None, json: bool
 ) -> None:
-    if refused:
-        raise UsageError(f"--{refused[0]} goes with bench layers, not with bench {what}.", "Leave it out.")
     number = _threads_of_workloads(threads)
-    if out == "":
-        raise UsageError("--out is empty.", "An unset shell variable looks like this.")
+    console.need_torch("bench")
+    from longshort.bench import implementations, ledger
+    from longshort.cli import screen, tables
+
+    chosen: dict[str, Any] = {"cells": console.names(cells) or ["lstm"], "modes": console.names(modes)}
+    chosen["shapes"] = [implementations.read_shape(word) for word in console.names(shapes)]
+    if out is not None:
+        durable.require_writable_directory(Path(out).absolute().parent)
+    with screen.Ticker() as ticker:
+        result = implementations.result(
+            **{name: value for name, value in chosen.items() if value},
+            threads=number,
+            report=ticker.report_implementations,
+        )
+    if out is not None:
+        ledger.write(Path(out), result)
+    if json:
+        console.print_json(result)
+    else:
+        tables.print_implementations(result)
+
+
+def _bench_workloads(what: str, threads: str | None, precision: str, out: str | None, json: bool) -> None:
+    number = _threads_of_workloads(threads)
     console.need_torch("bench")
     from longshort.bench import ledger, workloads
     from longshort.cli import screen, tables

@@ -20,6 +20,7 @@ from rich.text import Text
 from longshort.config import flag_of
 
 if TYPE_CHECKING:
+    from longshort.bench.grids import Case
     from longshort.bench.ledger import Row as BenchmarkRow
     from longshort.bench.workloads import Row as WorkloadRow
     from longshort.comparison import Row
@@ -257,6 +258,10 @@ class Ticker:
     def report_workload(self, row: WorkloadRow, done: int, rows: int) -> None:
         """Say what one workload of `bench` gave."""
         self._say(f"{done}/{rows} {row.name} beside {row.peer}: {row.ratio:.2f}{' (noisy)' * row.noisy}", last=True)
+
+    def report_implementations(self, case: Case, fastest: str, done: int, cases: int) -> None:
+        """Say which implementation was the fastest in one case of `bench kernels`."""
+        self._say(f"{done}/{cases} {case}: {fastest}", last=True)
 
     def _say(self, words: str, last: bool) -> None:
         if self._console.is_terminal:

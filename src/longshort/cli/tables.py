@@ -158,6 +158,42 @@ def print_benchmark(result: Mapping[str, Any], worst: int | None = None) -> None
         console.print(f"{result['noisy']} of {len(result['rows'])} cases were noisy to the last.")
 
 
+def print_implementations(result: Mapping[str, Any]) -> None:
+    """Print the tables of `bench kernels`; `result`: of `implementations.result`."""
+    console = output()
+    machine = result["machine"]
+    console.print(
+        f"{visible(machine['processor'])}, {machine['cores']} cores, {result['threads']} threads, longshort "
+        f"{machine['longshort']}, PyTorch {machine['torch']} ({result['torch_code']}), {result['date']}",
+        markup=False,
+    )
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["cell"], row["mode"]), []).append(row)
+    for (cell, mode), rows in groups.items():
+        shapes = list(dict.fromkeys((row["T"], row["B"], row["H"]) for row in rows))
+        table = new_table(f"{cell.upper()}, {mode}", *("x".join(map(str, shape)) for shape in shapes), "error", left=1)
+        fastest = {shape: min(row["seconds"] for row in rows if _shape(row) == shape) for shape in shapes}
+        for kernel in dict.fromkeys(row["kernel"] for row in rows):
+            own = [row for row in rows if row["kernel"] == kernel]
+            times = [
+                f"{'auto ' * row['auto']}{'* ' * (row['seconds'] == fastest[_shape(row)])}{_duration(row['seconds'])}"
+                f" {row['spread']:>4.0%}"
+                for row in own
+            ]
+            table.add_row(kernel, *times, f"{max(row['error'] for row in own):.0e}")
+        console.print(table)
+    console.print(
+        "Steps x rows x units; a call's time and its spread. *: the fastest; auto: what runs where nothing is forced.\n"
+        "Error: the largest difference from the equations in float64, as a share of the largest value.\n"
+        "To force one: longshort.kernels.use(name), or LONGSHORT_TARGET=name for a whole process."
+    )
+
+
+def _shape(row: Mapping[str, Any]) -> tuple[int, int, int]:
+    return row["T"], row["B"], row["H"]
+
+
 def print_profiles(found: Sequence[tuple[str, Mapping[str, float]]]) -> None:
     """Print where the time of training steps goes; `found`: of `workloads.profiles`."""
     table = new_table("milliseconds a step", *(name for name, _ in found), left=1)

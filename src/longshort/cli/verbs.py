@@ -6,6 +6,7 @@ Exit status: 0 done, 1 failure, 2 usage, 130 interrupted, 143 terminated.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import re
@@ -14,20 +15,29 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import cyclopts
-from cyclopts import App, Parameter
+from cyclopts import App, ArgumentCollection, Group, Parameter
 
 import longshort
 from longshort import durable
 from longshort.cli import console, inspecting, measuring, models
 from longshort.cli.flags import Corpus, DataDir, Int, Json, OwnCell, TrainFlags
-from longshort.config import TrainConfig
+from longshort.config import TrainConfig, flag_of
 from longshort.errors import LongshortError, MissingExtraError, UsageError
 from longshort.interruption import Interrupted, Interruption
+
+
+def _refuse_empty(arguments: ArgumentCollection) -> None:
+    """Refuse a flag whose value is empty, before any work starts; only a prompt may be."""
+    for argument in arguments:
+        given = [token.value for token in argument.tokens if token.keyword and token.implicit_value is cyclopts.UNSET]
+        if "" in given and argument.name != "--prompt":
+            raise console.empty(argument.name)
+
 
 app = App(
     name="longshort",
@@ -36,6 +46,7 @@ app = App(
     result_action="return_value",
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,
+    group_parameters=Group("Parameters", validator=_refuse_empty),
 )
 
 
@@ -52,7 +63,7 @@ def demo(
     from longshort import loop
 
     console.say("A character model learns English from Python's own documentation, which is on this machine already.")
-    path = Path(out) if out else loop.free_directory("longshort-demo")
+    path = Path(out) if out is not None else loop.free_directory("longshort-demo")
     run = _train({"corpus": "builtin", "out": str(path)}, minutes)
     console.say("\nWhat it writes, given the first words:\n")
     for number, prompt in enumerate(("The ", "If the argument ", "class ")):
@@ -89,7 +100,7 @@ def train(
     given = {name: value for name, value in vars(flags).items() if value is not None} if flags else {}
     if text:
         given["texts"] = text
-    toml = recipes.load_toml(config) if config else {}
+    toml = recipes.load_toml(config) if config is not None else {}
     for source in (given, toml):
         if source.get("cell") is not None:
             source["cell"] = console.load_cell(str(source["cell"]))
@@ -115,8 +126,12 @@ def resume(
     console.need_torch("resume")
     from longshort import processes, training
 
-    with processes.join() as team, Interruption() as interruption:
-        _show(training.resume(run, steps, text, data_dir, interruption.wanted, team), interruption)
+    with (
+        processes.join() as team,
+        Interruption() as interruption,
+        contextlib.closing(training.resume(run, steps, text, data_dir, interruption.wanted, team)) as events,
+    ):
+        _show(next(events), events, interruption)
     _say_next(Path(run))
 
 
@@ -153,6 +168,8 @@ def evaluate(
     console.load_cell(cell)
     if lanes is not None and lanes < 1:
         raise UsageError(f"--lanes must be at least 1, not {lanes}.")
+    if block is not None and not 1 <= block <= _LONGEST_BLOCK:
+        raise UsageError(f"--block must be from 1 to {_LONGEST_BLOCK}, not {block}.")
     if dynamic and (block or lanes):
         raise UsageError("--dynamic reads the text in order, once: --block and --lanes do not go with it.")
     if rate is not None and not dynamic:
@@ -176,11 +193,12 @@ def evaluate(
         part, name = training.heldout_part(Path(model), reader.tokenizer, console.path(data_dir)), "held-out part"
         lanes = lanes or (config.eval_lanes if block is None else None)
     else:
-        source = corpora.find(corpora.keep_standard_input(text), corpus, console.path(data_dir))
-        reader = load(model)
-        lines = reader.config.lines and not block and not lanes
-        part = encoding.encode(source, encoding.survey(source), reader.tokenizer, 0, lines)[1]
-        name = source.name
+        with corpora.standard_input_kept(text) as texts:
+            source = corpora.find(texts, corpus, console.path(data_dir))
+            reader = load(model)
+            lines = reader.config.lines and not block and not lanes
+            part = encoding.encode(source, encoding.survey(source), reader.tokenizer, 0, lines)[1]
+            name = source.name
     if dynamic:
         from longshort.dynamic import Learning, evaluate_dynamically
 
@@ -201,7 +219,16 @@ def generate(
     model: Annotated[str, Parameter(help="A run or a model directory.")],
     /,
     *,
-    prompt: Annotated[str, Parameter(help="What the model reads before it writes.")] = "",
+    prompt: Annotated[
+        str | None, Parameter(help="What the model reads before it writes.", allow_leading_hyphen=True)
+    ] = None,
+    prompt_file: Annotated[
+        str | None,
+        Parameter(
+            help="UTF-8 file that is the prompt, every character of it, or gzip of it; - for standard input.",
+            allow_leading_hyphen=True,
+        ),
+    ] = None,
     length: Annotated[Int, Parameter(help="Symbols to write.")] = 500,
     temperature: Annotated[
         float | None, Parameter(help="Below 1 more conservative, above 1 more random (default: 0.8).")
@@ -213,7 +240,8 @@ def generate(
     ] = False,
     seed: Annotated[Int, Parameter(help="Decides what is sampled.")] = 0,
     stop: Annotated[
-        tuple[str, ...], Parameter(help="End before this text; may be given several times.", negative="")
+        tuple[str, ...],
+        Parameter(help="End before this text; may be given several times.", negative="", allow_leading_hyphen=True),
     ] = (),
     state: Annotated[
         str | None, Parameter(help="File to go on from, if it is there, and to leave the state in afterwards.")
@@ -234,15 +262,17 @@ def generate(
         raise UsageError(f"--samples must be at least 1, not {samples}.")
     if state is not None and samples > 1:
         raise UsageError("--state keeps one text; --samples does not go with it.")
-    if "" in stop:
-        raise UsageError("--stop is empty.", "An unset shell variable looks like this.")
+    if prompt is not None and prompt_file is not None:
+        raise UsageError("One prompt is wanted: --prompt or --prompt-file.")
     from longshort import generation
     from longshort.cli.screen import visible
+    from longshort.text import corpus
 
     if greedy and not (temperature is None and top_k is None and top_p is None):
         raise UsageError("--greedy takes the most probable symbol; temperature, top-k and top-p do not go with it.")
     given = {"temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    prompt = prompt or "" if prompt_file is None else "".join(corpus.pieces(prompt_file))
     if json or samples > 1:
         texts = [""] * samples
         for number, piece in _pieces(model, prompt, length, sampling, stop, range(samples), weights, state):
@@ -286,7 +316,13 @@ def score(
     console.load_cell(cell)
     if top is not None and top < 1:
         raise UsageError(f"--top must be at least 1, not {top}.")
-    scored = scoring.score(models.decoder(model, weights), corpus.lines(file), ahead=ahead)
+
+    def lines() -> Iterator[str]:
+        for line in corpus.lines(file):
+            yield line
+            sys.stdout.flush()  # before more is waited for: a live log is answered also into a pipe
+
+    scored = scoring.score(models.decoder(model, weights), lines(), ahead=ahead)
     for found in scored if top is None else scoring.oddest(scored, top):
         if json:
             print(console.as_json(found.to_dict()))
@@ -353,7 +389,8 @@ def serve(
     from longshort.serving import server
 
     rules = server.rules(host, allow_host)
-    loaded, name = models.decoder(model, weights), Path(model).resolve().name
+    loaded = models.decoder(model, weights)
+    name = os.fsencode(Path(model).resolve().name).decode("utf-8", "replace")  # JSON holds no other bytes
     with Interruption() as interruption, interruption.deferred():
         server.serve(
             loaded, name, host, port, rules, interruption, lambda address: console.say(f"{name} answers at {address}")
@@ -392,18 +429,25 @@ def _train(settings: Mapping[str, Any], minutes: float | None) -> Path:
     from longshort.text import corpus
 
     config = TrainConfig.from_dict(settings)
-    if config.out == "":
-        raise UsageError("--out is empty.", "An unset shell variable looks like this.")
+    for field in dataclasses.fields(config):
+        if getattr(config, field.name) == "":  # as a TOML file may have it
+            raise console.empty(flag_of(field))
     if config.out is not None:
         checkpoint.require_new_run(config.out)
-    texts = corpus.keep_standard_input(config.texts)
-    if texts != config.texts:
-        kept = next(path for path, before in zip(texts, config.texts, strict=True) if path != before)
-        console.say(f"What standard input gave is kept for the run: {kept}")
-        settings = {**settings, "texts": texts}
-        config = TrainConfig.from_dict(settings)
+    else:
+        durable.require_writable_directory(Path.cwd())
+    run: Path | None = None
     prepared = None
-    with processes.join() as team, Interruption() as interruption:
+    with (
+        corpus.standard_input_kept(config.texts, lambda: run is not None and checkpoint.is_run(run)) as texts,
+        processes.join() as team,
+        Interruption() as interruption,
+    ):
+        if texts != config.texts:
+            kept = next(path for path, before in zip(texts, config.texts, strict=True) if path != before)
+            console.say(f"What standard input gave is kept for the run: {kept}")
+            settings = {**settings, "texts": texts}
+            config = TrainConfig.from_dict(settings)
         if minutes is not None and team.size > 1:
             raise UsageError("--minutes measures one process, and here are several.", "Give --steps and sizes instead.")
         if minutes is not None:
@@ -414,7 +458,11 @@ def _train(settings: Mapping[str, Any], minutes: float | None) -> Path:
             plan = recipes.plan(minutes, settings, prepared, since=begin)
             config = plan.config
             console.say(screen.describe_plan(plan))
-        return _show(training.train(config, prepared, interruption.wanted, team), interruption)
+        with contextlib.closing(training.train(config, prepared, interruption.wanted, team)) as events:
+            started: Any = next(events)
+            run = started.run
+            _show(started, events, interruption)
+            return run
 
 
 def _follow() -> int:
@@ -426,32 +474,28 @@ def _follow() -> int:
         return training.follow(team, interruption.wanted)
 
 
-def _show(events: Generator[Any, None, None], interruption: Interruption) -> Path:
-    """Show a training run as it goes on, and return its directory; Interrupted where it was stopped and has saved."""
+def _show(started: Any, events: Iterator[Any], interruption: Interruption) -> None:
+    """Show a training run as it goes on, from its first event; Interrupted where it was stopped and has saved."""
     from longshort import training
     from longshort.cli import screen
 
-    run = Path()
-    with screen.TrainView() as view, contextlib.closing(events):
-        started = next(events)
-        with interruption.deferred():
-            for event in itertools.chain((started,), events):
-                view.show(event)
-                run = event.run if isinstance(event, training.Started) else run
+    with screen.TrainView() as view, interruption.deferred():
+        for event in itertools.chain((started,), events):
+            view.show(event)
     if isinstance(event, training.Stopped):
-        place = shlex.quote(str(run))
+        place = shlex.quote(str(started.run))
         saved = f"step {event.step:,} of {event.steps:,} is saved. Go on with: {console.launcher()} resume {place}"
         words = f"stopped; {saved if event.step else 'no step was made.'}"
         raise Interrupted(interruption.signal or signal.SIGTERM, words)  # of another process, if not of this one
-    return run
 
 
 def _say_next(run: Path) -> None:
     from longshort import training
 
-    place = shlex.quote(str(run))
-    use = f"score {place} FILE --top 5" if training.run_config(run).lines else f"generate {place}"
-    console.say(f"Next: {console.program()} {use}    {console.program()} eval {place} --split valid")
+    place, me, config = shlex.quote(str(run)), console.program(), training.run_config(run)
+    use = f"score {place} FILE --top 5" if config.lines else f"generate {place}"
+    more = f"    {me} eval {place} --split valid" if config.heldout else ""
+    console.say(f"Next: {me} {use}{more}")
 
 
 def _pieces(
@@ -475,10 +519,11 @@ def _pieces(
         rest["after"] = Continuation.load(state, loaded) if os.path.lexists(state) else None
     requests = [Request(**rest, stream=stream) for stream in streams]
     ends: dict[int, Continuation] = {}
-    unseen = sorted({c for c in prompt if (loaded.tokenizer.encode(c) == loaded.tokenizer.size).any()})
+    unseen = loaded.tokenizer.unknown_symbols(prompt)
     pieces = generate_many(loaded, loaded.tokenizer, requests, None if state is None else ends)
-    if unseen and len(unseen) < len(set(prompt)):
-        shown = ", ".join(repr(c) for c in unseen[:8])
+    # Where all are, `generate_many` refuses the prompt.
+    if unseen and (loaded.tokenizer.encode(prompt) < loaded.tokenizer.size).any():
+        shown = ", ".join(repr(symbol) for symbol in unseen[:8])
         console.say(f"longshort: the model never saw {shown}{' ...' if len(unseen) > 8 else ''}; read as <unk>.")
     yield from pieces
     if state is not None:
@@ -506,6 +551,33 @@ def _generate_to_screen(
     print(flush=True)
 
 
+_LONGEST_BLOCK = 2**31 - 1
+"""More would be more than any text has; products with it stay below 2**63."""
+
+
+def _with_standard_input(verb: str, words: list[str]) -> list[str]:
+    """Return the words of a verb with `/dev/stdin` for `-` where that is a text, not the value of a flag.
+
+    The parser would take a lone hyphen for a flag without a name.
+    """
+    if "-" not in words:
+        return words
+    flags = app[verb].assemble_argument_collection()
+
+    def takes_a_value(word: str) -> bool:
+        try:
+            return word.startswith("--") and flags.match(word)[2] is cyclopts.UNSET
+        except ValueError:  # no flag of this verb
+            return False
+
+    before = ["", *words]
+    return [
+        "/dev/stdin" if word == "-" and not takes_a_value(last) else word
+        for last, word in zip(before, words, strict=False)
+    ]
+
+
+@console.streams()
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line and return its exit status."""
     # Before PyTorch is loaded: a waiting thread spins briefly, then sleeps. GNU OpenMP's own choice (300,000 turns) is
@@ -513,9 +585,8 @@ def main(arguments: list[str] | None = None) -> int:
     # `bench` leaves it: PyTorch's layers are measured as their other users have them.
     given = sys.argv[1:] if arguments is None else arguments
     verb = given[:1]
-    # The parser would take a lone hyphen for a flag without a name.
     if verb in (["train"], ["eval"], ["score"], ["inspect"]):
-        given = ["/dev/stdin" if word == "-" else word for word in given]
+        given = _with_standard_input(verb[0], given)
     if "OMP_WAIT_POLICY" not in os.environ and verb != ["bench"]:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for stream in (sys.stdout, sys.stderr):
@@ -542,7 +613,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The reader, such as `head`, has had enough. Nothing more can be written, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.give_up(sys.stdout)
         return 0
     except (MemoryError, RuntimeError) as error:
         # PyTorch has no exception of its own for this on a CPU.
@@ -552,5 +623,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except OSError as error:
         console.complain(f"{error.strerror or error}: {error.filename or ''}")
+        try:
+            sys.stdout.flush()
+        except OSError:  # it is what cannot be written
+            console.give_up(sys.stdout)
         return 1
     return 0

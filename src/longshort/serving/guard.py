@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,7 +93,7 @@ class Guard:
         if rules.token is not None and not _is_token(headers.get("authorization", ""), rules.token):
             how = 'Basic realm="longshort: any name, the token as password", charset="UTF-8"'
             raise _RefusedError(401, "A token is wanted: Authorization: Bearer TOKEN.", {"WWW-Authenticate": how})
-        if origin is not None and urlsplit(origin).netloc.lower() != host:
+        if origin is not None and _place(origin) != host:
             raise _RefusedError(403, "Requests of other pages are not answered.")
         if self._inside >= rules.requests:
             raise _RefusedError(503, f"{rules.requests} requests are being answered already.", {"Retry-After": "1"})
@@ -142,12 +141,20 @@ def _name(host: str) -> str:
     return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
 
 
+def _place(origin: str) -> str | None:
+    """Return the name and the port of an Origin header; None where it is no address."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
+
+
 def _is_token(given: str, token: str) -> bool:
     kind, _, value = given.partition(" ")
     if kind.lower() == "basic":
         try:
             value = base64.b64decode(value.strip(), validate=True).decode().partition(":")[2]
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:  # no base64, or no UTF-8
             return False
     elif kind.lower() != "bearer":
         return False

@@ -125,10 +125,13 @@ def serve(
         listening: is called once, with the address, when there will be answers.
 
     Raises:
+        UsageError: `host` can be no name.
         OutputError: the address cannot be had.
     """
     try:
         bound = _bind(host, port)
+    except UnicodeError:  # of names, as IDNA encodes them
+        raise UsageError(f"--host must be an address or a name, not {host!r}.") from None
     except OSError as error:
         raise OutputError(
             f"Cannot listen on port {port} of {host}: {error.strerror or error}.", "Choose another with --port."

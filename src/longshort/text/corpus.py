@@ -18,10 +18,12 @@ import gzip
 import hashlib
 import logging
 import os
+import shutil
 import stat
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -177,17 +179,41 @@ def read_files(paths: Sequence[str | Path]) -> Text:
 def keep_standard_input(paths: Sequence[str]) -> tuple[str, ...]:
     """Return `paths` with `-` replaced by a new file in the cache directory that holds what standard input gave.
 
-    A text is read several times, and again when a run is resumed or evaluated, which a pipe does not allow. Nothing
-    deletes the file: it belongs to the run that is made of it.
+    A text is read several times, and again when a run is resumed or evaluated, which a pipe does not allow. The
+    file belongs to the run that is made of it; where none is, `standard_input_kept` deletes it.
 
     Raises:
         UsageError: `-` is given twice.
-        TextError: standard input is no UTF-8 text.
+        TextError: standard input is closed, or no UTF-8 text.
         OutputError, CorpusError: it cannot be kept.
     """
     if sum(path in STDIN for path in paths) > 1:
         raise UsageError("Standard input is given twice.", "Give each text once.")
-    return tuple(_kept(sys.stdin.buffer) if path in STDIN else path for path in paths)
+    return tuple(_kept(_standard_input()) if path in STDIN else path for path in paths)
+
+
+@contextmanager
+def standard_input_kept(paths: Sequence[str], needed: Callable[[], bool] = lambda: False) -> Iterator[tuple[str, ...]]:
+    """Yield what `keep_standard_input` gives, and delete the file that it made when the block ends.
+
+    Args:
+        paths: as there, like what is raised.
+        needed: asked at the end whether the file is to stay.
+    """
+    kept = keep_standard_input(paths)
+    try:
+        yield kept
+    finally:
+        if not needed():
+            for path, given in zip(kept, paths, strict=True):
+                if path != given:
+                    shutil.rmtree(Path(path).parent, ignore_errors=True)
+
+
+def _standard_input() -> BinaryIO:
+    if sys.stdin is None:  # as Python has it where the descriptor is closed
+        raise TextError("Standard input is closed.", "Pipe some text into it, or give a file.")
+    return sys.stdin.buffer
 
 
 def _kept(stream: BinaryIO) -> str:
@@ -218,8 +244,8 @@ def pieces(path: str) -> Iterator[str]:
     """Yield the text of a file, or of standard input for `-`, in pieces as they come; errors as of `lines`."""
     if path in STDIN:
         # A pipe gives what it has: a live log is answered when its lines come.
-        blocks, name = iter(lambda: os.read(sys.stdin.fileno(), PIECE), b""), Path("standard input")
-        yield from _decode(blocks, name)
+        descriptor = _standard_input().fileno()
+        yield from _decode(iter(lambda: os.read(descriptor, PIECE), b""), Path("standard input"))
         return
     file = Path(path)
     if _kind(file) == stat.S_IFDIR:

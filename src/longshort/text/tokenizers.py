@@ -75,6 +75,17 @@ class Tokenizer(ABC):
         """Return the ids of lines that each end in a newline, which is a symbol of its own then."""
         return self.encode(text)
 
+    def unknown_symbols(self, text: str) -> list[str]:
+        """Return the symbols of `text` that are outside the vocabulary, each once, in the order of the text."""
+        ids = self.encode(text)
+        unknown = np.flatnonzero(ids == self.size)
+        if not len(unknown):
+            return []
+        ends = np.cumsum(self.lengths(text, ids)[0])
+        found = (text[0 if i == 0 else ends[i - 1] : ends[i]] for i in unknown)
+        # A word stands for the white space before it too.
+        return list(dict.fromkeys(symbol.strip() or symbol for symbol in found))
+
     @property
     def newline(self) -> int:
         """The id of a newline alone."""
