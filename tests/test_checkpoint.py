@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from failing import nth_call_fails
-from longshort import documents, model_files
+from longshort import checkpoint, documents, model_files
 from longshort.checkpoint import Run, create_run, is_run, load_model, open_run, save_model
 from longshort.durable import set_aside
-from longshort.errors import CheckpointError, LongshortError, OutputError, UsageError
+from longshort.errors import CheckpointError, LongshortError, OutputError, TextError, UsageError
 from longshort.model_files import Saved
+from longshort.text.words import MOST_WORDS, WordTokenizer
 
 MODEL = {"vocab_size": 3, "cell": "lstm", "hidden_size": 2}
 TOKENIZER = '{"symbols": "a\\u00fc"}\n'
@@ -170,7 +172,6 @@ def test_special_values_and_strided_views_are_bit_exact(tmp_path: Path) -> None:
         {"model": {**MODEL, "vocab_size": 0}},
         {"model": {**MODEL, "dropout": float("nan")}},
         {"tokenizer_json": "\ud800"},
-        {"tokenizer_json": " " * (65 << 20)},
         {"extra": {"step": 3}},
         {"extra": {"format_version": 3}},
         {"extra": {"text": "x" * (2 << 20)}},
@@ -182,6 +183,25 @@ def test_what_could_not_be_loaded_is_not_saved(run: Run, changed: dict[str, Any]
     with pytest.raises(ValueError):
         run.save(**{**given_values, **changed}, best=True)
     assert names(run.path / "checkpoints") == []
+
+
+def test_a_vocabulary_that_could_not_be_read_back_starts_no_run(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(model_files.LIMITS, "tokenizer.json", 300_000)
+    with pytest.raises(TextError, match=r"takes 1\.0 MB; at most 0\.3 MB") as caught:
+        create_run(tmp_path / "other", {}, " " * 1_000_000)
+    assert "--min-freq" in caught.value.hint
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(ValueError):
+        run.save(1, weights(), MODEL, " " * 1_000_000, {}, best=True)
+    assert names(run.path / "checkpoints") == []
+
+
+def test_a_million_words_of_any_usual_length_can_be_read_back() -> None:
+    word = "щ" * 40
+    one, two = (len(WordTokenizer([word + c for c in more]).to_json()) for more in ("a", "ab"))
+    assert MOST_WORDS * (two - one + len(f"{MOST_WORDS}")) < model_files.LIMITS["tokenizer.json"]
 
 
 def test_old_checkpoints_are_deleted_but_best_and_latest_stay(run: Run) -> None:
@@ -258,6 +278,70 @@ def test_create_run_overwrites_nothing(tmp_path: Path, run: Run, model: Path) ->
     assert not (tmp_path / "other").exists()
     assert not is_run(model)
     assert not is_run(tmp_path / "missing")
+
+
+def test_of_several_who_start_a_run_at_one_place_one_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, real = threading.Barrier(2), checkpoint._refuse_existing
+
+    def refuse(path: str | Path) -> None:
+        real(path)
+        looked.wait(10)  # both have seen that nothing is there
+
+    def start(number: int) -> str:
+        try:
+            create_run(path, {"number": number}, f"{number}")
+        except UsageError as error:
+            return error.what
+        return "mine"
+
+    monkeypatch.setattr(checkpoint, "_refuse_existing", refuse)
+    for trial in range(10):
+        path = tmp_path / "runs" / f"{trial}"
+        if trial % 2:
+            path.mkdir(parents=True)
+        with ThreadPoolExecutor(2) as pool:
+            won = list(pool.map(start, range(2)))
+        assert sorted(won) == [f"Another process has just started a run at {path}.", "mine"]
+        assert open_run(path).config() == {"number": won.index("mine")}
+        assert (path / "tokenizer.json").read_text() == f"{won.index('mine')}"
+
+
+def test_who_looks_whether_a_run_can_be_started_disturbs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.require_new_run(tmp_path / "new" / "run")
+    assert names(tmp_path) == []
+    real = os.open
+
+    def opened(*given: Any) -> int:
+        if not (tmp_path / "new" / "run").exists():  # another starts one while this looks
+            monkeypatch.setattr(os, "open", real)
+            create_run(tmp_path / "new" / "run", {}, TOKENIZER)
+        return real(*given)
+
+    monkeypatch.setattr(os, "open", opened)
+    checkpoint.require_new_run(tmp_path / "new" / "run")
+    save(open_run(tmp_path / "new" / "run"), 1)
+    with pytest.raises(UsageError, match="is a run already"):
+        checkpoint.require_new_run(tmp_path / "new" / "run")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_bytes(b"")
+    for place in ("file/run", "link", "link/run", "x" * 300):
+        with pytest.raises(OutputError, match="Cannot write") as caught:
+            checkpoint.require_new_run(tmp_path / place)
+        assert place in caught.value.what
+
+
+def test_a_run_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
+    number = 0
+    while True:
+        number += 1
+        with nth_call_fails(number, errno.EIO) as calls:
+            try:
+                create_run(tmp_path / "deep" / "run", {}, TOKENIZER)
+            except OutputError:
+                assert not (tmp_path / "deep" / "run").exists()
+            else:
+                break
+    assert number > 8, calls
 
 
 def test_save_model_replaces_a_model_and_nothing_else(tmp_path: Path, model: Path, run: Run) -> None:
@@ -620,7 +704,7 @@ def test_a_huge_file_is_not_read(model: Path, monkeypatch: pytest.MonkeyPatch) -
     (model / "MANIFEST.json").write_text(json.dumps(manifest))
     with (model / "tokenizer.json").open("r+b") as file:
         file.truncate(1 << 30)
-    with pytest.raises(CheckpointError, match=f"more than {64 << 20}"):
+    with pytest.raises(CheckpointError, match=f"more than {model_files.LIMITS['tokenizer.json']}"):
         load_model(model)
 
 

@@ -162,6 +162,18 @@ def test_ids_that_are_kept_are_used_and_damaged_ones_made_anew(from_files: Path)
             encode(Unread(), found, *other)
 
 
+def test_ids_in_a_cache_that_can_only_be_read_are_used(from_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Text.of("some text\n" * 50, "text")
+    found, tokenizer = survey(source), ByteTokenizer()
+    expected = encode(source, found, tokenizer, 10)
+
+    def refuse(path: object) -> None:
+        raise PermissionError("the cache is another's")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert all(map(same, encode(Unread(), found, tokenizer, 10), expected))
+
+
 def test_a_failure_leaves_nothing_and_what_nobody_uses_goes(from_files: Path) -> None:
     source = Text.of("some text\n" * 50, "text")
     found, tokenizer = survey(source), ByteTokenizer()

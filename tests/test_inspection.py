@@ -115,6 +115,20 @@ def test_lines_begin_from_a_zero_state_after_a_newline() -> None:
         place += len(line) + 1
 
 
+@pytest.mark.parametrize("tokenizer_name", ["char", "byte", "word", "bpe"])
+def test_a_text_of_lines_need_not_end_in_a_newline(tokenizer_name: str) -> None:
+    decoder, _ = make(tokenizer_name, lines=True)
+    whole = inspect(decoder, decoder.tokenizer, TEXT + "\n")
+    found = inspect(decoder, decoder.tokenizer, TEXT)
+    assert "".join(found.symbols) == TEXT
+    assert found.symbols == whole.symbols[:-1]
+    np.testing.assert_array_equal(found.nats, whole.nats[:-1])
+    for name, value in found.layers[0].items():
+        np.testing.assert_array_equal(value, whole.layers[0][name][:-1])
+    with pytest.raises(TextError, match="nothing to read"):
+        inspect(decoder, decoder.tokenizer, "")
+
+
 def test_what_the_vocabulary_lacks_is_read_and_not_predicted() -> None:
     decoder, _ = make()
     found = inspect(decoder, decoder.tokenizer, "abéb")

@@ -377,7 +377,19 @@ def test_predictions_leave_a_model_in_training_as_it_was() -> None:
         ([np.zeros((2, 3)), np.zeros((2, 4))], ["x", "y"], r"Sequence 1 must be an array \(T, 3\)"),
         ([np.zeros((2, 3)), np.full((2, 3), np.nan)], ["x", "y"], "finite"),
         ([np.zeros((2, 3, 4))], ["x"], "of the shape .2, 3, 4."),
-        ([[1], [2]], ["x", 3], "Labels are texts, but that of sequence 1 is 3"),
+        ([[1], [2]], ["x", 3], "Labels are texts, .* that of sequence 1 is 3"),
+        (["a b", "c"], [0, 1], "Labels are texts, .* that of sequence 0 is 0"),
+        ([[1], [2]], [["x"], None], "Labels are texts, .* that of sequence 1 is None"),
+        ([[1], [2]], [["x"], "y"], "Labels are texts, .* that of sequence 1 is 'y'"),
+        ([[1], [2]], ["x", ["y"]], r"Labels are texts, .* that of sequence 1 is \['y'\]"),
+        ([1, 2], ["x", "y"], "Sequences are texts, .*\nOne of these is 1"),
+        ([[], None, [1]], ["x", "y", "x"], "Sequences are texts, .*\nOne of these is None"),
+        ([{"a": 1}, {"b": 2}], ["x", "y"], "Sequences are texts, .*\nOne of these is {'a': 1}"),
+        ([[[1], [1, 2]]], ["x"], "Sequences are texts, .*\nOne of these is"),
+        ([[1], None], ["x", "y"], "Sequence 1 must be an array .T,. of whole numbers"),
+        ([["a"], {"b": 2}], ["x", "y"], "Sequence 1 must be a list of words"),
+        ([["a"], {"b"}], ["x", "y"], "Sequence 1 must be a list of words"),
+        ([np.zeros((2, 3)), 5], ["x", "y"], r"Sequence 1 must be an array \(T, 3\)"),
         ([[1, 2], [2]], [["x", "y"], ["x", "y"]], "Sequence 1 has 1 steps"),
         ([[1, 2]], [["x", 3]], "Sequence 0 has 2 steps"),
         (["ab"], [["x", "y"]], "A text has no steps"),
@@ -449,6 +461,10 @@ def test_configurations_that_make_no_sense() -> None:
         made(reads="text").predict(["a"])
     with pytest.raises(ConfigError, match="vectors of 3 numbers, not of 2"):
         made(reads="vectors", vocab_size=0, inputs=3).predict([np.zeros((1, 2))])
+    none: list[Any] = [1.0, [1.0, 2.0], [[1.0], [1.0, 2.0]], None, {}]
+    for sequence in none:
+        with pytest.raises(ConfigError, match="Sequence 0 must be an array"):
+            made(reads="vectors", vocab_size=0, inputs=3).predict([sequence])
     with pytest.raises(CheckpointError, match="weights are not those"):
         made().load_weights(made(hidden=7).weights())
 
@@ -470,6 +486,11 @@ def test_a_run_with_labels_is_no_language_model(tmp_path: Path, capsys: pytest.C
         assert "labels sequences" in said
         assert "longshort." in said  # where to go instead
         assert len(said.strip().splitlines()) <= 3
+    run(tmp_path / "ids", KINDS["ids"], None, steps=2)  # which has no tokenizer
+    assert main(["train", str(text), "--from", str(tmp_path / "ids"), "--out", str(tmp_path / "other")]) == 2
+    assert "config.json is that of a model that labels sequences" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="a model that labels sequences"):
+        training.Prepared(TrainConfig(texts=(str(text),), from_model=str(tmp_path / "ids")))
     assert isinstance(longshort.load(out, train=True), SequenceClassifier)
     assert isinstance(longshort.load(out), LabelDecoder)
     with pytest.raises(UsageError, match="float32 weights, not int8"):
@@ -479,6 +500,17 @@ def test_a_run_with_labels_is_no_language_model(tmp_path: Path, capsys: pytest.C
         list(longshort.resume_labels(tmp_path / "lm", examples))
     with pytest.raises(UsageError, match="holds a language model"):
         labelling.read_saved(checkpoint.load_model(tmp_path / "lm"))
+
+
+def test_resuming_with_threads_of_its_own_warns_of_nothing(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        run(tmp_path / "run", KINDS["ids"], None, steps=2, threads=before + 1)
+        torch.set_num_threads(before)  # as another process has them
+        *_, finished = longshort.resume_labels(tmp_path / "run", KINDS["ids"], steps=4)
+    finally:
+        torch.set_num_threads(before)
+    assert isinstance(finished, Finished)
 
 
 def test_resuming_needs_the_same_examples(tmp_path: Path) -> None:

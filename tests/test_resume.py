@@ -5,8 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import platform
 import random
+import re
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,14 +21,28 @@ import numpy as np
 import pytest
 import torch
 
-from longshort import checkpoint, durable, head, kernels, model_files, native, precision, snapshot, training, updates
+from longshort import (
+    checkpoint,
+    documents,
+    durable,
+    head,
+    kernels,
+    loop,
+    model_files,
+    native,
+    precision,
+    snapshot,
+    training,
+    updates,
+)
 from longshort.checkpoint import load_model
 from longshort.cli import main
 from longshort.config import TrainConfig
 from longshort.errors import CheckpointError, LongshortError, OutputError, TextError, TrainingError, UsageError
 from longshort.model import load_language_model
 from longshort.model_files import load_training
-from longshort.text import grammar
+from longshort.text import builtin, corpus, grammar
+from longshort.text.tokenizers import train_tokenizer
 
 SMALL: dict[str, Any] = {"hidden": 12, "embedding": 8, "seq_len": 12, "batch_size": 8, "steps": 40, "threads": 1}
 DEEP: dict[str, Any] = SMALL | {"layers": 2, "dropout": 0.3}
@@ -289,6 +308,66 @@ def test_a_changed_environment_is_named(text_file: Path, tmp_path: Path, monkeyp
         resume(tmp_path / "run")
 
 
+@pytest.mark.parametrize("trained", [1, 2])
+def test_another_process_has_the_threads_of_the_run(text_file: Path, tmp_path: Path, trained: int) -> None:
+    train(text_file, tmp_path / "run", after(9), threads=trained)
+    environment = os.environ | {"OMP_NUM_THREADS": str(3 - trained)}
+    command = [sys.executable, "-m", "longshort", "resume", str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "has changed" not in done.stderr
+    assert "warning" not in done.stderr
+
+
+def a_builtin_text(monkeypatch: pytest.MonkeyPatch, seed: int) -> corpus.Text:
+    """Let Python come with another built-in text, and return it."""
+    text = corpus.Text.of(grammar.generate(3_000, seed=seed), "builtin")
+    monkeypatch.setattr(builtin, "builtin", lambda: text)
+    return text
+
+
+def test_the_built_in_text_of_another_python(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGSHORT_CACHE", str(tmp_path / "cache"))
+    made = a_builtin_text(monkeypatch, 1)
+    of_builtin: dict[str, Any] = {"texts": (), "corpus": "builtin"}
+    train(text_file, tmp_path / "whole", **of_builtin)
+    train(text_file, tmp_path / "run", after(9), **of_builtin)
+    version = platform.python_version()
+    monkeypatch.setattr(platform, "python_version", lambda: "9.9.9")
+    now = a_builtin_text(monkeypatch, 2)
+    tokenizer = train_tokenizer("char", made.content)
+    with pytest.raises(UsageError, match=r"that of Python 9\.9\.9 is not the one of .*run: it was") as caught:
+        training.heldout_part(tmp_path / "run", tokenizer)
+    assert made.sha256[:12] in caught.value.what
+    assert now.sha256[:12] in caught.value.what
+    assert f"Use the Python {version} that the run was trained with" in caught.value.hint
+    assert len(str(caught.value).splitlines()) <= 3
+    with pytest.warns(UserWarning, match="has changed"), pytest.raises(UsageError, match=re.escape(str(caught.value))):
+        resume(tmp_path / "run")
+    builtin._keep(tmp_path / "cache" / "builtin-0123.txt", grammar.generate(2_000, seed=3))
+    builtin._keep(tmp_path / "cache" / "builtin-4567.txt", made.content)  # the other Python's own cache
+    assert training.heldout_part(tmp_path / "run", tokenizer).characters == 299
+    with pytest.warns(UserWarning, match=rf"The environment has changed: python {version} is now 9\.9\.9\."):
+        resume(tmp_path / "run")
+    assert state_of(tmp_path / "run") == state_of(tmp_path / "whole")
+    for path in (tmp_path / "run" / "checkpoints").glob("*/training.json"):
+        path.unlink()
+    (tmp_path / "cache" / "builtin-4567.txt").write_bytes(b"damaged")
+    with pytest.raises(UsageError, match="Use the Python that the run was trained with"):
+        training.heldout_part(tmp_path / "run", tokenizer)
+
+
+def test_who_does_not_get_a_new_run_deletes_nothing(text_file: Path, tmp_path: Path) -> None:
+    run = checkpoint.create_run(tmp_path / "run", {}, "{}")
+    with run.lock():
+        with pytest.raises(OutputError, match="Another process is training"), loop.keeping(run, 0):
+            raise AssertionError("it has the run")
+        assert checkpoint.open_run(run.path).config() == {}
+    with pytest.raises(ZeroDivisionError), loop.keeping(run, 0):
+        raise ZeroDivisionError
+    assert not run.path.exists()
+
+
 def test_two_processes_do_not_train_one_run(text_file: Path, tmp_path: Path) -> None:
     train(text_file, tmp_path / "run", after(9))
     first = training.resume(tmp_path / "run")
@@ -537,3 +616,44 @@ def test_a_run_that_can_no_longer_be_written_says_so_at_once(
     monkeypatch.setattr(durable, "require_writable_directory", refuse)
     with pytest.raises(LongshortError, match="Cannot write"):
         next(training.resume(tmp_path / "run"))
+
+
+# ------------------------------------------------------------------------------- what a run could not be read back of
+
+
+def test_more_files_than_a_run_can_name_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(documents, "JSON_LIMIT", 20_000)
+    folder = tmp_path / ("deep" * 50)
+    folder.mkdir()
+    files = [folder / f"{number:03}.txt" for number in range(100)]
+    for number, file in enumerate(files):
+        file.write_text(grammar.generate(100, seed=number))
+    sizes = ["--hidden", "4", "--embedding", "4", "--steps", "2", "--threads", "1", "--out", str(tmp_path / "run")]
+    assert main(["train", *map(str, files), *sizes]) == 2
+    said = capsys.readouterr().err
+    assert "more than the 20000 that are read back" in said
+    assert "give their folder instead" in said
+    assert len(said.strip().splitlines()) <= 3
+    assert not (tmp_path / "run").exists()
+    assert main(["train", str(folder), *sizes]) == 0
+    with pytest.raises(UsageError, match="more than the 20000"):  # where they have moved to
+        resume(tmp_path / "run", texts=[str(file) for file in files], steps=3)
+    resume(tmp_path / "run", steps=3)
+
+
+@pytest.mark.parametrize("given", [{"tokenizer": "word"}, {"tokenizer": "bpe", "vocab_size": 300}])
+def test_a_vocabulary_that_is_too_large_is_refused_before_a_step(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
+) -> None:
+    def step(*given: Any) -> None:
+        raise AssertionError("a step was made")
+
+    monkeypatch.setattr(updates.Stepper, "step", step)
+    monkeypatch.setitem(model_files.LIMITS, "tokenizer.json", 1_000)
+    with pytest.raises(TextError, match="The vocabulary of this text takes") as caught:
+        train(text_file, tmp_path / "run", **given)
+    assert "--min-freq" in caught.value.hint
+    assert "--vocab-size" in caught.value.hint
+    assert not (tmp_path / "run").exists()

@@ -147,6 +147,24 @@ def test_the_same_seed_gives_the_same_model() -> None:
         assert torch.equal(a, b)
 
 
+def test_who_predicts_in_a_report_does_not_disturb_the_training() -> None:
+    watched, alone = made(layers=2, dropout=0.3), made(layers=2, dropout=0.3)
+    sine = series.noisy_sine(100)
+    modes: list[bool] = []
+
+    def look(step: int, loss: float) -> None:
+        assert np.array_equal(watched.predict(sine), watched.predict(sine))  # without dropout
+        watched.forecast(sine, 3)
+        modes.append(watched.training)
+
+    fit(watched, sine, steps=5, report=look)
+    fit(alone, sine, steps=5)
+    assert modes == [True] * 5
+    assert not watched.training
+    for a, b in zip(watched.state_dict().values(), alone.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
 # ------------------------------------------------------------------------------------------------- baselines
 
 
@@ -189,6 +207,12 @@ def test_errors_by_horizon_look_at_what_follows_and_at_nothing_before() -> None:
         (lambda: fit(made(), np.zeros((9, 1)), np.zeros((8, 1))), "are wanted"),
         (lambda: fit(made(), np.zeros((9, 1)), lr=-1.0), "lr must be"),
         (lambda: fit(made(), np.zeros((9, 1)), steps=0), "at least 1"),
+        (lambda: fit(made(), np.zeros((9, 1)), clip=-1.0), "clip must be above 0 .* not -1.0"),
+        (lambda: fit(made(), np.zeros((9, 1)), clip=float("nan")), "clip must be above 0"),
+        (lambda: fit(made(), np.zeros((9, 1)), weight_decay=-1.0), "weight_decay at least 0"),
+        (lambda: made(dropout=1.5), "dropout must be at least 0 and below 1, not 1.5"),
+        (lambda: made(dropout=-0.1), "dropout must be"),
+        (lambda: made(layers=2, dropout=1.0), "dropout must be"),
         (lambda: LinearAutoregression(np.zeros((4, 1)), 4), "4 lags need"),
         (lambda: errors_by_horizon(LastValue(), np.zeros((9, 1)), 5, 6), "no forecast of 6"),
     ],

@@ -260,6 +260,14 @@ def test_the_width_of_the_file_is_the_embeddings(tmp_path: Path) -> None:
         TrainConfig(embedding=0, freeze_embedding=True)
 
 
+@pytest.mark.parametrize("line", ["vectors = 5", "from_model = 5", "vectors = ['a']", "from_model = true"])
+def test_a_file_in_toml_is_named_by_a_text(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "c.toml").write_text(line, encoding="utf-8")
+    assert main(["train", str(tmp_path / "t.txt"), "--config", str(tmp_path / "c.toml"), "--steps", "1"]) == 2
+    assert f"{line.split()[0]} must be a text, not" in capsys.readouterr().err
+
+
 def test_the_pages_programs_and_commands_run(
     tmp_path: Path, english: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,13 +31,15 @@ from longshort.durable import (
     cut_file,
     delete_file,
     has_space,
+    make_directory,
+    require_place,
     require_space,
     require_writable_directory,
     sync_file,
     write_directory,
     write_file,
 )
-from longshort.errors import CheckpointError, OutputError, UsageError
+from longshort.errors import CheckpointError, ConfigError, OutputError, TextError, UsageError
 from longshort.model_files import (
     CONFIG,
     LIMITS,
@@ -180,8 +182,8 @@ class Run:
             write_file(self.path / _RESULT, seal(values))
 
     def write_config(self, config: Json) -> None:
-        """Replace the configuration that `create_run` was given."""
-        write_file(self.path / CONFIG, seal(config))
+        """Replace the configuration that `create_run` was given; ConfigError as there."""
+        write_file(self.path / CONFIG, _sealed_config(config))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -304,11 +306,7 @@ def require_new_run(path: str | Path) -> None:
         OutputError: it cannot be written.
     """
     _refuse_existing(path)
-    checkpoints = Path(path) / _CHECKPOINTS
-    made = [directory for directory in (checkpoints, *checkpoints.parents) if not directory.exists()]
-    require_writable_directory(checkpoints)
-    for directory in made:
-        directory.rmdir()
+    require_place(Path(path))
 
 
 def _refuse_existing(path: str | Path) -> None:
@@ -323,18 +321,46 @@ def create_run(path: str | Path, config: Json, tokenizer_json: str) -> Run:
 
     Raises:
         UsageError: something is there already.
+        ConfigError: a configuration that could not be read back, such as one that names too many files.
+        TextError: a vocabulary that could not be read back.
         OutputError: it cannot be written.
     """
-    run, config_bytes = Run(Path(path)), seal(config)
+    run, config_bytes, tokenizer = Run(Path(path)), _sealed_config(config), tokenizer_json.encode()
+    if len(tokenizer) > LIMITS[TOKENIZER]:  # found now, and not when the first checkpoint is saved
+        size, most = len(tokenizer) / 1e6, LIMITS[TOKENIZER] / 1e6
+        raise TextError(
+            f"The vocabulary of this text takes {size:,.1f} MB; at most {most:,.1f} MB are read back.",
+            "Leave out rare words with a higher --min-freq, or give a lower --vocab-size.",
+        )
     _refuse_existing(path)
+    ours = False
     try:
-        require_writable_directory(run.path / _CHECKPOINTS)
-        write_file(run.path / TOKENIZER, tokenizer_json.encode())
-        write_file(run.path / CONFIG, config_bytes)  # last, as it makes the directory a run
+        # Of several processes that start a run here at the same moment, one alone makes this directory.
+        ours = make_directory(run.path / _CHECKPOINTS)
+        if ours:
+            write_file(run.path / TOKENIZER, tokenizer)
+            write_file(run.path / CONFIG, config_bytes)  # last, as it makes the directory a run
     except BaseException:
-        shutil.rmtree(run.path, ignore_errors=True)  # nothing was in it
+        if ours:
+            shutil.rmtree(run.path, ignore_errors=True)  # nothing was in it
+        else:
+            with suppress(OSError):  # it stays where something is in it
+                run.path.rmdir()
         raise
+    if not ours:
+        raise UsageError(f"Another process has just started a run at {path}.", "Choose another --out.")
     return run
+
+
+def _sealed_config(config: Json) -> bytes:
+    """Return the content of a run's config.json; ConfigError where it could not be read back."""
+    try:
+        return seal(config)
+    except ValueError as error:
+        raise ConfigError(
+            f"The run's config.json cannot be written: {error}.",
+            "If it names very many text files, give their folder instead, or join them: cat FILES > TEXT.txt",
+        ) from error
 
 
 def open_run(path: str | Path) -> Run:

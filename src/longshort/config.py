@@ -68,9 +68,13 @@ class Options:
     """Base of the configurations: checks every option, and names the one that is wrong."""
 
     def __post_init__(self) -> None:
-        hints = _hints(type(self))
         for field in dataclasses.fields(self):
-            _check(field, hints[field.name], getattr(self, field.name))
+            self.check(field.name, getattr(self, field.name))
+
+    @classmethod
+    def check(cls, name: str, value: Any) -> None:
+        """Raise ConfigError if `value` is not of the type of the option `name`, or outside its range."""
+        _check(cls.__dataclass_fields__[name], _hints(cls)[name], value)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "the configuration") -> Self:

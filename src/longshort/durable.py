@@ -204,6 +204,47 @@ def require_writable_directory(path: Path) -> None:
             probe.unlink(missing_ok=True)
 
 
+def require_place(path: Path) -> None:
+    """Prove by a file, deleted again, that the directory `path` can be made and written, or written if it is there.
+
+    Nothing is made on the way to it, as another process may be making the same directory.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    with _explained(path, 1):
+        probe = _temporary(_nearest(path) / "probe")
+        try:
+            _write_new(probe, b"\n")
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+def _nearest(path: Path) -> Path:
+    """Return `path`, or the first of what is above it that is there."""
+    for place in (path, *path.parents):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            place.lstat()
+            return place
+    return Path()
+
+
+def make_directory(path: Path) -> bool:
+    """Make the directory `path` and its parents; return False where it is there: of several who try, one gets True.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    with _explained(path, 0):
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if not path.is_dir():
+                raise
+            return False
+    return True
+
+
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
 

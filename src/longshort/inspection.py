@@ -230,7 +230,12 @@ def inspect(model: Readable, tokenizer: Tokenizer, text: str) -> Inspection:
         TextError: there is nothing to read.
     """
     lines, size = model.config.lines, tokenizer.size
-    ids = tokenizer.encode_lines(text) if lines else tokenizer.encode(text)
+    if lines:
+        added = not text.endswith("\n")  # `encode_lines` takes lines that end; an end that was added is not read
+        ids = tokenizer.encode_lines(text + "\n" * added)
+        ids = ids[: len(ids) - added]
+    else:
+        ids = tokenizer.encode(text)
     if not len(ids):
         raise TextError("There is nothing to read: the text has no symbols.")
     starts = [0]

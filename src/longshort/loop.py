@@ -353,15 +353,15 @@ def keeping(run: checkpoint.Run, size: int) -> Iterator[None]:
         size: about how many bytes a checkpoint takes.
 
     Raises:
-        OutputError: there is no room for it.
+        OutputError: there is no room for it, or another process has it.
     """
-    try:
-        with run.lock():
+    with run.lock():  # who does not get it deletes nothing: it is another's run
+        try:
             durable.require_space(run.path, _CHECKPOINTS_AT_ONCE * size, "the checkpoints of a run")
             yield
-    finally:
-        if run.latest() is None:  # whatever ended it, there is nothing in it that anyone could use
-            shutil.rmtree(run.path, ignore_errors=True)
+        finally:
+            if run.latest() is None:  # whatever ended it, there is nothing in it that anyone could use
+                shutil.rmtree(run.path, ignore_errors=True)
 
 
 def recover(run: checkpoint.Run, steps: int | None) -> tuple[model_files.Saved, model_files.Training, Position]:

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import longshort
@@ -43,12 +44,19 @@ def cores() -> int:
         return os.cpu_count() or 1
 
 
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux tells what a container may take."""
+
+
 def memory() -> int:
-    """Return the bytes of memory that this machine has; 0 where the system does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on this system
-        return 0
+    """Return the bytes of memory that this process may take, the machine's or its container's; 0 if nothing tells."""
+    limits = []
+    with suppress(AttributeError, ValueError, OSError):  # not on this system
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups, version 2 and 1
+        with suppress(OSError, ValueError):  # no such file, or the word `max` in it
+            limits.append(int((CGROUP / name).read_text(encoding="ascii")))
+    return min((limit for limit in limits if limit > 0), default=0)
 
 
 def vector_extensions() -> list[str]:

@@ -26,8 +26,11 @@ LOGS = METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 WEIGHTS, CONFIG, TOKENIZER, MANIFEST = "model.safetensors", "config.json", "tokenizer.json", "MANIFEST.json"
 STATE, POSITION = "training.safetensors", "training.json"
 OF_MODELS = (WEIGHTS, CONFIG, TOKENIZER)
-LIMITS = {WEIGHTS: 1 << 40, CONFIG: JSON_LIMIT, TOKENIZER: 64 << 20, STATE: 1 << 40, POSITION: JSON_LIMIT}
-"""The files that a manifest names (the last two in a run's checkpoints), each with the most bytes read of it."""
+LIMITS = {WEIGHTS: 1 << 40, CONFIG: JSON_LIMIT, TOKENIZER: 256 << 20, STATE: 1 << 40, POSITION: JSON_LIMIT}
+"""The files that a manifest names (the last two in a run's checkpoints), each with the most bytes read of it.
+
+A million words, the most that a vocabulary has, fit with 40 letters each, a letter that is not ASCII in 6 bytes.
+"""
 
 Json = Mapping[str, Any]
 Arrays = Mapping[str, NDArray[Any]]

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longshort import checkpoint
-from longshort.config import MODEL_OPTIONS, TrainConfig
-from longshort.errors import ConfigError, UsageError
+from longshort.config import MODEL_OPTIONS, ModelConfig, TrainConfig
+from longshort.errors import ConfigError, TrainingError, UsageError
 from longshort.text import vectors
 from longshort.text.tokenizers import from_json
 
@@ -82,7 +82,9 @@ def combine(
 
     Raises:
         UsageError: there is no recipe of that name.
+        ConfigError: a file or a model is named by something else than a text.
         UsageError, TextError: the file of word vectors that they name cannot be read.
+        UsageError, CheckpointError: as of `with_model`.
     """
     if recipe is not None and recipe not in RECIPES:
         close = difflib.get_close_matches(recipe, RECIPES, n=1)
@@ -98,6 +100,8 @@ def combine(
             settings.pop("texts", None)
             settings.pop("corpus", None)
         settings |= stronger
+    for name in ("vectors", "from_model"):  # read here, before there is a configuration that checks all options
+        TrainConfig.check(name, settings.get(name))
     if settings.get("vectors") is not None and "embedding" not in settings:
         settings["embedding"] = vectors.width(settings["vectors"])
     if settings.get("tied"):
@@ -111,11 +115,12 @@ def with_model(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return `settings` with the sizes, the dropout and the tokenizer of the model that they start from.
 
     Raises:
-        UsageError: they ask for another model than that, or there is none.
+        UsageError: they ask for another model than that, or there is none, or it is no language model.
         CheckpointError: it is damaged.
     """
     source = settings["from_model"]
     saved = checkpoint.load_model(source)
+    ModelConfig.from_dict(saved.model, f"{saved.path}/config.json")  # or it says which other kind of model it is
     brought = {name: saved.model[name] for name in MODEL_OPTIONS if name in saved.model}
     brought["tokenizer"] = from_json(saved.tokenizer_json).name
     for name, value in brought.items():
@@ -170,6 +175,7 @@ def plan(minutes: float, settings: Mapping[str, Any], prepared: Prepared, since:
 
     Raises:
         ConfigError, UsageError: as `check_budget`.
+        TrainingError: there is too little memory for the smallest model.
     """
     import torch
 
@@ -219,6 +225,12 @@ def plan(minutes: float, settings: Mapping[str, Any], prepared: Prepared, since:
     chosen: TrainConfig | None = None
     for hidden in (settings["hidden"],) if "hidden" in settings else SIZES:
         candidate = sized(hidden)
+        try:
+            training.require_memory(candidate, prepared)
+        except TrainingError:
+            if chosen is None:
+                raise
+            break
         measured[hidden], threads = fastest(candidate)
         left = seconds - (time.perf_counter() - since)
         if chosen is not None and left / measured[hidden] < FEWEST_STEPS:

@@ -8,7 +8,8 @@ with the horizon. `errors_by_horizon` measures that, for the net and the baselin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -67,6 +68,8 @@ class SequenceRegressor(nn.Module):
         outputs = inputs if outputs is None else outputs
         if min(inputs, outputs, hidden, layers) < 1:
             raise ConfigError("inputs, outputs, hidden and layers must be at least 1.")
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"dropout must be at least 0 and below 1, not {dropout}.")
         self.recurrent = CELLS[cell](inputs, hidden, layers, dropout=dropout if layers > 1 else 0.0)
         self.dropout = dropout
         self.output = nn.Linear(hidden, outputs)
@@ -92,11 +95,21 @@ class SequenceRegressor(nn.Module):
         h_TBH = masks.dropout(h_TBH, self.dropout, self.training)
         return self.output(h_TBH) * self.scale_O + self.mean_O, state
 
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Without dropout; a model in training is in training afterwards."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
+
     @torch.no_grad()
     def predict(self, series_TI: Any) -> Array:
         """Return what the model expects after each vector of a series, having read all up to it: (T, O)."""
-        self.eval()
-        y_TBO, _ = self(_tensor(series_TI).unsqueeze(1))
+        with self._evaluating():
+            y_TBO, _ = self(_tensor(series_TI).unsqueeze(1))
         return cast(Array, y_TBO[:, 0].numpy())
 
     @torch.no_grad()
@@ -108,12 +121,12 @@ class SequenceRegressor(nn.Module):
         """
         if self.recurrent.input_size != self.output.out_features:
             raise ConfigError("Only a model that predicts what it reads (outputs = inputs) can forecast.")
-        self.eval()
-        y_TBI, state = self(_tensor(series_TI).unsqueeze(1))
-        found = [y_TBI[-1:]]
-        while len(found) < steps:
-            y_TBI, state = self(found[-1], state)
-            found.append(y_TBI)
+        with self._evaluating():
+            y_TBI, state = self(_tensor(series_TI).unsqueeze(1))
+            found = [y_TBI[-1:]]
+            while len(found) < steps:
+                y_TBI, state = self(found[-1], state)
+                found.append(y_TBI)
         return cast(Array, torch.cat(found)[:steps, 0].numpy())
 
 
@@ -148,7 +161,8 @@ def fit(
         report: called after each update with its number (1, 2, ...) and its loss.
 
     Raises:
-        ConfigError: series that do not go with the model or with each other, or are shorter than two steps.
+        ConfigError: series that do not go with the model or with each other, or are shorter than two steps; a number
+            outside its range.
         TrainingError: the loss is no longer finite.
     """
     given = inputs if isinstance(inputs, list) else [inputs]
@@ -163,6 +177,8 @@ def fit(
     I, O = model.recurrent.input_size, model.output.out_features
     if not 0 < lr < 1e6 or min(seq_len, batch_size, steps) < 1:
         raise ConfigError("lr must be above 0 and no more than a million; seq_len, batch_size and steps at least 1.")
+    if not clip > 0 or not weight_decay >= 0:
+        raise ConfigError(f"clip must be above 0 and weight_decay at least 0, not {clip} and {weight_decay}.")
     for x, y in pairs:
         if x.shape != (len(y), I) or y.shape != (len(x), O) or not len(x):
             raise ConfigError(

@@ -15,7 +15,9 @@ steps and no further.
 from __future__ import annotations
 
 import dataclasses
+import platform
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,10 @@ import numpy as np
 import torch
 
 import longshort
-from longshort import checkpoint, durable, embeddings, model_files
+from longshort import checkpoint, documents, durable, embeddings, machine, memory, model_files
 from longshort.cells import State
 from longshort.config import MODEL_OPTIONS, ModelConfig, TrainConfig
-from longshort.errors import CheckpointError, TextError, UsageError
+from longshort.errors import CheckpointError, TextError, TrainingError, UsageError
 from longshort.evaluation import Evaluation, evaluate, lanes_for
 from longshort.loop import Event as Event
 from longshort.loop import Finished as Finished
@@ -38,7 +40,7 @@ from longshort.loop import Started as Started
 from longshort.loop import Stopped as Stopped
 from longshort.model import LanguageModel
 from longshort.processes import COLLECT, END, START, STEP, Team
-from longshort.text import corpus, encoding
+from longshort.text import builtin, corpus, encoding
 from longshort.text.batches import IGNORED, SAMPLERS, Batch, ConsecutiveLanes, Lines, Sampler
 from longshort.text.encoding import Part, Survey
 from longshort.text.tokenizers import Tokenizer, from_json, train_tokenizer
@@ -62,12 +64,9 @@ class Prepared:
     """
 
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer | None = None, sha256: str | None = None) -> None:
-        source = corpus.find(config.texts, config.corpus, Path(config.data_dir) if config.data_dir else None)
-        self.text = encoding.survey(source)
-        if sha256 is not None:
-            _require_same_text(self.text, sha256, str(config.out))
+        source, self.text = _find(config, sha256)
         if tokenizer is None and config.from_model is not None:
-            tokenizer = from_json(checkpoint.load_model(config.from_model).tokenizer_json)
+            tokenizer = from_json(_load(config.from_model)[0].tokenizer_json)
         cut = encoding.place_of_cut(source, self.text, config.heldout, config.lines)
         if tokenizer is None:
             pieces = encoding.head(source.pieces(), cut)
@@ -121,6 +120,28 @@ def settle(config: TrainConfig, steps_per_epoch: int, heldout_tokens: int) -> Tr
         threads=config.threads or torch.get_num_threads(),
         eval_lanes=None if config.lines or not heldout_tokens else config.eval_lanes or lanes_for(heldout_tokens),
     )
+
+
+_SURELY = 1.25
+"""Training is refused where the estimate, which is right to a fifth, is so many times the memory that there is."""
+
+
+def require_memory(config: TrainConfig, prepared: Prepared, team: Team | None = None) -> None:
+    """Refuse what surely does not fit: Linux promises memory that it does not have, and ends who takes it by a signal.
+
+    Raises:
+        TrainingError: accordingly.
+    """
+    part, team = prepared.train, team or Team()
+    rows = config.batch_size if part.breaks is None else len(part.breaks) - 1
+    columns = min(config.seq_len, max(part.tokens // rows, 1))  # at least: the longest lines have more
+    tokens = columns * config.batch_size // team.size
+    needed, there = memory.training_needs(config, prepared.tokenizer.size, tokens), machine.memory()
+    if config.device == "cpu" and there and needed > _SURELY * there:
+        raise TrainingError(
+            f"This training needs about {needed / 1e9:,.1f} GB of memory; there are {there / 1e9:,.1f} GB.",
+            "Lower --batch-size or --seq-len, or --hidden and --layers.",
+        )
 
 
 def make_model(config: TrainConfig, tokenizer: Tokenizer) -> LanguageModel:
@@ -256,13 +277,14 @@ def train(
 
     Raises:
         LongshortError: a text, a value or a place that cannot be used; nothing is left behind then.
-        TrainingError: the loss is no longer finite.
+        TrainingError: there is too little memory, or the loss is no longer finite.
     """
     team = team or Team()
     prepared = prepared or Prepared(config)
     sampler = prepared.sampler(config, team)
     config = settle(config, sampler.steps_per_epoch, prepared.heldout_tokens)
     torch.set_num_threads(config.threads or 1)
+    require_memory(config, prepared, team)
     tokenizer = prepared.tokenizer
     model = make_model(config, tokenizer)
     if config.from_model is not None:
@@ -312,11 +334,12 @@ def resume(
         UsageError: there is no run, its text has changed, or it has made more steps than `steps` already.
         CheckpointError: no checkpoint of it is whole.
         OutputError: it cannot be written, or another process trains it.
-        TrainingError: the loss is no longer finite.
+        TrainingError: as of `train`.
     """
     team, config, run = team or Team(), run_config(Path(path)), checkpoint.open_run(path)
     saved_config = run.config()
     with run.lock():
+        torch.set_num_threads(config.threads or 1)  # before `recover`, which compares them with the checkpoint's
         saved, training, position = recover(run, steps)
         config = dataclasses.replace(config, out=str(path))
         if texts:
@@ -325,7 +348,7 @@ def resume(
             config = dataclasses.replace(config, data_dir=data_dir)
         prepared = Prepared(config, from_json(saved.tokenizer_json), saved_config["text_sha256"])
         config = _with_absolute_paths(config)
-        torch.set_num_threads(config.threads or 1)
+        require_memory(config, prepared, team)
         model = make_model(config, prepared.tokenizer)
         model.load_weights(saved.weights)
         legs = further_legs(saved_config["legs"], position, steps)
@@ -407,13 +430,18 @@ def _start_from(source: str, model: LanguageModel) -> None:
     Raises:
         UsageError: that is another model.
     """
-    saved = checkpoint.load_model(source)
-    theirs, ours = ModelConfig.from_dict(saved.model, f"{saved.path}/config.json"), model.config
+    (saved, theirs), ours = _load(source), model.config
     for name in MODEL_OPTIONS:
         if getattr(theirs, name) != getattr(ours, name):
             found, wanted = getattr(theirs, name), getattr(ours, name)
             raise UsageError(f"{source} has {name} {found}, not {wanted}.", f"Leave out {name}: --from brings it.")
     model.load_weights(saved.weights)
+
+
+def _load(source: str) -> tuple[model_files.Saved, ModelConfig]:
+    """Return the run or model `source` and what it is; UsageError where that is no language model."""
+    saved = checkpoint.load_model(source)
+    return saved, ModelConfig.from_dict(saved.model, f"{saved.path}/config.json")
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -462,20 +490,40 @@ def heldout_part(run: Path, tokenizer: Tokenizer, data_dir: Path | None = None) 
     Raises:
         UsageError: the run held nothing out, or its text is no longer what it was.
     """
-    config, sha256 = run_config(run), checkpoint.open_run(run).config()["text_sha256"]
-    data_dir = data_dir or (Path(config.data_dir) if config.data_dir else None)
-    source = corpus.find(config.texts, config.corpus, data_dir)
-    found = encoding.survey(source)
-    _require_same_text(found, sha256, str(run))
+    config = dataclasses.replace(run_config(run), out=str(run))
+    if data_dir is not None:
+        config = dataclasses.replace(config, data_dir=str(data_dir))
+    source, found = _find(config, checkpoint.open_run(run).config()["text_sha256"])
     if not config.heldout:
         raise UsageError(f"{run} held nothing out.", "Evaluate it on a text: longshort eval MODEL TEXT")
     cut = encoding.place_of_cut(source, found, config.heldout, config.lines)
     return encoding.encode(source, found, tokenizer, cut, config.lines)[1]
 
 
-def _require_same_text(text: Survey, sha256: str, run: str) -> None:
-    if text.sha256 != sha256:
-        raise UsageError(
-            f"The text of {run} has changed: it was {sha256[:12]}, it is {text.sha256[:12]} (SHA-256).",
-            "Restore the text. The model itself can be used on another: longshort eval, or train --from",
-        )
+def _find(config: TrainConfig, sha256: str | None) -> tuple[corpus.Source, Survey]:
+    """Return the text that `config` names, and its survey; of a run, UsageError where its hash is not `sha256`."""
+    source: corpus.Source = corpus.find(config.texts, config.corpus, Path(config.data_dir) if config.data_dir else None)
+    found = encoding.survey(source)
+    if sha256 is None or found.sha256 == sha256:
+        return source, found
+    run, hashes = Path(str(config.out)), f"it was {sha256[:12]}, it is {found.sha256[:12]} (SHA-256)"
+    elsewhere = "The model itself can be used on another: longshort eval, or train --from"
+    if config.corpus != "builtin":
+        raise UsageError(f"The text of {run} has changed: {hashes}.", f"Restore the text. {elsewhere}")
+    if (kept := builtin.kept(sha256)) is not None:
+        return kept, encoding.survey(kept)
+    raise UsageError(
+        f"The built-in text comes with Python, and that of Python {platform.python_version()} is not the one of {run}: "
+        f"{hashes}.",
+        f"Use {_python_of(run)} that the run was trained with. {elsewhere}",
+    )
+
+
+def _python_of(run: Path) -> str:
+    """Return in words the Python that made the latest checkpoint of `run`, with its version where that can be read."""
+    version: Any = None
+    with suppress(CheckpointError):
+        if (latest := checkpoint.open_run(run).latest()) is not None:
+            environment = documents.read_json(latest / model_files.POSITION).get("environment")
+            version = environment.get("python") if isinstance(environment, dict) else None
+    return f"the Python {version:.20}" if isinstance(version, str) else "the Python"

@@ -49,15 +49,19 @@ class Examples:
         self.sequences = checked(given, self.reads)
         self.per_step = not isinstance(named[0], str)
         """Whether each step has a label."""
-        self.labels: list[Any] = [list(each) for each in named] if self.per_step else named
-        for number, (sequence, label) in enumerate(zip(self.sequences, self.labels, strict=True)):
-            self._check(number, sequence, label)
+        pairs = zip(self.sequences, named, strict=True)
+        self.labels: list[Any] = [self._label(number, *pair) for number, pair in enumerate(pairs)]
 
-    def _check(self, number: int, sequence: Any, label: Any) -> None:
+    def _label(self, number: int, sequence: Any, given: Any) -> Any:
+        """Return the label of a sequence as it is kept: a text, or a list of one for each step."""
+        label = list(given) if self.per_step and isinstance(given, Iterable) else given
+        if isinstance(given, str) is self.per_step or not isinstance(label, str | list):
+            raise ConfigError(
+                f"Labels are texts, or for each sequence a list of texts; that of sequence {number} is {given!r:.80}.",
+                "Give all sequences one kind. Numbers become texts by str.",
+            )
         if not self.per_step:
-            if not isinstance(label, str):
-                raise ConfigError(f"Labels are texts, but that of sequence {number} is {label!r:.80}.")
-            return
+            return label
         if self.reads == "text":
             raise ConfigError(
                 "A text has no steps before it is cut, so it cannot have a label a step.",
@@ -68,6 +72,7 @@ class Examples:
                 f"Sequence {number} has {len(sequence)} steps, so as many texts are wanted as labels.",
                 f"It has {len(label)}: {label!r:.80}",
             )
+        return label
 
     def __len__(self) -> int:
         """Return the number of sequences."""
@@ -164,18 +169,24 @@ def _kind(sequences: list[Any]) -> str:
     """Return what a list of sequences holds; ConfigError where that is nothing that can be read."""
     if any(isinstance(sequence, str) for sequence in sequences):
         return "text"
-    first = next((sequence for sequence in sequences if len(sequence)), sequences[0])
-    if len(first) and isinstance(first[0], str):
-        return "words"
-    array = np.asarray(first)
-    if array.ndim == 1 and (array.dtype.kind in "iu" or not len(array)):
-        return "ids"
-    if array.ndim == 2 and array.dtype.kind in "iuf":
-        return "vectors"
-    raise ConfigError(
-        "Sequences are texts, lists of words, arrays of ids (T,) or arrays of vectors (T, I).",
-        f"The first one that is not empty is of the shape {array.shape} and of the type {array.dtype}.",
-    )
+    first: Any = None
+    try:
+        for first in sequences:
+            if len(first):
+                break
+        else:
+            first = sequences[0]
+        if len(first) and isinstance(first[0], str):
+            return "words"
+        array = np.asarray(first)
+        if array.ndim == 1 and (array.dtype.kind in "iu" or not len(array)):
+            return "ids"
+        if array.ndim == 2 and array.dtype.kind in "iuf":
+            return "vectors"
+        found = f"The first one that is not empty is of the shape {array.shape} and of the type {array.dtype}."
+    except (TypeError, KeyError, ValueError):  # such as a number, a `dict`, lists of several lengths in one
+        found = f"One of these is {first!r:.80}."
+    raise ConfigError("Sequences are texts, lists of words, arrays of ids (T,) or arrays of vectors (T, I).", found)
 
 
 def checked(sequences: Sequence[Any], reads: str) -> list[Any]:
@@ -184,8 +195,17 @@ def checked(sequences: Sequence[Any], reads: str) -> list[Any]:
     Raises:
         ConfigError: one of them is something else.
     """
-    width = next((np.asarray(each).shape[1] for each in sequences if len(each)), 0) if reads == "vectors" else 0
+    width = next(filter(None, map(_width, sequences)), 0) if reads == "vectors" else 0
     return [_checked(number, sequence, reads, width) for number, sequence in enumerate(sequences)]
+
+
+def _width(sequence: Any) -> int:
+    """Return the width of an array of vectors; 0 where it has no vector, or is none."""
+    try:
+        shape = np.shape(sequence)
+    except ValueError:  # lists of several lengths
+        return 0
+    return shape[1] if len(shape) == 2 and shape[0] else 0
 
 
 def _as_text(sequence: Any, width: int) -> Any:
@@ -193,8 +213,8 @@ def _as_text(sequence: Any, width: int) -> Any:
 
 
 def _as_words(sequence: Any, width: int) -> Any:
-    words = not isinstance(sequence, str) and all(isinstance(word, str) for word in sequence)
-    return list(sequence) if words else None
+    words = [sequence[place] for place in range(len(sequence))]  # by place, which a `set` or a `dict` does not have
+    return words if not isinstance(sequence, str) and all(isinstance(word, str) for word in words) else None
 
 
 def _as_ids(sequence: Any, width: int) -> Any:
@@ -226,7 +246,7 @@ def _checked(number: int, sequence: Any, reads: str, width: int) -> Any:
     convert, wanted = _KINDS[reads]
     try:
         found = convert(sequence, width)
-    except (TypeError, ValueError):
+    except (TypeError, KeyError, ValueError):
         found = None
     if found is None:
         what = wanted.format(width=width)

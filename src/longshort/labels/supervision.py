@@ -201,10 +201,10 @@ def resume_labels(
                 "Give the sequences and labels that it was started with, in the same order.",
             )
     with run.lock():
+        torch.set_num_threads(config.threads or 1)  # before `recover`, which compares them with the checkpoint's
         saved, training, position = recover(run, steps)
         legs = further_legs(content["legs"], position, steps)
         config = dataclasses.replace(config, out=str(path), steps=legs[-1][1])
-        torch.set_num_threads(config.threads or 1)
         model = from_saved(saved).to(device(config.device))
         stepper = LabelStepper(model, config, legs[-1][1], stop)
         durable.require_space(run.path / "checkpoints", checkpoint_size(stepper))

@@ -66,6 +66,16 @@ def builtin() -> Text:
     return Text.of(content, "builtin")
 
 
+def kept(sha256: str) -> Text | None:
+    """The built-in text of this hash from the cache directory, where another Python may have left it, or None."""
+    with contextlib.suppress(OSError, CorpusError):
+        for path in cache_directory().glob("builtin-*.txt"):
+            content = _cached(path)
+            if content is not None and (text := Text.of(content, "builtin")).sha256 == sha256:
+                return text
+    return None
+
+
 def compose(*kinds: Documents) -> str:
     """All documents as one text: every paragraph once, printable ASCII only, the kinds evenly mixed.
 

@@ -358,7 +358,8 @@ def _from_files(folder: Path) -> tuple[Part, Part] | None:
         if hashlib.sha256(content).hexdigest().encode() != digest:
             return None
         index = json.loads(content)
-        os.utime(folder)  # used now
+        with suppress(OSError):  # used now; a cache that can only be read serves as well
+            os.utime(folder)
         for name, sha256 in index["sha256"].items():
             with (folder / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
