@@ -149,6 +149,9 @@ def test_eval_of_the_held_out_part_repeats_the_trainings_figure(
     keys = ["tokens", "nats_per_token", "perplexity", "bits_per_character", "bits_per_byte", "protocol"]
     assert set(keys) <= set(found)
     assert "one lane" in found["protocol"]
+    content = hashlib.sha256((workplace / "english.txt").read_bytes()).hexdigest()
+    whole = json.loads(out_of(capsys, "eval", str(workplace / "run"), str(workplace / "english.txt"), "--json"))
+    assert found["text_sha256"] == whole["text_sha256"] == content
     assert found["perplexity"] == pytest.approx(math.exp(found["nats_per_token"]))
     shown = out_of(capsys, "eval", str(workplace / "run"), "--split", "valid")
     assert f"{found['nats_per_token']:.4f} nats a token" in shown

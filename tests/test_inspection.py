@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -279,6 +280,7 @@ def test_the_verb_shows_what_python_gives(run: Path, capsys: pytest.CaptureFixtu
     wanted = json.loads(json.dumps(expected.to_dict()))
     assert {name: found[name] for name in wanted} == {**wanted, "symbols": list(content)}
     assert (found["model"], found["text"], found["tokens"]) == (model, "text.txt", 2000)
+    assert found["text_sha256"] == hashlib.sha256(content.encode()).hexdigest()
     assert found["unit"]["values"] == pytest.approx(expected.unit(1, 3), abs=1e-6)
     assert picture.read_bytes().startswith(b"\x89PNG")
     with np.load(arrays, allow_pickle=False) as read:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -87,7 +88,8 @@ def inspect(
         plots.gates(found, drawn, plot)
     if json:
         of_unit = {} if chosen is None else {"unit": _values(found, chosen)}
-        console.print_json({"model": model, "text": name, **found.to_dict(), **of_unit})
+        sha256 = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()  # of what was read
+        console.print_json({"model": model, "text": name, "text_sha256": sha256, **found.to_dict(), **of_unit})
     elif chosen is not None:
         _print_unit(found, chosen, 0, len(found.symbols))
     else:

@@ -191,14 +191,16 @@ def evaluate(
         console.set_threads(config.threads)
         reader = load(model)
         part, name = training.heldout_part(Path(model), reader.tokenizer, console.path(data_dir)), "held-out part"
+        sha256 = checkpoint.open_run(model).config()["text_sha256"]
         lanes = lanes or (config.eval_lanes if block is None else None)
     else:
         with corpora.standard_input_kept(text) as texts:
             source = corpora.find(texts, corpus, console.path(data_dir))
             reader = load(model)
             lines = reader.config.lines and not block and not lanes
-            part = encoding.encode(source, encoding.survey(source), reader.tokenizer, 0, lines)[1]
-            name = source.name
+            survey = encoding.survey(source)
+            part = encoding.encode(source, survey, reader.tokenizer, 0, lines)[1]
+            name, sha256 = source.name, survey.sha256
     if dynamic:
         from longshort.dynamic import Learning, evaluate_dynamically
 
@@ -206,7 +208,7 @@ def evaluate(
     else:
         found = evaluate(reader, reader.tokenizer, part, lanes=lanes, block=block)
     if json:
-        console.print_json({"model": model, "text": name, **found.to_dict()})
+        console.print_json({"model": model, "text": name, "text_sha256": sha256, **found.to_dict()})
         return
     print(f"{found.nats_per_token:.4f} nats a token   {found.bits_per_character:.4f} bits a character   ", end="")
     print(f"{found.bits_per_byte:.4f} bits a byte   perplexity {found.perplexity:.4f}")
