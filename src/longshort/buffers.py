@@ -129,12 +129,11 @@ def keep(ctx: Any, tensors: Sequence[Tensor | None], output: Tensor, saved: Sequ
         ctx: of the forward pass.
         tensors: inputs; None of those that there are not.
         output: y, which the caller may change in place, as that of PyTorch's GRU.
-        saved: what the library filled.
+        saved: what the library filled, one at least.
     """
-    hooked = [each.tensor for each in saved if each.hooked]
-    ctx.num_hooked = len(hooked)
-    if hooked:
-        tensors = (*tensors, output, *hooked)
+    ctx.num_hooked = len(saved) if saved[0].hooked else 0
+    if ctx.num_hooked:
+        tensors = (*tensors, output, *(each.tensor for each in saved))
         ctx.sizes = [None if tensor is None else tensor.shape for tensor in tensors]
     else:
         ctx.output, ctx.version, ctx.saved = output.detach(), output._version, saved
