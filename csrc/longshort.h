@@ -209,7 +209,7 @@ typedef struct {
   float* h;               /* layers x B x H: the states, in and out */
   float* c;               /* layers x B x H, LSTM; NULL otherwise */
   double* nats;           /* T x B: -log of the probability of each target, 0 where there is none; NULL: not wanted */
-  float* logits;          /* B x V: of the symbol after the last; NULL: not wanted */
+  float* logits;          /* B x V: of the symbol after the last (T 0: left as they are); NULL: not wanted */
   int32_t num_threads;    /* at most so many, the caller's included */
   int32_t reserved;
 } ls_read_args;
