@@ -168,7 +168,7 @@ class RecurrentLayer(StandIn, nn.RNNBase):
         """
         quick = self._quick[self.training]
         if quick is not None and quick.batch_first is not self.batch_first:  # set since then
-            del self._quick
+            self.__dict__.pop("_quick", None)
             quick = self._quick[self.training]
         target = None if quick is None else kernels.quick_target()
         if quick is not None and target is not None and (not arguments or self._are_whole(input, arguments)):
