@@ -61,3 +61,11 @@ def english() -> str:
     from longshort.text import grammar
 
     return grammar.generate(20_000, seed=0)
+
+
+@pytest.fixture
+def text_file(tmp_path: Path, english: str) -> Path:
+    """That text as a file."""
+    path = tmp_path / "english.txt"
+    path.write_text(english, encoding="utf-8")
+    return path

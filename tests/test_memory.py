@@ -20,13 +20,6 @@ from longshort.errors import TrainingError
 SMALL: dict[str, Any] = {"hidden": 16, "embedding": 16, "seq_len": 16, "batch_size": 8, "steps": 12, "threads": 1}
 
 
-@pytest.fixture
-def text_file(tmp_path: Path, english: str) -> Path:
-    path = tmp_path / "english.txt"
-    path.write_text(english, encoding="utf-8")
-    return path
-
-
 def run(text_file: Path, out: Path, **changes: Any) -> None:
     config = TrainConfig(**(SMALL | {"texts": (str(text_file),), "out": str(out)} | changes))
     list(training.train(config))

@@ -22,13 +22,6 @@ from longshort.text.tokenizers import ByteTokenizer
 SMALL: dict[str, Any] = {"hidden": 16, "embedding": 16, "seq_len": 16, "batch_size": 8, "steps": 12, "threads": 1}
 
 
-@pytest.fixture
-def text_file(tmp_path: Path, english: str) -> Path:
-    path = tmp_path / "english.txt"
-    path.write_text(english, encoding="utf-8")
-    return path
-
-
 def run(text_file: Path, out: Path, **changes: Any) -> list[training.Event]:
     config = TrainConfig(**(SMALL | {"texts": (str(text_file),), "out": str(out)} | changes))
     return list(training.train(config))

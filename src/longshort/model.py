@@ -5,8 +5,7 @@ T  steps   B  rows   V  symbols   E  embedding width   H  hidden units   L  laye
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,16 +177,6 @@ class LanguageModel(nn.Module):
         decoder.threads = torch.get_num_threads()
         return decoder
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Without dropout; a model in training is in training afterwards."""
-        training = self.training
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(training)
-
     def _state_of(self, state: Any) -> State | None:
         """Return a state that may be arrays as tensors."""
         return state and tuple(torch.as_tensor(tensor, device=self.device) for tensor in state)
@@ -199,7 +188,7 @@ class LanguageModel(nn.Module):
         self, inputs_TB: NDArray[np.int64], targets_TB: NDArray[np.int64], state: State | None
     ) -> tuple[NDArray[np.float64], State]:
         """Return -log p of each target in nats, float64 (T, B), and the state after the last input."""
-        with self._evaluating():
+        with masks.evaluating(self):
             h_TBH, state = self._read(torch.from_numpy(inputs_TB).to(self.device), self._state_of(state))
             targets_N = torch.from_numpy(targets_TB).to(self.device).flatten()
             nats_N = self.output.nats(h_TBH.flatten(0, 1), targets_N)
@@ -228,7 +217,7 @@ class LanguageModel(nn.Module):
     def logits(self, ids_T: NDArray[np.int64], state: State | None) -> tuple[NDArray[np.float32], State]:
         """Read `ids_T` and return the logits (V) of the symbol after the last, and the state there."""
         device = self.device
-        with self._evaluating():
+        with masks.evaluating(self):
             logits_TBV, state = self(torch.from_numpy(ids_T).to(device).unsqueeze(1), self._state_of(state))
         return logits_TBV[-1, 0].cpu().float().numpy(), state
 

@@ -8,8 +8,7 @@ with the horizon. `errors_by_horizon` measures that, for the net and the baselin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -95,20 +94,10 @@ class SequenceRegressor(nn.Module):
         h_TBH = masks.dropout(h_TBH, self.dropout, self.training)
         return self.output(h_TBH) * self.scale_O + self.mean_O, state
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Without dropout; a model in training is in training afterwards."""
-        training = self.training
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(training)
-
     @torch.no_grad()
     def predict(self, series_TI: Any) -> Array:
         """Return what the model expects after each vector of a series, having read all up to it: (T, O)."""
-        with self._evaluating():
+        with masks.evaluating(self):
             y_TBO, _ = self(_tensor(series_TI).unsqueeze(1))
         return cast(Array, y_TBO[:, 0].numpy())
 
@@ -121,7 +110,7 @@ class SequenceRegressor(nn.Module):
         """
         if self.recurrent.input_size != self.output.out_features:
             raise ConfigError("Only a model that predicts what it reads (outputs = inputs) can forecast.")
-        with self._evaluating():
+        with masks.evaluating(self):
             y_TBI, state = self(_tensor(series_TI).unsqueeze(1))
             found = [y_TBI[-1:]]
             while len(found) < steps:

@@ -149,10 +149,10 @@ def result(
 
 def _measure(case: Case) -> list[Row]:
     gc.collect()
-    found = {name: peers.contestants(case, name) for name in names()}
-    sides = {name: replace(ours, within=partial(_forced, name, case)) for name, (ours, _, _) in found.items()}
-    sides[TORCH_NN] = replace(next(iter(found.values()))[1], within=partial(_forced, "auto", case))
-    auto = peers.contestants(case)[2]
+    _, peer, auto = peers.contestants(case)
+    # A layer for each: one would pack its weights anew in every turn.
+    sides = {name: peers.contestants(case, name)[0] for name in names()} | {TORCH_NN: peer}
+    sides = {name: replace(side, within=partial(_forced, name, case)) for name, side in sides.items()}
     errors = _errors(case)
     return [
         Row(
@@ -170,7 +170,7 @@ def _measure(case: Case) -> list[Row]:
 
 @contextmanager
 def _forced(name: str, case: Case) -> Iterator[None]:
-    with kernels.use(name), peers.gradients(case):
+    with kernels.use("auto" if name == TORCH_NN else name), peers.gradients(case):
         yield
 
 
@@ -188,7 +188,7 @@ def _errors(case: Case) -> dict[str, float]:
             found = _results(layer, x_TBI, dy_TBH, train)
         return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, exact, strict=True))
 
-    return {name: error(name, layer) for name in names()} | {TORCH_NN: error("auto", peers.peer_of(case, layer))}
+    return {name: error(name, layer) for name in names()} | {TORCH_NN: error(TORCH_NN, peers.peer_of(case, layer))}
 
 
 def _results(layer: nn.Module, x_TBI: Tensor, dy_TBH: Tensor, train: bool) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -249,7 +250,7 @@ def _bench_kernels(
 ) -> None:
     number = _threads_of_workloads(threads)
     console.need_torch("bench")
-    from longshort.bench import implementations, ledger
+    from longshort.bench import implementations
     from longshort.cli import screen, tables
 
     chosen: dict[str, Any] = {"cells": console.names(cells) or ["lstm"], "modes": console.names(modes)}
@@ -262,30 +263,32 @@ def _bench_kernels(
             threads=number,
             report=ticker.report_implementations,
         )
-    if out is not None:
-        ledger.write(Path(out), result)
-    if json:
-        console.print_json(result)
-    else:
-        tables.print_implementations(result)
+    _give(result, out, json, tables.print_implementations)
 
 
 def _bench_workloads(what: str, threads: str | None, precision: str, out: str | None, json: bool) -> None:
     number = _threads_of_workloads(threads)
     console.need_torch("bench")
-    from longshort.bench import ledger, workloads
+    from longshort.bench import workloads
     from longshort.cli import screen, tables
 
     if out is not None:
         durable.require_writable_directory(Path(out).absolute().parent)
     with screen.Ticker() as ticker:
         result = workloads.result(what, number, ticker.report_workload, precision)
+    _give(result, out, json, tables.print_workloads)
+
+
+def _give(result: dict[str, Any], out: str | None, json: bool, show: Callable[[dict[str, Any]], None]) -> None:
+    """Write a result into its file, and print it."""
+    from longshort.bench import ledger
+
     if out is not None:
         ledger.write(Path(out), result)
     if json:
         console.print_json(result)
     else:
-        tables.print_workloads(result)
+        show(result)
 
 
 def _threads_of_workloads(given: str | None) -> int:

@@ -158,15 +158,20 @@ def print_benchmark(result: Mapping[str, Any], worst: int | None = None) -> None
         console.print(f"{result['noisy']} of {len(result['rows'])} cases were noisy to the last.")
 
 
-def print_implementations(result: Mapping[str, Any]) -> None:
-    """Print the tables of `bench kernels`; `result`: of `implementations.result`."""
-    console = output()
-    machine = result["machine"]
+def _with_headline(result: Mapping[str, Any]) -> Console:
+    """Print on what, with how many threads and when a benchmark was run; return where its table is to follow."""
+    console, machine = output(), result["machine"]
     console.print(
         f"{visible(machine['processor'])}, {machine['cores']} cores, {result['threads']} threads, longshort "
         f"{machine['longshort']}, PyTorch {machine['torch']} ({result['torch_code']}), {result['date']}",
         markup=False,
     )
+    return console
+
+
+def print_implementations(result: Mapping[str, Any]) -> None:
+    """Print the tables of `bench kernels`; `result`: of `implementations.result`."""
+    console = _with_headline(result)
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in result["rows"]:
         groups.setdefault((row["cell"], row["mode"]), []).append(row)
@@ -208,13 +213,7 @@ def print_profiles(found: Sequence[tuple[str, Mapping[str, float]]]) -> None:
 
 def print_workloads(result: Mapping[str, Any]) -> None:
     """Print the table of `bench train`, `generate` or `score`; `result`: of `workloads.result`."""
-    console = output()
-    machine = result["machine"]
-    console.print(
-        f"{visible(machine['processor'])}, {machine['cores']} cores, {result['threads']} threads, longshort "
-        f"{machine['longshort']}, PyTorch {machine['torch']} ({result['torch_code']}), {result['date']}",
-        markup=False,
-    )
+    console = _with_headline(result)
     table = new_table(result["benchmark"], "beside", "ours", "spread", "peer", "spread", "ratio", "of GEMM", "", left=2)
     for row in result["rows"]:
         table.add_row(

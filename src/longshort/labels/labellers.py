@@ -103,12 +103,9 @@ class Labeller(nn.Module, LabelModel):
     @torch.no_grad()
     def logits(self, batch: Batch) -> NDArray[np.float64]:
         """Return what `LabelModel.logits` says; a model in training is in training afterwards."""
-        device, training = self.output.bias.device, self.training
-        self.eval()
-        try:
-            logits = self(torch.from_numpy(batch.inputs).to(device), torch.from_numpy(batch.lengths_B))
-        finally:
-            self.train(training)
+        with masks.evaluating(self):
+            inputs = torch.from_numpy(batch.inputs).to(self.output.bias.device)
+            logits = self(inputs, torch.from_numpy(batch.lengths_B))
         found: NDArray[np.float64] = logits.double().cpu().numpy()
         return found
 
