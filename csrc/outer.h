@@ -53,6 +53,8 @@ struct Outer {
         else
           multiply_outer_by_unit<F, 1>(blocks, rows, panel, int(valid));
       }
+    } else if (F::kFloats && K == 1 && !add) {
+      multiply_one(*of, b, begin, smaller(end, columns), columns);
     } else {
       for (int u = 0; u < of->units; u += kRows)
         for (int64_t column = begin; column < smaller(end, columns); column += kColumns)
@@ -98,6 +100,17 @@ struct Outer {
       multiply_vectors<2>(K, a, panel, c + column, columns, rows, valid, add);
     else
       multiply_vectors<1>(K, a, panel, c + column, columns, rows, valid, add);
+  }
+
+  /* One row of k, so that what is slow is to write c: row by row from end to end, as memory takes it fastest. */
+  static void multiply_one(const OuterRows& of, const float* b, int64_t begin, int64_t end, int64_t columns) {
+    for (int u = 0; u < of.units; ++u) {
+      const V s = F::splat_left(of.a + u);
+      float* c = of.c + u * columns;
+      int64_t column = begin;
+      for (; column + W <= end; column += W) store(c + column, F::multiply_add(s, load(b + column), V{}));
+      if (column < end) store_part(c + column, F::multiply_add(s, load(b + column), V{}), int(end - column));
+    }
   }
 
   /* c has `stride`. */

@@ -99,6 +99,27 @@ def test_cells_under_transforms(ours: Any, theirs: Any) -> None:
     same(first, torch.stack([cell(each) if theirs is not nn.LSTMCell else cell(each)[0] for each in x]))
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_tensors_that_have_left_a_transform(ours: Any, theirs: Any, layers: int) -> None:
+    layer, peer = ours(3, 4, layers), theirs(3, 4, layers)
+    layer.load_state_dict(peer.state_dict())
+    left: list[Tensor] = []
+
+    def keep(z: Tensor) -> Tensor:
+        left.append(z * 2)
+        return z.sum()
+
+    grad(keep)(torch.randn(5, 2, 3))
+    grad(keep)(torch.randn(layers, 2, 4))
+    x, h = left
+    hx = (h, h) if theirs is nn.LSTM else h
+    with torch.no_grad():
+        same(layer(x, hx)[0], peer(x, hx)[0])
+    found = [torch.autograd.grad(each(x, hx)[0].square().sum(), list(each.parameters())) for each in (layer, peer)]
+    same(found[0], found[1])
+
+
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
 def test_tracing_and_scripting_get_torchs_own_layer(ours: Any, theirs: Any) -> None:
     layer, peer = layer_and_peer(ours, theirs)

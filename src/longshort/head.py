@@ -8,6 +8,7 @@ N  tokens   V  symbols   H  hidden units
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -53,9 +54,21 @@ class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
         return log_p_NV.view(*h_TBH.shape[:2], -1)
 
     def loss(self, h_NH: Tensor, targets_N: Tensor, tokens: int) -> Tensor:
-        """Return the sum of -log p of all targets, divided by `tokens`; as `cross_entropy`."""
-        known_N = targets_N != IGNORED
-        return self.nats(h_NH[known_N], targets_N[known_N]).sum() / tokens
+        """Return the sum of -log p of all targets, divided by `tokens`; as `cross_entropy`.
+
+        p of a rare symbol is that of its group among the frequent symbols, times its own in the group.
+        """
+        first, loss = self.cutoffs[0], h_NH.new_zeros(())
+        in_head_N = targets_N.clone()
+        for group, (low, high) in enumerate(pairwise(self.cutoffs)):
+            rows_M = ((targets_N >= low) & (targets_N < high)).nonzero().squeeze(1)
+            in_head_N[rows_M] = first + group
+            if len(rows_M):  # else its matrices have no gradient, and an optimizer leaves them
+                tail: Any = self.tail[group]
+                project, output = tail
+                narrow_MK, no_bias = project(h_NH.index_select(0, rows_M)), h_NH.new_zeros(high - low)
+                loss = loss + cross_entropy(narrow_MK, output.weight, no_bias, targets_N[rows_M] - low, tokens)
+        return loss + cross_entropy(h_NH, self.head.weight, self.head.bias, in_head_N, tokens)
 
     def nats(self, h_NH: Tensor, targets_N: Tensor) -> Tensor:
         """Return -log p of each target in nats (N)."""

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from longshort import backends, buffers, cells, graph, masks, native, ops, precision
+from longshort import backends, buffers, cells, graph, lookup, masks, native, ops, precision
 from longshort.cells import LayerWeights, Options, Readings, Sequences, Stack, State
 from longshort.errors import UsageError
 from longshort.ops import invalidate as invalidate
@@ -462,7 +462,8 @@ def _check(stack: Stack, rows: int, state: State, weights: Sequence[Tensor], opt
 def embed(ids: Tensor, embedding_VE: Tensor) -> Tensor:
     """Return the embedding's row of each symbol; of V, which is unknown, zeros. The embedding is not copied."""
     V = len(embedding_VE)
-    return F.embedding(ids.clamp(max=V - 1), embedding_VE).masked_fill((ids == V).unsqueeze(-1), 0)
+    look_up = F.embedding if native_target(embedding_VE) is None else lookup.rows
+    return look_up(ids.clamp(max=V - 1), embedding_VE).masked_fill((ids == V).unsqueeze(-1), 0)
 
 
 def run_tokens(

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 from torch.profiler import record_function
 
 from longshort import backends, buffers, cells, native, precision
@@ -255,15 +256,16 @@ def invalidate() -> None:
 
 def pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
     """Return the packed weights of one direction, kept from an earlier call where nothing has changed."""
-    weights = weights[: call.num_plain]
-    owner = weights[1]
-    if any(weight.is_inference() for weight in weights):
-        return None  # they do not tell of changes
+    owner, places, versions = weights[1], [], []
+    for weight in weights[: call.num_plain]:
+        if weight.is_inference():
+            return None  # they do not tell of changes
+        places.append(weight.data_ptr())
+        versions.append(weight._version)
     target = library.ls_active_target() if call.target < 0 else call.target
-    pointers = weight_fields(call.bias, [weight.data_ptr() for weight in weights])
+    pointers = weight_fields(call.bias, places)
     sizes = (native.LAYER_CELLS[call.cell], I, call.H, call.projected)
-    sample = library.ls_sample(*sizes, *pointers)
-    key = (target, call.cell, *pointers, sample, *[weight._version for weight in weights])
+    key = (target, call.cell, places, versions, library.ls_sample(*sizes, *pointers))
     found = _packed.get(id(owner))
     if found is not None and found.key == key:
         return found.tensor
@@ -614,8 +616,9 @@ def run_native(
     layers, per_layer = stack.num_layers, len(weights) // stack.num_layers
     cell = cell_of(stack)
     shows = readings is not None and bool(native.SHOWN[cell])
+    x = unwrap_if_dead(x)  # what has left a transform of torch.func that is over
     if state is not None:
-        state = tuple(map(dense, state))
+        state = tuple(dense(unwrap_if_dead(tensor)) for tensor in state)
     after: list[State] = []
     for layer in range(layers):
         having = tuple(each.contiguous() for each in options[layer * D : (layer + 1) * D])

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import Parameter
 
 from longshort import native, ops
@@ -40,6 +41,7 @@ class Quick:
         self._stack, self.batch_first, self._options = stack, batch_first, options
         self._draws = training and bool(options.recurrent_dropout or options.zoneout)
         self._fixed = Options(zoneout=0.0 if training else options.zoneout, coupled=stack.coupled)
+        self._fixed_fields = (0, 0, self._fixed.zoneout, 0, 0, *ops.NO_VECTORS)
         self._cell, self._I, self._H, self._bias = ops.cell_of(stack), stack.input_size, stack.hidden_size, stack.bias
         self._code, self._lstm = native.LAYER_CELLS[self._cell], native.STATES[self._cell] == 2
         vectors = options.parameter_sizes(stack)
@@ -55,7 +57,7 @@ class Quick:
         H, P, float32 = self._H, self._P, torch.float32
         if type(x) is not Tensor or x.dtype is not float32 or x.dim() != 3 or not x.is_cpu or x.stride(2) != 1:
             return None
-        if x.is_neg():
+        if x.is_neg() or is_functorch_wrapped_tensor(x):
             return None
         T, B, I = x.shape
         if self.batch_first:
@@ -73,6 +75,8 @@ class Quick:
                     return None
                 if not (tensor.is_cpu and tensor.is_contiguous()) or tensor.is_neg():
                     return None
+                if is_functorch_wrapped_tensor(tensor):
+                    return None
                 width = H
         weights = []
         for name, shape in self._weights:
@@ -83,29 +87,31 @@ class Quick:
                 return None
             weights.append(weight)
         h_0, c_0 = (*state, None, None)[:2]
-        grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*weights, x, *state))
-        target = ops.resolved(target, T, B, H)
-        packed = (
-            None if grad else ops.pack(self._call if target < 0 else self._call._replace(target=target), weights, I)
+        grad = torch.is_grad_enabled() and (
+            weights[0].requires_grad or any(tensor.requires_grad for tensor in (x, *state, *weights))
         )
-        if not grad and packed is None:
-            return None
+        target = ops.resolved(target, T, B, H)
+        packed = None
+        if not grad:
+            packed = ops.pack(self._call if target < 0 else self._call._replace(target=target), weights, I)
+            if packed is None:
+                return None
         having = self._fixed
         if self._draws:  # last of all: a call that goes another way draws its own
             having = self._options.for_direction(self._stack, {}, x, T, B, training=True, resets_TB=None)
         if grad:
-            y, *after = _LongshortQuickLayer.apply(  # type: ignore[no-untyped-call]
-                self, target, having, x, h_0, c_0, *weights
-            )
+            y, *after = _apply(self, target, having, x, h_0, c_0, *weights)
             return y, tuple(after) if self._lstm else after[0]
         y, h_n, c_n = self.forward(target, having, x, h_0, c_0, weights, packed, None)
         return y, h_n if c_n is None else (h_n, c_n)
 
     def _shape(self, target: int, having: Options, T: int, B: int, weights: Sequence[Tensor]) -> tuple[float, ...]:
         """Return the fields of `ls_shape` and `ls_options`."""
-        masks = address(having.h_mask_BH), address(having.zoneout_mask_TBH)
-        vectors = ops.vector_fields(self._vectors, weights[self._num_plain :]) if self._vectors else ops.NO_VECTORS
         sizes = (T, B, self._I, self._H, self._projected, 0, 0, 0, self._code, 0, torch.get_num_threads(), target)
+        if having is self._fixed and not self._vectors:
+            return *sizes, *self._fixed_fields
+        masks = address(having.h_mask_BH), address(having.zoneout_mask_TBH)
+        vectors = ops.vector_fields(self._vectors, weights[self._num_plain :])
         return *sizes, *masks, having.zoneout, 0, 0, *vectors
 
     def _places(self, tensor: Tensor) -> tuple[int, int, int]:
@@ -255,3 +261,7 @@ class _LongshortQuickLayer(torch.autograd.Function):  # by its name `grad_fn` an
             found = quick.backward(target, having, x, h_0, c_0, weights, y, saved, dy, dh_n, dc_n, wanted)
             release(ctx)
         return None, None, None, *found
+
+
+_apply: Any = super(torch.autograd.Function, _LongshortQuickLayer).apply
+"""`apply` without a look at each argument for transforms of torch.func: calls under these are not made here."""
