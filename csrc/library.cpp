@@ -139,6 +139,10 @@ bool is_layer(int32_t cell, int64_t I, int64_t H, int64_t P) {
   return is_cell(cell) && are_widths(I, H) && is_projection(cell, H, P);
 }
 
+bool are_weights(const ls_weights& w) {
+  return is_layer(w.cell, w.I, w.H, w.P) && (w.weight_ih || !w.I) && w.weight_hh && (w.weight_hr || !w.P);
+}
+
 bool is_shape(const ls_shape& s) {
   if (!is_layer(s.cell, s.I, s.H, s.P) || !is_size(s.T) || !is_size(s.B)) return false;
   if (!fits(s.T, s.B) || !fits(s.T * s.B, s.I + 8 * s.H + s.P + 64)) return false;
@@ -236,23 +240,23 @@ int64_t ls_packed_floats(int32_t cell, int64_t I, int64_t H, int64_t P, int32_t 
   return found ? found->packed_floats(cell, I, H, P) : -1;
 }
 
-int32_t ls_pack(int32_t cell, int64_t I, int64_t H, int64_t P, int32_t target, const float* weight_ih, const float* weight_hh,
-                const float* bias_ih, const float* bias_hh, const float* weight_hr, float* packed) {
-  const Target* found = is_layer(cell, I, H, P) ? find(target) : nullptr;
-  if (!found || (!weight_ih && I) || !weight_hh || (!weight_hr && P) || !packed) return LS_BAD_ARGUMENT;
-  found->pack(cell, I, H, P, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, packed);
+int32_t ls_pack(const ls_weights* weights, int32_t target, float* packed) {
+  const Target* found = find(target);
+  if (!found || !weights || !are_weights(*weights) || !packed) return LS_BAD_ARGUMENT;
+  const ls_weights& w = *weights;
+  found->pack(w.cell, w.I, w.H, w.P, w.weight_ih, w.weight_hh, w.bias_ih, w.bias_hh, w.weight_hr, packed);
   return LS_OK;
 }
 
-uint64_t ls_sample(int32_t cell, int64_t I, int64_t H, int64_t P, const float* weight_ih, const float* weight_hh,
-                   const float* bias_ih, const float* bias_hh, const float* weight_hr) {
-  if (!is_layer(cell, I, H, P) || (!weight_ih && I) || !weight_hh || (!weight_hr && P)) return 0;
-  int64_t rows = (cell == LS_LSTM ? 4 : cell >= LS_GRU ? 3 : 1) * H;
-  uint64_t sum = sample(weight_ih, rows * I, 64, 1);
-  sum = sample(weight_hh, rows * (P ? P : H), 64, sum);
-  sum = sample(weight_hr, P * H, 64, sum);
-  sum = sample(bias_ih, bias_ih ? rows : 0, 8, sum);
-  return sample(bias_hh, bias_hh ? rows : 0, 8, sum);
+uint64_t ls_sample(const ls_weights* weights) {
+  if (!weights || !are_weights(*weights)) return 0;
+  const ls_weights& w = *weights;
+  int64_t rows = (w.cell == LS_LSTM ? 4 : w.cell >= LS_GRU ? 3 : 1) * w.H;
+  uint64_t sum = sample(w.weight_ih, rows * w.I, 64, 1);
+  sum = sample(w.weight_hh, rows * (w.P ? w.P : w.H), 64, sum);
+  sum = sample(w.weight_hr, w.P * w.H, 64, sum);
+  sum = sample(w.bias_ih, w.bias_ih ? rows : 0, 8, sum);
+  return sample(w.bias_hh, w.bias_hh ? rows : 0, 8, sum);
 }
 
 int32_t ls_forward(const ls_forward_args* args) {

@@ -44,7 +44,7 @@
 extern "C" {
 #endif
 
-#define LS_ABI_VERSION 8
+#define LS_ABI_VERSION 9
 
 /* The last is a cell of layers, not of models. */
 enum ls_cell { LS_RNN_TANH = 0, LS_RNN_RELU = 1, LS_GRU = 2, LS_LSTM = 3, LS_LSTM_COUPLED = 4 };
@@ -231,6 +231,14 @@ typedef struct {
   int32_t reserved; /* 0 */
 } ls_loss_args;
 
+/* The weights of one layer in one direction, and how wide it is: as in ls_shape and ls_forward_args. */
+typedef struct {
+  int64_t I, H, P;
+  int32_t cell;
+  int32_t reserved; /* 0 */
+  const float *weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr;
+} ls_weights;
+
 /* LS_ABI_VERSION of the library. */
 LS_API int32_t ls_abi_version(void);
 
@@ -255,8 +263,7 @@ LS_API int64_t ls_packed_floats(int32_t cell, int64_t I, int64_t H, int64_t P, i
 
 /* Lay out weights as the forward pass reads them: of use where the same weights serve many calls. `packed` is valid for the
    target it was made for; 64-byte alignment is faster. */
-LS_API int32_t ls_pack(int32_t cell, int64_t I, int64_t H, int64_t P, int32_t target, const float* weight_ih,
-                       const float* weight_hh, const float* bias_ih, const float* bias_hh, const float* weight_hr, float* packed);
+LS_API int32_t ls_pack(const ls_weights* weights, int32_t target, float* packed);
 
 /* The same for what ls_decode reads. `rows`: (V + 1) x G H, the product of each symbol's input with W_ih and the biases (of the
    GRU's n only b_ih; b_hh belongs to ls_pack's). `weight`: V x H, `bias`: V. Floats that they write; -1: a bad argument. */
@@ -272,8 +279,7 @@ LS_API int32_t ls_round(int32_t cell, int64_t I_or_V, int64_t H, int32_t target,
 
 /* A number that changes when the weights do, if more than a few of them: from 64 values of each matrix and 8 of each bias.
    For who keeps packed weights and cannot be told of changes. 0: a bad argument. */
-LS_API uint64_t ls_sample(int32_t cell, int64_t I, int64_t H, int64_t P, const float* weight_ih, const float* weight_hh,
-                          const float* bias_ih, const float* bias_hh, const float* weight_hr);
+LS_API uint64_t ls_sample(const ls_weights* weights);
 
 LS_API int32_t ls_forward(const ls_forward_args* args);
 /* The order in which gradients are summed over rows may depend on num_threads, but not on how many threads then came. */

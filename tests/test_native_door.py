@@ -24,6 +24,7 @@ from longshort.native_layers import (
     ForwardArgs,
     Gains,
     LayerOptions,
+    LayerWeights,
     Options,
     Output,
     Peepholes,
@@ -142,9 +143,31 @@ def test_sizes_and_names_that_cannot_be_are_refused() -> None:
     assert library.ls_saved_floats(None, 0) == -1
     assert library.ls_packed_floats(3, 4, 5, 2, -1) > library.ls_packed_floats(3, 4, 2, 0, -1) > 0
     widths = ((3, -1, 5, 0, -1), (3, 4, 0, 0, -1), (3, 4, 2**40, 0, -1), (3, 4, 5, -1, -1), (2, 4, 5, 3, -1))
+    room = np.zeros(1000, np.float32)
+    place = room.ctypes.data
     for bad in ((5, 4, 5, 0, -1), *widths, (3, 4, 5, 0, 99)):
         assert library.ls_packed_floats(*bad) == -1
-        assert library.ls_pack(*bad, None, None, None, None, None, None) == native.BAD_ARGUMENT
+        code, I, H, P, target = bad
+        weights = LayerWeights(I, H, P, code, 0, *[place] * 5)
+        assert library.ls_pack(ctypes.byref(weights), target, place) == native.BAD_ARGUMENT
+        assert library.ls_sample(ctypes.byref(weights)) == 0 or target == 99
+    fitting: dict[str, Any] = {
+        "I": 4,
+        "H": 5,
+        "P": 2,
+        "cell": 3,
+        "weight_ih": place,
+        "weight_hh": place,
+        "weight_hr": place,
+    }
+    assert library.ls_sample(ctypes.byref(LayerWeights(**fitting))) > 0
+    for name in ("weight_ih", "weight_hh", "weight_hr"):
+        weights = LayerWeights(**{**fitting, name: None})
+        assert library.ls_pack(ctypes.byref(weights), -1, place) == native.BAD_ARGUMENT
+        assert library.ls_sample(ctypes.byref(weights)) == 0
+    assert library.ls_pack(ctypes.byref(LayerWeights(**fitting)), -1, None) == native.BAD_ARGUMENT
+    assert library.ls_pack(None, -1, place) == native.BAD_ARGUMENT
+    assert library.ls_sample(None) == 0
     assert library.ls_apply(3, -1, 0, None, None) == native.BAD_ARGUMENT
     assert library.ls_apply(0, 99, 0, None, None) == native.BAD_ARGUMENT
     assert library.ls_apply(0, -1, -1, None, None) == native.BAD_ARGUMENT
@@ -231,6 +254,7 @@ def test_structures_are_those_of_the_header(tmp_path: Path) -> None:
     structures = {
         "ls_shape": Shape,
         "ls_options": LayerOptions,
+        "ls_weights": LayerWeights,
         "ls_forward_args": ForwardArgs,
         "ls_backward_args": BackwardArgs,
     }

@@ -52,6 +52,16 @@ class Shape(ctypes.Structure):
     )
 
 
+class LayerWeights(ctypes.Structure):
+    """`ls_weights`."""
+
+    _fields_ = (
+        *((name, _i64) for name in ("I", "H", "P")),
+        *((name, _i32) for name in ("cell", "reserved")),
+        *((name, _pointer) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")),
+    )
+
+
 class LayerOptions(ctypes.Structure):
     """`ls_options`."""
 
@@ -268,9 +278,8 @@ def pack(cell: str, weights: Weights, target: str | None = None) -> Array:
     found = need()
     checked, I, H, projected = _check_weights(cell, weights)
     packed = aligned(packed_floats(cell, I, H, target, projected))
-    sizes = (_cell(cell), I, H, projected, index_of(found, target))
-    status = found.ls_pack(*sizes, *map(address, checked), address(packed))
-    check_status(status)
+    places = LayerWeights(I, H, projected, _cell(cell), 0, *map(address, checked))
+    check_status(found.ls_pack(ctypes.byref(places), index_of(found, target), address(packed)))
     return packed
 
 

@@ -39,6 +39,7 @@ CAN = frozenset(
 _SHAPE, _OPTIONS = "5q3P4i", "PPfi8P"
 FORWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq9Pqq3PPPq")
 BACKWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq6PqqPPqq4Pqq14PiiPPqP")
+_WEIGHTS = struct.Struct("@3q2i5P")
 _SHAPE_ALONE = struct.Struct(f"@{_SHAPE}")
 
 
@@ -231,6 +232,9 @@ class _Packed(NamedTuple):
     """Packed weights, and what they were packed from."""
 
     key: tuple[object, ...]
+    weights: bytes
+    """As `ls_weights` has them."""
+    sample: int
     tensor: Tensor
 
 
@@ -263,19 +267,19 @@ def pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
         places.append(weight.data_ptr())
         versions.append(weight._version)
     target = library.ls_active_target() if call.target < 0 else call.target
-    pointers = weight_fields(call.bias, places)
-    sizes = (native.LAYER_CELLS[call.cell], I, call.H, call.projected)
-    key = (target, call.cell, places, versions, library.ls_sample(*sizes, *pointers))
+    key = (target, call.cell, I, call.H, places, versions)
     found = _packed.get(id(owner))
-    if found is not None and found.key == key:
+    if found is not None and found.key == key and library.ls_sample(found.weights) == found.sample:
         return found.tensor
-    floats = library.ls_packed_floats(*sizes, target)
-    packed = buffers.large(floats)
-    check(library.ls_pack(*sizes, target, *pointers, packed.data_ptr()))
+    code, places_of_all = native.LAYER_CELLS[call.cell], weight_fields(call.bias, places)
+    given = _WEIGHTS.pack(I, call.H, call.projected, code, 0, *places_of_all)
+    packed = buffers.large(library.ls_packed_floats(code, I, call.H, call.projected, target))
+    sample = library.ls_sample(given)
+    check(library.ls_pack(given, target, packed.data_ptr()))
     if id(owner) not in _watched:
         _watched.add(id(owner))
         weakref.finalize(owner, _forget, id(owner))
-    _packed[id(owner)] = _Packed(key, packed)
+    _packed[id(owner)] = _Packed(key, given, sample, packed)
     return packed
 
 
