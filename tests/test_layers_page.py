@@ -78,6 +78,7 @@ def test_what_is_refused(constructor: str) -> None:
         "26-layers-autocast-xeon",
         "27-layers-marks-high",
         "27-layers-medium",
+        "27-layers-medium-epyc",
     ],
 )
 def test_the_tables_of_figures_are_the_result_files(measured: str) -> None:

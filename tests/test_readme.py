@@ -22,7 +22,7 @@ COMMANDS = [line[2:] for block in SESSIONS for line in block.splitlines() if lin
 COMMANDS += [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 THREE_MINUTES = ROOT / "benchmarks" / "results" / "2026-11-26-tinyshakespeare-3-minutes.json"
 LAYERS = ROOT / "benchmarks" / "results" / "2026-11-27-layers-marks-folds.json"
-LAYERS_ELSEWHERE = ROOT / "benchmarks" / "results" / "2026-11-26-layers-marks-gradients.json"
+LAYERS_ELSEWHERE = ROOT / "benchmarks" / "results" / "2026-11-27-layers-marks-epyc.json"
 LAYERS_ON_MATRIX_UNITS = ROOT / "benchmarks" / "results" / "2026-11-26-layers-marks-amx.json"
 LAYERS_IN_BFLOAT16 = ROOT / "benchmarks" / "results" / "2026-11-26-layers-marks-bfloat16.json"
 NATIVE = ROOT / "benchmarks" / "results" / "2026-11-24-lecture-native.json"
@@ -149,7 +149,7 @@ def test_the_layers_table_is_the_result_file() -> None:
 
 def test_the_table_of_workloads_is_the_result_files() -> None:
     for suffix in ("", "-bfloat16"):
-        paths = [f"benchmarks/results/2026-11-26-{what}{suffix}.json" for what in ("generate", "score", "train")]
+        paths = [f"benchmarks/results/2026-11-27-{what}{suffix}.json" for what in ("generate", "score", "train")]
         script = [sys.executable, "benchmarks/workloads_table.py", *paths]
         assert subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True).stdout in PAGE
 
