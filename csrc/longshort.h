@@ -277,7 +277,7 @@ LS_API int32_t ls_pack_head(int64_t V, int64_t H, int32_t target, const float* w
 LS_API int64_t ls_rounded_floats(int32_t cell, int64_t I_or_V, int64_t H, int32_t target);
 LS_API int32_t ls_round(int32_t cell, int64_t I_or_V, int64_t H, int32_t target, const float* packed, float* rounded);
 
-/* A number that changes when the weights do, if more than a few of them: from 64 values of each matrix and 8 of each bias.
+/* A number that changes when the weights do, if most of them do: from 64 values of each matrix and 8 of each bias.
    For who keeps packed weights and cannot be told of changes. 0: a bad argument. */
 LS_API uint64_t ls_sample(const ls_weights* weights);
 

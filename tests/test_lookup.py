@@ -42,7 +42,19 @@ def test_gradients_of_gradients(weight: Tensor) -> None:
     assert found[0][5].abs().sum() > 0
 
 
+def test_a_matrix_that_has_changed_and_many_gradients_at_once(weight: Tensor) -> None:
+    ids = torch.tensor([5, 5, 0])
+    x, wanted = lookup.rows(ids, weight), F.embedding(ids, weight)
+    with torch.no_grad():
+        weight.add_(1)
+    many = torch.randn(4, 3, E)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(each, weight, many, is_grads_batched=True)[0] for each in (x, wanted))
+    )
+
+
 def test_the_gradients_memory_is_that_of_the_last_one_and_clean(weight: Tensor) -> None:
+    buffers.drop()
     first = gradient(weight, lookup.rows(torch.tensor([1, 2]), weight))
     place = first.data_ptr()
     del first

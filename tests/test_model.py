@@ -152,6 +152,11 @@ def test_what_does_not_fit_a_model_is_refused(kernel: str, embedding: int) -> No
                 for wrong in (ids + 21, ids - 20, ids[0], ids.float(), ids > 3, ids.to("meta")):
                     with pytest.raises(UsageError, match="Symbols must be"):
                         model(wrong)
+                for targets in (ids + 20, ids - 21, ids.float()):
+                    with pytest.raises(UsageError, match="Symbols must be"):
+                        model.loss(ids, targets, None, 120)
+                with pytest.raises(UsageError, match="a target for each symbol"):
+                    model.loss(ids, ids[:7], None, 120)
                 same(model(ids.int()), model(ids))
                 logits, state = model(ids[:0], (h, c))
                 assert logits.shape == (0, 4, 20)

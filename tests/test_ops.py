@@ -75,6 +75,46 @@ def test_kept_weights_are_never_stale(ours: Any, theirs: Any, quiet: Any, change
         same(after, peer(x))
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad])
+def test_steps_of_fused_optimizers_are_noticed(optimizer: Any) -> None:
+    layer: Any = longshort.GRU(64, 16, bias=False)
+    peer: Any = nn.GRU(64, 16, bias=False)
+    peer.load_state_dict(layer.state_dict())
+    steps = []
+    for each in (layer, peer):
+        each.weight_hh_l0.requires_grad_(False)  # only one column of weight_ih changes in a step
+        steps.append(optimizer([each.weight_ih_l0], lr=0.5, fused=True))
+    for symbol in range(64):
+        x = torch.eye(64)[[symbol]].expand(3, 2, 64)
+        found = []
+        for each, step in zip((layer, peer), steps, strict=True):
+            step.zero_grad()
+            each(x)[0].sum().backward()
+            step.step()
+            with torch.no_grad():
+                found.append(each(x)[0])
+        same(found[0], found[1])
+
+
+@pytest.mark.parametrize("name", ["weight_ih_l0", "bias_ih_l0"])
+def test_weights_that_are_computed_anew_are_noticed(name: str) -> None:
+    class Changed(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight * 1
+
+    layer: Any = longshort.LSTM(24, 40)
+    peer: Any = nn.LSTM(24, 40)
+    x = torch.randn(5, 3, 24)
+    peer.load_state_dict(layer.state_dict())
+    for each in (layer, peer):
+        nn.utils.parametrize.register_parametrization(each, name, Changed())
+    with torch.no_grad():
+        for row in range(160):
+            for each in (layer, peer):
+                each.parametrizations[name].original[row] += 1
+            same(layer(x)[0], peer(x)[0])
+
+
 def test_packed_weights_go_when_their_layer_goes() -> None:
     ops.invalidate()
     layer = longshort.LSTM(3, 4)

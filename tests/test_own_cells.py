@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shlex
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor
 from conftest import ROOT
 from longshort import cells, own_cells
 from longshort.cells import Cell, Options
-from longshort.cli import main
+from longshort.cli import main, tables
 from longshort.config import is_own_cell
 from longshort.errors import UsageError
 from longshort.options import read_lengths
@@ -141,7 +143,13 @@ def test_it_is_a_row_of_the_comparison(capsys: pytest.CaptureFixture[str]) -> No
     own = place(ROOT / "examples" / "cells" / "min_gru.py")
     arguments = ["compare", "--cells", f"rnn,{own}", "--implementations", "reference", "--epochs", "1", "--json"]
     assert main(arguments) == 0
-    assert [row["cell"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["rnn", "min_gru.py:cell"]
+    result = json.loads(capsys.readouterr().out)
+    assert [row["cell"] for row in result["rows"]] == ["rnn", "min_gru.py:cell"]
+    tables.print_comparison(result)
+    shown = capsys.readouterr().out
+    assert "\nRNN  reference: " in shown
+    assert "\nmin_gru.py:cell reference: " in shown
+    assert "MIN_GRU" not in shown
 
 
 MARKS = """
@@ -218,11 +226,42 @@ def test_nothing_that_is_loaded_is_run_unless_it_is_named(
 )
 def test_what_is_no_cell_is_refused(source: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(source, encoding="utf-8")
+    before = set(sys.modules)
     with pytest.raises(UsageError) as caught:
         own_cells.load_cell(f"{tmp_path}/mine.py:cell")
     assert words in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 3
+    assert not any("own_cell_" in name for name in set(sys.modules) - before)
     assert not any(is_own_cell(name) for name in cells.CELLS)
+
+
+DATACLASS = """
+from dataclasses import dataclass, field
+from typing import ClassVar
+import torch
+from longshort.cells import Cell
+@dataclass
+class Rate:
+    names: ClassVar[tuple] = ()
+    value: float = 0.5
+    more: list = field(default_factory=list)
+RATE = Rate()
+def step(x, h, state):
+    return (state[0] + RATE.value * torch.tanh(x + h),), (x,)
+cell = Cell(step, gates=("a",))
+"""
+
+
+@pytest.mark.parametrize("future", ["", "from __future__ import annotations"])
+def test_a_file_may_have_dataclasses(future: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(future + DATACLASS, encoding="utf-8")
+    found = []
+    for _ in range(2):  # of the same file, as resuming loads it again
+        cell = cells.get_cell(own_cells.load_cell(place(tmp_path / "mine.py")))
+        found.append(cell.step.__globals__["RATE"])
+    for rate in found:
+        assert pickle.loads(pickle.dumps(rate)) == rate
+    assert type(found[0]) is not type(found[1])
 
 
 def test_a_file_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.testing._internal.two_tensor import TwoTensor
 
 import longshort
 from longshort import kernels, native
@@ -23,6 +24,7 @@ from recurrent import CELL_PAIRS, PAIRS, same
 trace: Any = torch.jit.trace
 script: Any = torch.jit.script
 export_onnx: Any = torch.onnx.export
+two_tensor: Any = TwoTensor
 make_dual: Any = forward_ad.make_dual
 unpack_dual: Any = forward_ad.unpack_dual
 
@@ -118,6 +120,50 @@ def test_tensors_that_have_left_a_transform(ours: Any, theirs: Any, layers: int)
         same(layer(x, hx)[0], peer(x, hx)[0])
     found = [torch.autograd.grad(each(x, hx)[0].square().sum(), list(each.parameters())) for each in (layer, peer)]
     same(found[0], found[1])
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_tensors_that_stand_for_others(ours: Any, theirs: Any, bidirectional: bool) -> None:
+    layer, peer = (each(3, 4, bidirectional=bidirectional) for each in (ours, theirs))
+    layer.load_state_dict(peer.state_dict())
+    left: list[Tensor] = []
+    h = torch.randn(1 + bidirectional, 2, 4)
+
+    def keep(z: Tensor) -> Tensor:
+        left.append(z * 1)
+        return z
+
+    torch.func.functionalize(keep)(h)
+    x, functional = torch.randn(5, 2, 3), left[0]
+    for state in (functional, two_tensor(h, h.clone())):
+        hx, wanted = ((each, each) if theirs is nn.LSTM else each for each in (state, h))
+        output = layer(x, hx)[0]
+        dense = output.a if isinstance(output, TwoTensor) else torch._from_functional_tensor(output)
+        same(dense, peer(x, wanted)[0])
+
+
+@pytest.mark.parametrize("shape", [{}, {"bidirectional": True, "num_layers": 2}])
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_gradients_of_many_outputs_at_once(ours: Any, theirs: Any, shape: dict[str, Any]) -> None:
+    layer, peer, x = ours(3, 4, **shape), theirs(3, 4, **shape), torch.randn(5, 2, 3)
+    layer.load_state_dict(peer.state_dict())
+    jacobian: Any = torch.autograd.functional.jacobian
+    same(*(jacobian(lambda x, each=each: each(x)[0].sum(-1), x, vectorize=True) for each in (layer, peer)))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [*PAIRS, *CELL_PAIRS])
+def test_a_layer_that_has_run_is_cast_by_exchange(ours: Any, theirs: Any) -> None:
+    x = torch.randn(2, 3)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer = ours(3, 4)
+        with torch.no_grad():
+            layer(x)
+        layer.double()
+        assert layer(x.double())[0].dtype is torch.float64
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)

@@ -95,12 +95,10 @@ class _CellLayer(StandIn, nn.RNNCellBase):
 
     def choose(self, x: Any = None, weights: Any = None, state: State = ()) -> Choice:
         """Return the implementation that a step from `x` would run: what `kernels.explain` tells."""
-        weights = self.parameters() if weights is None else weights
-        grad = torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (*weights, *state, *(() if x is None else (x,))) if tensor is not None
-        )
+        others = (*(self.parameters() if weights is None else weights), *state)
+        grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*others, x) if tensor is not None)
         size = None if x is None else (1, len(x) if x.dim() == 2 else 1, self.hidden_size)
-        return kernels.choose(self.cell, x=x, size=size, grad=grad)
+        return kernels.choose(self.cell, x=x, size=size, grad=grad, others=others)
 
 
 class RNNCell(_CellLayer):

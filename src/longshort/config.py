@@ -133,7 +133,12 @@ class Schedule(Options):
 
     out: str | None = option(None, "Run directory to make; named after the text if not given.")
     steps: int | None = option(None, "Training steps (updates).", least=1)
-    epochs: float | None = option(None, "Passes over the training text, instead of steps.", above=0, most=1e9)
+    epochs: float | None = option(
+        None,
+        "Passes over the training text, instead of steps; 10 if neither steps, epochs nor minutes are given.",
+        above=0,
+        most=1e9,
+    )
     batch_size: int = option(32, "Rows that are trained on side by side.", least=1, most=1_000_000)
     optimizer: str = option("adamw", "adamw, or sgd (plain gradient descent).", choices=("adamw", "sgd"))
     lr: float = option(4e-3, "Highest learning rate.", above=0)
@@ -251,7 +256,11 @@ class TrainConfig(Schedule, Architecture):
         None, "File of word vectors to begin the embedding with: word2vec's, GloVe's or fastText's formats."
     )
     freeze_embedding: bool = option(False, "Do not train the embedding, such as one that begins with --vectors.")
-    tokenizer: str = option("char", "How the text is cut into symbols.", choices=("char", "byte", "word", "bpe"))
+    tokenizer: str = option(
+        "char",
+        "How the text is cut into symbols: char, byte, word (with --min-freq) or bpe (with --vocab-size).",
+        choices=("char", "byte", "word", "bpe"),
+    )
     min_freq: int | None = option(None, "word: how often a word must occur to be a symbol; once if unset.", least=1)
     vocab_size: int | None = option(None, "bpe: symbols at most; 4096 if unset.", least=257, most=1_000_000)
     heldout: float = option(0.1, "Share of the text, at its end, that is never trained on.", least=0, below=1)

@@ -58,9 +58,13 @@ class Evaluation:
     tokens: int
     """Symbols that were predicted."""
     nats_per_token: float
+    """Mean of -log p of the predicted symbols."""
     perplexity: float
+    """exp of that."""
     bits_per_character: float
+    """-log2 p of all predicted symbols together, divided by `characters`."""
     bits_per_byte: float
+    """The same, divided by `bytes`."""
     characters: int
     """Characters of the text that the predicted symbols stand for."""
     bytes: int
@@ -68,6 +72,7 @@ class Evaluation:
     skipped: int
     """Symbols outside the vocabulary: read, never predicted, in no figure."""
     protocol: str
+    """How the text was read, in words."""
 
     @property
     def loss(self) -> float:

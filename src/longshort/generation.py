@@ -29,7 +29,14 @@ _MASK = 0xFFFFFFFF
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Options):
-    """How the next symbol is chosen from the model's probabilities."""
+    """How the next symbol is chosen from the model's probabilities.
+
+    Args:
+        temperature: from 0 to 100: below 1 more conservative, above 1 more random; 0 is greedy.
+        top_k: sample from the k most probable symbols only; from all if None.
+        top_p: sample from the fewest symbols that hold this probability, above 0 and at most 1; from all if None.
+        seed: decides what is sampled.
+    """
 
     temperature: float = option(0.8, "Below 1 more conservative, above 1 more random; 0 is greedy.", least=0, most=100)
     top_k: int | None = option(None, "Sample from the K most probable symbols only.", least=1)
@@ -79,12 +86,12 @@ def generate(
     Args:
         model: a decoder or a `LanguageModel`.
         tokenizer: the model's.
-        prompt: as of `Request`, like all below.
+        prompt: read before the first symbol is sampled; if empty, a newline (or the first symbol) is read instead.
         length: number of symbols to sample.
-        sampling: temperature, top-k, top-p, seed.
-        stop: the text ends before the first of these.
-        stream: number of this text among those of one seed.
-        after: the text that this one goes on with.
+        sampling: temperature, top-k, top-p, seed; `Sampling()` if None.
+        stop: the text ends before the first of these that would be complete in it.
+        stream: number of this text among those of one seed; each has its own random numbers.
+        after: the text that this one goes on with, as if both were one; with it, an empty prompt reads nothing.
 
     Raises:
         ConfigError: a value outside its range.

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from longshort import backends, buffers, cells, graph, lookup, masks, native, ops, precision
 from longshort.cells import LayerWeights, Options, Readings, Sequences, Stack, State
@@ -141,6 +142,7 @@ def choose(
     size: tuple[int, int, int] | None = None,
     grad: bool = False,
     casts: bool = False,
+    others: Sequence[Tensor | None] = (),
 ) -> Choice:
     """Return the implementation that a call runs.
 
@@ -152,17 +154,18 @@ def choose(
         size: T, B and H, for how exact products have to be; None where they are not known.
         grad: whether gradients are wanted.
         casts: whether the caller hands the call to `run_layers`, which does what autocast asks for.
+        others: what the call reads beside `x`: state and weights; none where they are not known.
 
     Raises:
         UsageError: the forced implementation cannot run the call.
     """
-    forced = _forced
+    forced, beside = _forced, _not_dense(others)
     if forced == "reference":
         return Choice("reference", "forced by kernels.use")
-    if casts and (forced is None or forced in native.BFLOAT16) and (best := _stand_in(cell, needs, x)):
+    if casts and not beside and (forced is None or forced in native.BFLOAT16) and (best := _stand_in(cell, needs, x)):
         return Choice(forced or best, "autocast asks for bfloat16, which our products can have", grad, True)
     if forced != "torch":
-        lacks = _native_lacks(cell, needs, x)
+        lacks = _native_lacks(cell, needs, x) or beside
         if not lacks and forced:
             return Choice(forced, "forced by kernels.use", grad)
         if not lacks and size and not torch.compiler.is_compiling() and (allowed := precision.target(*size)):
@@ -218,6 +221,15 @@ def _native_lacks(cell: str, needs: frozenset[str], x: Tensor | None, casts: boo
     return "" if x.layout is torch.strided else f"they run dense tensors, not {x.layout}"
 
 
+def _not_dense(tensors: Sequence[Tensor | None]) -> str:
+    """Return why the native kernels cannot read the numbers of these, beside x; empty if they can."""
+    if not _graphed():
+        for tensor in tensors:
+            if tensor is not None and (is_traceable_wrapper_subclass(tensor) or torch._is_functional_tensor(tensor)):
+                return "they run dense tensors, not those that stand for others"
+    return ""
+
+
 def _stand_in(cell: str, needs: frozenset[str], x: Tensor | None) -> str | None:
     """Return our target with products of bfloat16 if autocast asks for such and it can run a call in its place."""
     if x is None or torch.compiler.is_compiling() or not torch.is_autocast_enabled("cpu"):
@@ -248,7 +260,7 @@ def explain(layer: Any, x: Any = None, **arguments: Any) -> Choice:
 
     Args:
         layer: one of longshort's layers or cells.
-        x: its input, where the choice may depend on it.
+        x: its input; without it the answer is that for one of float32 on a CPU.
         arguments: `lengths`, `return_gates` and `resets`, as in the layer's call.
     """
     choice: Choice = layer.choose(x, **arguments)

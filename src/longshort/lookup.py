@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longshort import ops
 from longshort.buffers import LARGE, Gradients
 
 
@@ -33,12 +34,13 @@ def rows(ids: Tensor, weight_VE: Tensor) -> Tensor:
 class _LongshortEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ids_N: Tensor, weight_VE: Tensor) -> Tensor:
-        ctx.save_for_backward(ids_N, weight_VE)
+        ctx.save_for_backward(ids_N)
+        ctx.like = weight_VE.detach()  # for its shape: it may have changed when the gradient is made
         return weight_VE.index_select(0, ids_N)
 
     @staticmethod
     def backward(ctx: Any, dx_NE: Tensor) -> tuple[None, Tensor]:
-        ids_N, weight_VE = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody will differentiate once more
-            return None, dx_NE.new_zeros(weight_VE.shape).index_add(0, ids_N, dx_NE)
-        return None, Gradients.like(weight_VE).zero_().index_add_(0, ids_N, dx_NE)
+        (ids_N,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or not ops.is_readable(dx_NE):  # differentiated once more, or many at once
+            return None, dx_NE.new_zeros(ctx.like.shape).index_add(0, ids_N, dx_NE)
+        return None, Gradients.like(ctx.like).zero_().index_add_(0, ids_N, dx_NE)

@@ -24,6 +24,7 @@ from longshort.head import AdaptiveSoftmax, Softmax
 from longshort.layers import CellStack
 from longshort.model_files import Saved
 from longshort.text import tokenizers
+from longshort.text.batches import IGNORED
 from longshort.text.tokenizers import Tokenizer
 
 
@@ -91,14 +92,21 @@ class LanguageModel(nn.Module):
 
         Returns:
             The sum of -log p of the targets, in nats, divided by `tokens`; and the state after the last symbol.
+
+        Raises:
+            UsageError: as of `forward`; targets that are no symbols, or not one for each of `ids_TB`.
         """
+        if targets_TB.shape != ids_TB.shape:
+            wanted, given = tuple(ids_TB.shape), tuple(targets_TB.shape)
+            raise UsageError(f"There must be a target for each symbol, {wanted}, got {given}.")
+        targets_TB = self._checked(targets_TB, IGNORED, self.config.vocab_size - 1)
         h_TBH, state = self._read(ids_TB, state)
         return self.output.loss(h_TBH.flatten(0, 1), targets_TB.flatten(), tokens), state
 
     def _read(self, ids_TB: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Return what the output layer reads, (T, B, H), and the state after the last symbol."""
         config = self.config
-        ids_TB = self._checked(ids_TB)
+        ids_TB = self._checked(ids_TB, 0, config.vocab_size)
         state = self.zero_state(ids_TB.shape[1]) if state is None else state
         if not ids_TB.numel():
             return state[0].new_zeros(*ids_TB.shape, config.hidden), state
@@ -116,18 +124,18 @@ class LanguageModel(nn.Module):
         )
         return masks.dropout(h_TBH, config.dropout, self.training), state
 
-    def _checked(self, ids_TB: Tensor) -> Tensor:
-        """Return symbols as int64, where they are some."""
-        V = self.config.vocab_size
+    def _checked(self, ids_TB: Tensor, least: int, most: int) -> Tensor:
+        """Return symbols as int64, where they are some, from `least` to `most`."""
         if ids_TB.dim() != 2 or ids_TB.is_floating_point() or ids_TB.dtype is torch.bool:
             raise UsageError(f"Symbols must be integers (T, B), got {tuple(ids_TB.shape)} of {ids_TB.dtype}.")
         if ids_TB.device != self.device:
             raise UsageError(f"Symbols must be where the model is, on {self.device}, not on {ids_TB.device}.")
         # Elsewhere looking would wait for the device, which refuses what is out of range itself.
         if ids_TB.is_cpu and ids_TB.numel() and not torch.compiler.is_compiling():
-            least, most = (int(number) for number in ids_TB.aminmax())
-            if least < 0 or most > V:
-                raise UsageError(f"Symbols must be from 0 to {V}, got {least if least < 0 else most}.")
+            lowest, highest = (int(number) for number in ids_TB.aminmax())
+            if lowest < least or highest > most:
+                given = lowest if lowest < least else highest
+                raise UsageError(f"Symbols must be from {least} to {most}, got {given}.")
         return ids_TB.long()
 
     def initialise_normal(self, std: float = 0.01) -> None:
@@ -198,7 +206,7 @@ class LanguageModel(nn.Module):
     def readings(self, ids_T: NDArray[np.int64]) -> list[dict[str, NDArray[np.float32]]]:
         """Read `ids_T` from a zero state and return what each layer had at every step, as `Decoder.readings`."""
         config, device = self.config, self.device
-        ids_TB = self._checked(torch.from_numpy(ids_T).to(device).unsqueeze(1))
+        ids_TB = self._checked(torch.from_numpy(ids_T).to(device).unsqueeze(1), 0, config.vocab_size)
         if self.embedding is not None:
             x_TBE = kernels.embed(ids_TB, self.embedding.weight)
         else:

@@ -14,7 +14,7 @@ import ctypes
 import functools
 import struct
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import unwrap_if_dead
+from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.profiler import record_function
 
 from longshort import backends, buffers, cells, native, precision
@@ -236,26 +237,44 @@ class _Packed(NamedTuple):
     """As `ls_weights` has them."""
     sample: int
     tensor: Tensor
+    held: tuple[Tensor, ...]
+    """The weights' memory: what is computed anew must not come to lie where they were."""
 
 
 _packed: dict[int, _Packed] = {}
-_watched: set[int] = set()
-"""The weights, by their ids, whose end `_forget` will be told of."""
+_watched: dict[int, weakref.finalize[..., Tensor]] = {}
+"""Who waits for the end of a weight, by its id, to call `_forget`."""
 
 
 def _forget(owner: int) -> None:
     _packed.pop(owner, None)
-    _watched.discard(owner)
+    _watched.pop(owner, None)
+
+
+def unwatch(weights: Iterable[Tensor]) -> None:
+    """Forget packed weights, and no longer refer to these weakly: PyTorch exchanges only tensors that nobody does."""
+    for weight in weights:
+        if (watch := _watched.get(id(weight))) is not None:
+            watch.detach()
+            _forget(id(weight))
 
 
 def invalidate() -> None:
     """Forget all packed weights.
 
     Calls without gradients keep the weights as the kernels read them, until a weight is changed. PyTorch tells of
-    changes by its operations, also in place; changes through `.data` or NumPy are recognised by samples of the values.
-    Whoever changes single values so calls this afterwards.
+    changes by its operations, also in place, and of steps of its optimizers. Of what changes behind its back, through
+    `.data` or NumPy, samples of the values are looked at: whoever changes less than all so calls this afterwards.
     """
     _packed.clear()
+
+
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    if any(group.get("fused") for group in optimizer.param_groups):  # which change weights without a new version
+        invalidate()
+
+
+register_optimizer_step_post_hook(_after_step)
 
 
 def pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
@@ -267,7 +286,7 @@ def pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
         places.append(weight.data_ptr())
         versions.append(weight._version)
     target = library.ls_active_target() if call.target < 0 else call.target
-    key = (target, call.cell, I, call.H, places, versions)
+    key = (target, call.cell, I, call.H, call.projected, places, versions)
     found = _packed.get(id(owner))
     if found is not None and found.key == key and library.ls_sample(found.weights) == found.sample:
         return found.tensor
@@ -277,9 +296,9 @@ def pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
     sample = library.ls_sample(given)
     check(library.ls_pack(given, target, packed.data_ptr()))
     if id(owner) not in _watched:
-        _watched.add(id(owner))
-        weakref.finalize(owner, _forget, id(owner))
-    _packed[id(owner)] = _Packed(key, given, sample, packed)
+        _watched[id(owner)] = weakref.finalize(owner, _forget, id(owner))
+    held = tuple(weight.detach() for weight in weights[: call.num_plain])
+    _packed[id(owner)] = _Packed(key, given, sample, packed, held)
     return packed
 
 
@@ -494,7 +513,7 @@ class _LongshortLayer(torch.autograd.Function):  # by its name `grad_fn` and ano
         (x, *rest), y, saved = buffers.kept(ctx)
         state, weights = tuple(rest[: ctx.num_states]), rest[ctx.num_states :]
         wanted = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():  # somebody will differentiate once more
+        if torch.is_grad_enabled() or not all(map(is_readable, (dy, *after))):
             return (None, *by_equations(ctx.call, x, state, weights, (dy, *after), wanted))
         given = None if state[0] is None else state
         if y is None:
@@ -506,6 +525,16 @@ class _LongshortLayer(torch.autograd.Function):  # by its name `grad_fn` and ano
         return (None, *found)
 
 
+def is_readable(gradient: Tensor | None) -> bool:
+    """Whether a gradient's numbers lie in memory; else, and where somebody will differentiate once more, equations do.
+
+    They do not where `is_grads_batched` stands for many gradients, and in tensors that only stand for others.
+    """
+    if gradient is None:
+        return True
+    return not is_legacy_batchedtensor(gradient) and bool(gradient.data_ptr() or not gradient.numel())
+
+
 def by_equations(
     call: Call,
     x: Tensor,
@@ -514,7 +543,7 @@ def by_equations(
     gradients: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Return what `backward` returns, differentiable once more.
+    """Return what `backward` returns, differentiable once more where gradients are enabled.
 
     Args:
         call: the layer.
@@ -526,7 +555,9 @@ def by_equations(
     """
     given: Any = None if state[0] is None else tuple(state)
     plain, options = part_vectors(call, weights)
-    with torch.autocast("cpu", enabled=False):  # around whose backward pass the user may have put it
+    again = torch.is_grad_enabled()
+    # The user may have put autocast around the backward pass.
+    with torch.autocast("cpu", enabled=False), torch.enable_grad():
         readings: list[Readings] | None = [] if call.shows else None
         if call.ids is not None:
             first = F.embedding(call.ids, x) + plain[2]
@@ -555,7 +586,12 @@ def by_equations(
     inputs = [tensor for tensor, want in zip((x, *state, *weights), wanted, strict=True) if want and tensor is not None]
     found = iter(
         torch.autograd.grad(
-            [out for out, _ in pairs], inputs, [grad for _, grad in pairs], create_graph=True, allow_unused=True
+            [out for out, _ in pairs],
+            inputs,
+            [grad for _, grad in pairs],
+            retain_graph=True,
+            create_graph=again,
+            allow_unused=True,
         )
     )
     return [next(found) if want else None for want in wanted]

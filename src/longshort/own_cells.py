@@ -10,6 +10,8 @@ loaded is ever run unless the command names the file once more.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +24,7 @@ from longshort.text.corpus import open_file
 
 _loaded: dict[str, str] = {}
 """Name of each cell that was loaded, and the SHA-256 of its file."""
+_numbers = itertools.count()
 
 
 def load_cell(place: str) -> str:
@@ -41,18 +44,16 @@ def load_cell(place: str) -> str:
     path = Path(path_name)
     with open_file(path) as stream:
         source = stream.read()
-    module = ModuleType(path.stem)
+    module = ModuleType(f"_longshort_own_cell_{next(_numbers)}_{path.stem}")
     module.__file__ = str(path)
+    # Dataclasses look their module up while it is executed, and pickle later, so it stays there with its cell.
+    sys.modules[module.__name__] = module
     try:
-        exec(compile(source, str(path), "exec"), module.__dict__)
-    except (Exception, SystemExit) as error:
-        raise UsageError(f"{path} cannot be run: {_told(error, path)}.") from error
-    cell = getattr(module, name, None)
-    if not isinstance(cell, Cell):
-        there = [key for key, value in vars(module).items() if isinstance(value, Cell)]
-        hint = f"It has {', '.join(there)}." if there else "docs/cells.md shows how a cell is written."
-        raise UsageError(f"{path} has no longshort.cells.Cell called {name!r}.", hint)
-    _check(place, cell, path)
+        cell = _cell_of(module, source, path, name)
+        _check(place, cell, path)
+    except BaseException:
+        sys.modules.pop(module.__name__, None)
+        raise
     known = f"{path.name}:{name}"
     cells.CELLS[known] = cell
     _loaded[known] = hashlib.sha256(source).hexdigest()
@@ -63,6 +64,20 @@ def digest() -> str:
     """Return what tells the files of all cells that were loaded from others: `none`, or a hash."""
     content = "".join(f"{name} {sha256}\n" for name, sha256 in sorted(_loaded.items()))
     return hashlib.sha256(content.encode()).hexdigest()[:16] if content else "none"
+
+
+def _cell_of(module: ModuleType, source: bytes, path: Path, name: str) -> Cell:
+    """Run a file as `module`, and return the cell of that name in it."""
+    try:
+        exec(compile(source, str(path), "exec"), module.__dict__)
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{path} cannot be run: {_told(error, path)}.") from error
+    cell = getattr(module, name, None)
+    if not isinstance(cell, Cell):
+        there = [key for key, value in vars(module).items() if isinstance(value, Cell)]
+        hint = f"It has {', '.join(there)}." if there else "docs/cells.md shows how a cell is written."
+        raise UsageError(f"{path} has no longshort.cells.Cell called {name!r}.", hint)
+    return cell
 
 
 def _check(place: str, cell: Cell, path: Path) -> None:

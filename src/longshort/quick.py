@@ -57,7 +57,7 @@ class Quick:
         H, P, float32 = self._H, self._P, torch.float32
         if type(x) is not Tensor or x.dtype is not float32 or x.dim() != 3 or not x.is_cpu or x.stride(2) != 1:
             return None
-        if x.is_neg() or is_functorch_wrapped_tensor(x):
+        if x.is_neg() or is_functorch_wrapped_tensor(x) or not x.data_ptr():
             return None
         T, B, I = x.shape
         if self.batch_first:
@@ -75,7 +75,7 @@ class Quick:
                     return None
                 if not (tensor.is_cpu and tensor.is_contiguous()) or tensor.is_neg():
                     return None
-                if is_functorch_wrapped_tensor(tensor):
+                if is_functorch_wrapped_tensor(tensor) or not tensor.data_ptr():
                     return None
                 width = H
         weights = []
@@ -83,7 +83,7 @@ class Quick:
             weight = parameters.get(name)
             if type(weight) is not Parameter or weight.dtype is not float32 or weight.shape != shape:
                 return None
-            if not (weight.is_cpu and weight.is_contiguous()) or weight.is_neg():
+            if not (weight.is_cpu and weight.is_contiguous() and weight.data_ptr()) or weight.is_neg():
                 return None
             weights.append(weight)
         h_0, c_0 = (*state, None, None)[:2]
@@ -253,7 +253,7 @@ class _LongshortQuickLayer(torch.autograd.Function):  # by its name `grad_fn` an
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None = None) -> tuple[Any, ...]:
         (x, h_0, c_0, *weights), y, (saved,) = kept(ctx)
         quick, target, having, wanted = ctx.quick, ctx.target, ctx.having, ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled():  # somebody will differentiate once more
+        if torch.is_grad_enabled() or not all(map(ops.is_readable, (dy, dh_n, dc_n))):
             found = quick.by_equations(target, having, x, h_0, c_0, weights, (dy, dh_n, dc_n), wanted)
         else:
             if y is None:

@@ -285,7 +285,7 @@ class RecurrentLayer(StandIn, nn.RNNBase):
         inputs = (x, *weights, *(state or ()), *(tensor for each in having for tensor in each.vectors.values()))
         grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
         size = steps, rows, stack.hidden_size
-        choice = kernels.choose(stack.cell, needs, x=x, size=size, grad=grad, casts=True)
+        choice = kernels.choose(stack.cell, needs, x=x, size=size, grad=grad, casts=True, others=inputs)
         return kernels.run_layers(
             choice,
             stack,

@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from longshort import backends
+from longshort import backends, ops
 from longshort.errors import UsageError
 
 OWN_ATTRIBUTES = ("options", "_stack", "_stock", "_needs", "_option_sizes", "_option_names", "_quick")
@@ -29,6 +29,14 @@ class StandIn(nn.Module):
     def lacking(self) -> frozenset[str]:
         """Return the names of the options that PyTorch's module lacks and that change what this one computes."""
         return frozenset()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        ops.unwatch(self.parameters(recurse=False))
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        ops.unwatch(self.parameters(recurse=False))
+        super()._load_from_state_dict(*arguments)
 
     def as_torch(self) -> nn.Module:
         """Return PyTorch's module with the same parameters, buffers and hooks.

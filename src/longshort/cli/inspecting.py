@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from longshort import durable
 from longshort.cli import console, models
-from longshort.cli.flags import Corpus, DataDir, Int, Json, OwnCell
+from longshort.cli.flags import DataDir, Int, Json, OwnCell
 from longshort.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ def inspect(
     /,
     *,
     prompt: Annotated[str | None, Parameter(help="Read this instead of FILE.", allow_leading_hyphen=True)] = None,
-    corpus: Corpus = None,
+    corpus: Annotated[
+        str | None, Parameter(help="A named corpus instead of FILE: builtin, timemachine, tinyshakespeare.")
+    ] = None,
     data_dir: DataDir = None,
     length: Annotated[Int, Parameter(help="Most characters to read, from the start.")] = 20_000,
     unit: Annotated[

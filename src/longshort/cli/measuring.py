@@ -29,7 +29,8 @@ def compare(
     implementations: Annotated[
         str | None,
         Parameter(
-            help="lecture: scratch, torch, native, reference, or your own copy of the textbook such as ./mine.py."
+            help="lecture: scratch, torch, native, reference, or your own copy of the textbook such as ./mine.py "
+            "(default: scratch,torch and, where there are native kernels, native)."
         ),
     ] = None,
     layers: Annotated[str | None, Parameter(help="depth: numbers of layers (default: 1,2,4).")] = None,

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from longshort.cli.screen import visible
+from longshort.config import is_own_cell
 
 
 def print_comparison(result: Mapping[str, Any]) -> None:
@@ -34,7 +35,7 @@ def print_comparison(result: Mapping[str, Any]) -> None:
     for group in summary(result["rows"]):
         figures = [f"{group['train_perplexity'][e]:.2f}" for e in epochs]
         table.add_row(
-            group["cell"].upper(),
+            _cell(group["cell"]),
             visible(group["implementation"]),
             f"{group['parameters']:,}",
             *figures,
@@ -57,8 +58,13 @@ def print_comparison(result: Mapping[str, Any]) -> None:
     for group in summary(result["rows"]):
         for sample in group["samples"]:
             console.print(
-                f"{group['cell'].upper():5}{visible(group['implementation'])}: {visible(sample)}", markup=False
+                f"{_cell(group['cell']):4} {visible(group['implementation'])}: {visible(sample)}", markup=False
             )
+
+
+def _cell(name: str) -> str:
+    """Return how a cell is shown: one of a user's own, FILE.py:NAME, as it is called."""
+    return visible(name) if is_own_cell(name) else name.upper()
 
 
 def print_depths(result: Mapping[str, Any]) -> None:
@@ -80,7 +86,7 @@ def print_depths(result: Mapping[str, Any]) -> None:
             n: statistics.median(r[n] for r in rows) for n in ("steps", "tokens_per_second", "bits_per_character")
         }
         table.add_row(
-            visible(cell.upper()),
+            _cell(cell),
             str(layers),
             kind,
             str(rows[0]["hidden"]),
@@ -191,7 +197,7 @@ def print_implementations(result: Mapping[str, Any]) -> None:
     console.print(
         "Steps x rows x units; a call's time and its spread. *: the fastest; auto: what runs where nothing is forced.\n"
         "Error: the largest difference from the equations in float64, as a share of the largest value.\n"
-        "To force one: longshort.kernels.use(name), or LONGSHORT_TARGET=name for a whole process."
+        "To force one: longshort.kernels.use(name). For a process: LONGSHORT_TARGET=name, of native kernels only."
     )
 
 

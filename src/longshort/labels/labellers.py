@@ -130,7 +130,12 @@ class Labeller(nn.Module, LabelModel):
 
 
 class SequenceClassifier(Labeller):
-    """Gives each sequence a class; arguments as `Labeller`."""
+    """Gives each sequence a class.
+
+    Args:
+        config: what the model reads, its layers, its labels; `per_step` is False.
+        tokenizer: where it reads texts or words.
+    """
 
     per_step = False
 
@@ -152,7 +157,12 @@ class SequenceClassifier(Labeller):
 
 
 class SequenceTagger(Labeller):
-    """Gives each step of a sequence a tag; arguments as `Labeller`."""
+    """Gives each step of a sequence a tag.
+
+    Args:
+        config: what the model reads, its layers, its labels; `per_step` is True.
+        tokenizer: where it reads texts or words.
+    """
 
     per_step = True
 
@@ -160,8 +170,8 @@ class SequenceTagger(Labeller):
         """Return the logits (T, B, C) of each step's tag; beyond a row's end they mean nothing.
 
         Args:
-            inputs: as of `SequenceClassifier`.
-            lengths: the same.
+            inputs: ids (T, B), where V stands for what the vocabulary does not hold, or vectors (T, B, I).
+            lengths: steps of each row, in any order, 0 allowed; all of them if None.
         """
         return cast(Tensor, self.output(self._drop(self._read(inputs, lengths)[0])))
 
