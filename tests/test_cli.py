@@ -340,7 +340,8 @@ def test_a_toml_file_sets_options_and_flags_win(workplace: Path, capsys: pytest.
     assert "--data-dir is empty" in complaint(capsys, 2, "train", "--config", "c.toml")
     Path("c.toml").write_text("hidden = = 9\n", encoding="utf-8")
     assert "cannot be read" in complaint(capsys, 2, "train", text, "--config", "c.toml")
-    assert "cannot be read" in complaint(capsys, 2, "train", text, "--config", "none.toml")
+    missing = complaint(capsys, 2, "train", text, "--config", "none.toml")
+    assert "none.toml cannot be read: no such file or directory" in missing
 
 
 def test_a_run_finds_a_named_corpus_again(

@@ -36,6 +36,8 @@ from test_resume import state_of
 
 SMALL: dict[str, Any] = {"hidden": 12, "embedding": 8, "seq_len": 12, "batch_size": 8, "threads": 1, "steps": 200}
 LINES: dict[str, Any] = SMALL | {"lines": True, "steps": 60, "layers": 2}
+WORDS: dict[str, Any] = SMALL | {"tokenizer": "word", "adaptive_softmax": True, "hidden": 16, "batch_size": 4}
+WORDS |= {"seq_len": 4, "steps": 60}  # so few symbols that often one process alone has rare ones
 DEEP: dict[str, Any] = SMALL | {"layers": 2, "dropout": 0.3, "steps": 40}
 
 
@@ -73,7 +75,7 @@ def in_both(rank: int, place: Path, ports: list[str]) -> None:
         (place / f"{name}.{rank}").write_text(found[name])
 
     def train(out: str, given: dict[str, Any], stop: Callable[[], bool] = never) -> Callable[[processes.Team], Any]:
-        config = TrainConfig(**given, texts=(str(place / "text.txt"),), out=str(place / out))
+        config = TrainConfig(**given, texts=(text_for(place, given),), out=str(place / out))
         return lambda team: training.train(config, stop=stop, team=team)
 
     def resume(out: str, stop: Callable[[], bool] = never) -> Callable[[processes.Team], Any]:
@@ -81,6 +83,7 @@ def in_both(rank: int, place: Path, ports: list[str]) -> None:
 
     case("plain", train("plain", SMALL))
     case("lines", train("lines", LINES))
+    case("words", train("words", WORDS))
     case("whole", train("whole", DEEP))
     case("first cut", train("cut", DEEP, after(11)))
     case("second cut", resume("cut"), after(5))  # it is process 1 that is asked to stop
@@ -111,8 +114,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return where both processes have made every case."""
     place = tmp_path_factory.mktemp("pair")
     (place / "text.txt").write_text(grammar.generate(3_000, seed=1), encoding="utf-8")
+    p = 1 / np.arange(1, 1501)
+    drawn = np.random.default_rng(0).choice(1500, 6000, p=p / p.sum())
+    (place / "words.txt").write_text(" ".join(f"w{number}" for number in (*drawn, *range(1500), *drawn)))
     train_alone(place, "one-two", SMALL, after(50))
-    ports = free_ports(12)
+    ports = free_ports(13)
     pair = launched([sys.executable, __file__, str(place), *ports[1:]], ports[0])
     for process in pair:
         _, said = process.communicate(timeout=180)
@@ -146,8 +152,12 @@ def free_ports(count: int) -> list[str]:
             each.close()
 
 
+def text_for(place: Path, given: dict[str, Any]) -> str:
+    return str(place / ("words.txt" if given is WORDS else "text.txt"))
+
+
 def train_alone(place: Path, out: str, given: dict[str, Any], stop: Callable[[], bool] = never) -> None:
-    config = TrainConfig(**given, texts=(str(place / "text.txt"),), out=str(place / out))
+    config = TrainConfig(**given, texts=(text_for(place, given),), out=str(place / out))
     for _ in training.train(config, stop=stop):
         pass
 
@@ -171,7 +181,7 @@ def assert_same_losses(one: Path, other: Path) -> None:
         np.testing.assert_allclose(saved[1].weights[name], array, atol=2e-3)
 
 
-@pytest.mark.parametrize(("name", "given"), [("plain", SMALL), ("lines", LINES)])
+@pytest.mark.parametrize(("name", "given"), [("plain", SMALL), ("lines", LINES), ("words", WORDS)])
 def test_two_processes_train_what_one_trains(place: Path, name: str, given: dict[str, Any]) -> None:
     assert ended(place, name) == ["Finished", "exit 0"]
     train_alone(place, f"{name}-alone", given)

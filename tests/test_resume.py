@@ -541,6 +541,8 @@ def test_training_starts_from_a_model(text_file: Path, tmp_path: Path, capsys: p
         (["--tokenizer", "byte"], "has tokenizer char, so tokenizer byte"),
         (["--init", "normal"], "init makes new weights"),
         (["--single-bias"], "single_bias makes new weights"),
+        (["--min-freq", "3"], "min_freq makes a new tokenizer"),
+        (["--vocab-size", "300"], "vocab_size makes a new tokenizer"),
         (["--from", "nowhere"], "run or model directory"),
     ],
 )
@@ -564,6 +566,10 @@ def test_python_is_told_of_another_model_too(text_file: Path, tmp_path: Path) ->
     foreign.write_text("\N{SNOWMAN}\N{UMBRELLA}" * 500)
     with pytest.raises(TextError, match="shares no symbol with the vocabulary"):
         train(foreign, tmp_path / "new", from_model=str(tmp_path / "old"))
+    single = tmp_path / "single.txt"
+    single.write_text("a" * 1000)
+    with pytest.raises(TextError, match="symbols of the tokenizer word, the text to train on has none after the first"):
+        train(single, tmp_path / "new", tokenizer="word")
     assert not (tmp_path / "new").exists()
 
 

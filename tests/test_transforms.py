@@ -152,6 +152,15 @@ def test_gradients_of_many_outputs_at_once(ours: Any, theirs: Any, shape: dict[s
     same(*(jacobian(lambda x, each=each: each(x)[0].sum(-1), x, vectorize=True) for each in (layer, peer)))
 
 
+def test_many_gradients_of_a_loss_at_once() -> None:
+    model = longshort.LanguageModel(longshort.ModelConfig(vocab_size=9, hidden=16))
+    ids, many = torch.randint(9, (6, 2)), torch.tensor([1.0, -0.5, 3.0])
+    loss, _ = model.loss(ids, ids.roll(-1, 0), None, 12)
+    found = torch.autograd.grad(loss, list(model.parameters()), many, is_grads_batched=True, retain_graph=True)
+    one = torch.autograd.grad(loss, list(model.parameters()))
+    same(found, [torch.stack([factor * gradient for factor in many]) for gradient in one])
+
+
 @pytest.mark.parametrize(("ours", "theirs"), [*PAIRS, *CELL_PAIRS])
 def test_a_layer_that_has_run_is_cast_by_exchange(ours: Any, theirs: Any) -> None:
     x = torch.randn(2, 3)

@@ -120,9 +120,10 @@ class Decoder:
         if config.cell not in CELLS or config.adaptive_softmax:
             what = "An adaptive softmax" if config.cell in CELLS else f"The cell {config.cell!r}"
             others = "" if config.cell in CELLS else f"; without it {', '.join(CELLS)} can be run"
-            raise UsageError(
-                f"{what} runs with PyTorch only{others}.", "Install PyTorch: pip install 'longshort[train]'"
-            )
+            hint = "Install PyTorch: pip install 'longshort[train]'"
+            if machine.version_of("torch") is not None:
+                hint = "In Python longshort.load(PATH, train=True); from the command line float32, without --weights."
+            raise UsageError(f"{what} runs with PyTorch only{others}.", hint)
         if precision not in PRECISIONS:
             raise UsageError(f"Weights can be {', '.join(PRECISIONS)}; not {precision!r}.")
         self.config = config

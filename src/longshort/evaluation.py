@@ -60,7 +60,7 @@ class Evaluation:
     nats_per_token: float
     """Mean of -log p of the predicted symbols."""
     perplexity: float
-    """exp of that."""
+    """exp of that, at most exp(700)."""
     bits_per_character: float
     """-log2 p of all predicted symbols together, divided by `characters`."""
     bits_per_byte: float

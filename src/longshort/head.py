@@ -109,6 +109,6 @@ class _LongshortCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
-        if float(dloss) != 1.0:
+        if not ops.is_readable(dloss) or float(dloss) != 1.0:
             gradients = [gradient * dloss for gradient in gradients]
         return (*gradients, None, None, None)

@@ -482,7 +482,12 @@ def cross_entropy(
         targets_N: int64; below 0 where there is nothing to predict.
         scale: of the gradients.
         target: number of the target that runs, -1 for what PyTorch's switches allow or else the active one.
+
+    Raises:
+        ValueError: not a target for each row.
     """
+    if targets_N.dtype is not torch.int64 or targets_N.shape != h_NH.shape[:1]:
+        raise ValueError(f"Targets must be int64 ({len(h_NH)}), not {targets_N.dtype} {tuple(targets_N.shape)}")
     given = [dense(tensor.detach()) for tensor in (h_NH, weight_VH, bias_V, targets_N)]
     dh_NH, *dweights = given[0].new_empty(h_NH.shape), *map(buffers.Gradients.like, given[1:3])
     nats_N = dh_NH.new_empty(len(h_NH), dtype=torch.float64)

@@ -72,7 +72,8 @@ def load_toml(path: str | Path) -> dict[str, Any]:
         with Path(path).open("rb") as file:
             return tomllib.load(file)
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"The configuration file {path} cannot be read: {error}.") from error
+        why = error.strerror.lower() if isinstance(error, OSError) and error.strerror else error
+        raise UsageError(f"The configuration file {path} cannot be read: {why}.") from error
 
 
 def combine(
@@ -132,6 +133,9 @@ def with_model(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name, harmless in (("init", "torch"), ("single_bias", False)):
         if settings.get(name, harmless) != harmless:
             raise UsageError(f"{name} makes new weights; --from brings its own.", f"Leave out {name}.")
+    for name in ("min_freq", "vocab_size"):
+        if settings.get(name) is not None:
+            raise UsageError(f"{name} makes a new tokenizer; --from brings its own.", f"Leave out {name}.")
     return {"dropout": saved.model.get("dropout", 0.0), **brought, **settings}
 
 

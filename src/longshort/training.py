@@ -80,6 +80,11 @@ class Prepared:
         self.train, self.heldout = encoding.encode(source, self.text, tokenizer, cut, config.lines)
         self.unknown_tokens = self.train.tokens - self.train.known
         if not self.train.known:
+            if config.from_model is None:
+                raise TextError(
+                    f"As symbols of the tokenizer {tokenizer.name}, the text to train on has none after the first.",
+                    "Give a longer text, or another tokenizer.",
+                )
             raise TextError("The text shares no symbol with the vocabulary of the model.", "Train a new model on it.")
         self.heldout_tokens = len(self.heldout.ids) if self.heldout.breaks is None else self.heldout.tokens
         self.look = self.heldout

@@ -131,8 +131,8 @@ class Stepper(ABC, Generic[M, B]):
             self.optimizer.zero_grad(set_to_none=True)
             with self.in_precision():
                 nats = self.read(batch)
-            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-            nats, stopping = self.team.add(gradients, [nats, float(self.stop())])
+            nats, stopping = self._add_up([nats, float(self.stop())])
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         self.stopping = stopping > 0
         total = torch.nn.utils.get_total_norm(gradients, foreach=True)
         norm, clip = total.item(), self.config.clip
@@ -146,6 +146,18 @@ class Stepper(ABC, Generic[M, B]):
             group["lr"] = min(rate, float(np.finfo(np.float32).max))  # what is larger, PyTorch cannot read
         self.optimizer.step()
         return nats, norm, rate
+
+    def _add_up(self, numbers: list[float]) -> list[float]:
+        """Make the gradients those of all processes together, and return the sums of `numbers`."""
+        if self.team.size == 1:
+            return numbers
+        # An adaptive softmax has gradients where its symbols are: in some processes perhaps, and not in others.
+        given = [float(parameter.grad is not None) for parameter in self.parameters]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        sums = self.team.add(gradients, [*numbers, *given])
+        for parameter, gradient, somewhere in zip(self.parameters, gradients, sums[len(numbers) :], strict=True):
+            parameter.grad = gradient if somewhere else None
+        return sums[: len(numbers)]
 
     def collect(self, state: bool) -> tuple[State | None, dict[str, list[Tensor]]]:
         """Return the carried state of all rows, if `state`, and the random numbers of every process, to process 0.

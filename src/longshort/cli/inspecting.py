@@ -163,6 +163,8 @@ def _print(found: Inspection, name: str) -> None:
     screen.print(table)
     for memory in found.memories():
         low, middle, high, most = memory.quantiles().values()
+        if middle < 1:  # the text has ended before
+            continue
         longest = int(memory.half_life.argmax())
         screen.print(
             f"Layer {memory.layer}: half of what a unit holds is gone after {middle:.0f} symbol{'s' * (middle != 1)}, "
