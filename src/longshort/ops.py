@@ -281,9 +281,10 @@ def pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
     """Return the packed weights of one direction, kept from an earlier call where nothing has changed."""
     owner, places, versions = weights[1], [], []
     for weight in weights[: call.num_plain]:
-        if weight.is_inference():
-            return None  # they do not tell of changes
-        places.append(weight.data_ptr())
+        place = weight.data_ptr()
+        if weight.is_inference() or not place:
+            return None  # they do not tell of changes, or there is nothing to be packed
+        places.append(place)
         versions.append(weight._version)
     target = library.ls_active_target() if call.target < 0 else call.target
     key = (target, call.cell, I, call.H, call.projected, places, versions)

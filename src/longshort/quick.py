@@ -83,7 +83,7 @@ class Quick:
             weight = parameters.get(name)
             if type(weight) is not Parameter or weight.dtype is not float32 or weight.shape != shape:
                 return None
-            if not (weight.is_cpu and weight.is_contiguous() and weight.data_ptr()) or weight.is_neg():
+            if not (weight.is_cpu and weight.is_contiguous()) or weight.is_neg():
                 return None
             weights.append(weight)
         h_0, c_0 = (*state, None, None)[:2]
@@ -92,7 +92,10 @@ class Quick:
         )
         target = ops.resolved(target, T, B, H)
         packed = None
-        if not grad:
+        if grad:
+            if not all(weight.data_ptr() for weight in weights):  # they only stand for others; `pack` asks too
+                return None
+        else:
             packed = ops.pack(self._call if target < 0 else self._call._replace(target=target), weights, I)
             if packed is None:
                 return None
