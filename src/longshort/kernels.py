@@ -194,6 +194,9 @@ def _active_target() -> str:
     return native.active_target() or NATIVE
 
 
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
 def _native_lacks(cell: str, needs: frozenset[str], x: Tensor | None, casts: bool = False) -> str:
     """Return why the native kernels cannot run a call, as it is or with what it is given cast; empty if they can."""
     if cell not in native.CELLS:
@@ -216,7 +219,7 @@ def _native_lacks(cell: str, needs: frozenset[str], x: Tensor | None, casts: boo
         return "autocast is on"
     if transforming():
         return "torch.func transforms the call or forward-mode derivatives are taken"
-    if type(x) not in (Tensor, torch.nn.Parameter) and not torch._C._len_torch_dispatch_stack():
+    if type(x) not in _PLAIN_TYPES and not torch._C._len_torch_dispatch_stack():
         return f"they run dense tensors, not {type(x).__name__}"
     return "" if x.layout is torch.strided else f"they run dense tensors, not {x.layout}"
 
@@ -225,7 +228,10 @@ def _not_dense(tensors: Sequence[Tensor | None]) -> str:
     """Return why the native kernels cannot read the numbers of these, beside x; empty if they can."""
     if not _graphed():
         for tensor in tensors:
-            if tensor is not None and (is_traceable_wrapper_subclass(tensor) or torch._is_functional_tensor(tensor)):
+            if tensor is None:
+                continue
+            wraps = type(tensor) not in _PLAIN_TYPES and is_traceable_wrapper_subclass(tensor)
+            if wraps or torch._is_functional_tensor(tensor):
                 return "they run dense tensors, not those that stand for others"
     return ""
 

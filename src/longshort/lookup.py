@@ -3,7 +3,7 @@
     N  symbols   V  rows   E  width
 
 PyTorch's `F.embedding` makes its gradient, as large as the matrix and zero but for N rows, anew in every step. With a
-large vocabulary fresh pages from the system take longer than all the rest.
+large vocabulary fresh pages from the system take longer than to add up the rows (docs/log.md).
 """
 
 from __future__ import annotations
