@@ -38,7 +38,7 @@ struct Backward {
   const Sizes<Cell> sizes;
   int64_t T, B, I, H, P;
   int64_t Bp;             /* rows that a blocked array of states has room for */
-  int threads, teams;
+  int threads, teams, team_size;
   int64_t chunk_rows;     /* of a team */
   int64_t U;              /* unit blocks, without those that are all padding */
   int64_t h_blocks;       /* of W columns of h */
@@ -104,16 +104,17 @@ struct Backward {
     sum_floats = 0;
     for (const Sum& sum : weights.sums)
       if (sum.p) sum_floats += ceil_div(sum.floats, W) * W;
-    int64_t most = larger(a.shape.num_threads, 1);
+    const int64_t weights_read = hidden_panels * panel_floats<R>() + input_panels * panel_floats<F>();
     /* Adding up must cost less than it costs to exchange dgates, of which products of pairs take half. */
-    const bool by_rows = !direct_weights && R::kPair * sum_floats <= steps.total_rows() * G * H &&
-                         divides_rows(a.shape, most, hidden_panels * panel_floats<R>() + input_panels * panel_floats<F>());
-    if (!by_rows) most = smaller(most, unit_panels);
+    const int64_t most = 1 + (direct_weights ? 0 : steps.total_rows() * G * H / larger(R::kPair * sum_floats, 1));
+    const Teams best = best_teams(a.shape, larger(a.shape.num_threads, 1), unit_panels, weights_read, most);
     const double rows = double(steps.total_rows()), waited_for = rows_waited_for(steps.total_rows(), T);
     double flops = 4.0 * rows * double(H) * double(G * (I + P) + a.shape.P) + 2.0 * (waited_for - rows) * double(H * G * P);
     flops += kFlopsPerUpdatedWeight * double(H * G * (I + P));
-    threads = useful_threads(int(most), flops, by_rows ? 2.0 : double(T));
-    teams = by_rows ? threads : 1;
+    const Teams useful = useful_teams(best, flops, double(T), 2.0);
+    teams = useful.count;
+    team_size = useful.size;
+    threads = teams * team_size;
   }
 
   int64_t carve(float* memory) {
@@ -129,7 +130,7 @@ struct Backward {
     parts = normal || peeps ? arena.array(threads * part_floats()) : nullptr;
     sums = teams > 1 ? arena.array((teams - 1) * sum_floats) : nullptr;
     row_offset = reinterpret_cast<int64_t*>(arena.array(2 * T));
-    shared = reinterpret_cast<Team::Shared*>(arena.array(int64_t(sizeof(Team::Shared) / 4)));
+    shared = reinterpret_cast<Team::Shared*>(arena.array(int64_t(sizeof(Team::Shared) / 4) * (teams + 1)));
     chunk_floats = carve_chunk(nullptr);
     chunks = arena.array(teams * chunk_floats);
     return arena.floats();
@@ -177,7 +178,7 @@ struct Backward {
     if (!memory) return LS_OUT_OF_MEMORY;
     must_be(carve(memory) == floats && carve_chunk(chunks) == chunk_floats);
     steps.count_rows(row_offset);
-    clear(reinterpret_cast<float*>(shared), int64_t(sizeof(Team::Shared) / 4));
+    clear(reinterpret_cast<float*>(shared), int64_t(sizeof(Team::Shared) / 4) * (teams + 1));
     parallel(
         threads,
         [](void* context, int thread, int count) { static_cast<Backward*>(context)->work(thread, count); }, this);
@@ -215,7 +216,7 @@ struct Backward {
   void work(int thread, int count) {
     FlushSubnormals flush;
     MatrixUnit unit;
-    Team all(shared, thread, count);
+    Team all(shared + teams, thread, count);
     pack(all);
     start_state(all);
     for (int64_t share = all.begin(threads); share < all.end(threads) && parts; ++share)
@@ -224,14 +225,13 @@ struct Backward {
     if (teams == 1) {
       if (!run_rows(all, 0, B, parts)) return;
     } else {
-      /* One team a thread; more where fewer threads came than were asked for, or the others have left. */
-      for (int64_t team = all.begin(teams); team < all.end(teams); ++team) {
+      all.for_teams(shared, teams, [&](Team& team, int64_t index) {
         Backward own = *this;
-        must_be(own.carve_chunk(chunks + team * chunk_floats) == chunk_floats);
-        if (team) own.weights.sum_apart(sums + (team - 1) * sum_floats);
-        Team alone(shared, 0, 1);
-        own.run_rows(alone, B * team / teams, B * (team + 1) / teams, parts ? parts + team * part_floats() : nullptr);
-      }
+        must_be(own.carve_chunk(chunks + index * chunk_floats) == chunk_floats);
+        if (index) own.weights.sum_apart(sums + (index - 1) * sum_floats);
+        float* own_parts = parts ? parts + index * team_size * part_floats() : nullptr;
+        own.run_rows(team, B * index / teams, B * (index + 1) / teams, own_parts);
+      });
       if (!all.wait()) return;
       add_up(all);
     }
@@ -547,7 +547,7 @@ struct Backward {
   /* The same with layer normalisation, own shares of the rows. There are as many as threads were planned, so that which rows
      are summed up together does not depend on how many came. */
   void run_step_normal(const Team& team, int64_t step, const Rows& rows, float* own_parts) {
-    const int64_t shares = teams > 1 ? 1 : threads, n = rows.count();
+    const int64_t shares = team_size, n = rows.count();
     for (int64_t share = team.begin(shares); share < team.end(shares); ++share)
       for (int64_t row = rows.begin + n * share / shares; row < rows.begin + n * (share + 1) / shares; ++row)
         if (options)

@@ -96,13 +96,13 @@ struct Forward {
   void plan_teams() {
     const int64_t most = larger(smaller(a.shape.num_threads, sizes.panels * larger(B, 1)), 1);
     const int64_t weights = sizes.panels * sizes.panel_floats() + projection.floats();
-    const bool by_rows = !direct && divides_rows(a.shape, most, weights);
     const double rows = double(steps.total_rows()), waited_for = rows_waited_for(steps.total_rows(), T);
     double flops = 2.0 * double(H) * (rows * double(G * sizes.I + a.shape.P) + waited_for * double(G * P));
     if (a.saved) flops += kFlopsPerUpdatedWeight * double(weights);
-    threads = useful_threads(int(most), flops, by_rows ? 1.0 : double(T));
-    teams = by_rows ? threads : 1;
-    team_size = by_rows ? 1 : int(smaller(threads, sizes.panels));
+    const Teams best = best_teams(a.shape, most, sizes.panels, weights, direct ? 1 : most);
+    const Teams useful = useful_teams(best, flops, double(T), 1.0);
+    teams = useful.count;
+    team_size = useful.size;
     threads = teams * team_size;
   }
 
@@ -174,9 +174,9 @@ struct Forward {
     Team all(shared + teams, thread, count);
     if (own_packed) pack(all);
     if (!all.wait()) return;
-    /* One team a thread; more where fewer threads came than were asked for, or the others have left. */
-    for (int64_t team = all.begin(teams); team < all.end(teams); ++team)
-      run_rows(Team(shared + team, 0, 1), B * team / teams, B * (team + 1) / teams, team);
+    all.for_teams(shared, teams, [&](const Team& team, int64_t index) {
+      run_rows(team, B * index / teams, B * (index + 1) / teams, index);
+    });
     all.wait(); /* to notice whether somebody else has the other cores */
   }
 

@@ -77,6 +77,22 @@ class Team {
   /* Whether this is the first thread, which stays where the others leave. */
   bool leads() const { return index_ == 0; }
 
+  /* Runs body(team, index) for each of `teams` that this thread is in, all of them begun anew. A team has as many threads as
+     there are for each; where fewer came than there are teams, or the others have left, one thread is several teams. */
+  template <class Body>
+  void for_teams(Shared* shared, int teams, Body body) const {
+    const int size = count_ / teams;
+    if (size == 0) {
+      for (int64_t index = begin(teams); index < end(teams); ++index) {
+        Team alone(shared + index, 0, 1);
+        body(alone, index);
+      }
+    } else if (index_ / size < teams) {
+      Team team(shared + index_ / size, index_ % size, size);
+      body(team, index_ / size);
+    }
+  }
+
   /* This thread's share of n pieces. */
   int64_t begin(int64_t n) const { return n * index_ / count_; }
   int64_t end(int64_t n) const { return n * (index_ + 1) / count_; }

@@ -161,13 +161,33 @@ static inline bool reads_direct(const ls_shape& s, int64_t rows, bool backward) 
   return (Step::kPair > 1 ? 3 : 1) * W * rows <= 2 * (s.I + P);
 }
 
-/* Whether threads divide a batch's rows and not the units: they wait for nobody at each step then, but each reads all weights.
-   Whether that pays was measured by rows of a thread and by weights: docs/log.md. */
-static inline bool divides_rows(const ls_shape& s, int64_t threads, int64_t weights) {
-  const int64_t rows = s.B / threads, kilobytes = weights * 4 >> 10;
-  if (s.counts || rows == 0) return false; /* rows of several lengths would not be shared out evenly */
-  if (s.T <= 4) return false;              /* to read all weights costs more than so few waits */
-  return kilobytes <= (rows >= 32 ? 32 << 10 : rows >= 10 ? 2560 : rows >= 5 ? 768 : 192);
+/* Teams divide a batch's rows, a team's threads its units. */
+struct Teams {
+  int count, size;
+};
+
+/* How `threads` are best divided, at most `panels` of them in a team. A small team waits less at each step, and passes less from
+   core to core, but each of its threads reads more weights for fewer rows. What pays was measured by rows of a team and by
+   weights of a thread, with two threads and with sixteen: docs/log.md. `most` teams at most. */
+static inline Teams best_teams(const ls_shape& s, int64_t threads, int64_t panels, int64_t weights, int64_t most) {
+  const int64_t largest = smaller(threads, larger(panels, 1));
+  /* Rows of several lengths would not be shared out evenly; to read all weights costs more than a few waits. */
+  if (s.counts || s.T <= 4) return {1, int(largest)};
+  for (int64_t size = 1; size <= smaller(threads / 2, largest); ++size) {
+    const int64_t teams = smaller(threads / size, most), rows = s.B / teams, kilobytes = weights / size * 4 >> 10;
+    if (rows == 0 || 8 * teams * size < 7 * threads) continue; /* threads would be idle */
+    if (kilobytes <= (rows >= 32 ? 32 << 10 : rows >= 10 ? 2560 : rows >= 5 ? 768 : 192)) return {int(teams), int(size)};
+  }
+  /* Threads beyond one for each panel do not make less of six rows: those take as long as their weights need to come. */
+  return {int(larger(smaller(smaller(threads / largest, most), s.B / 6), 1)), int(largest)};
+}
+
+/* Those of them that are worth it in a call of `flops` operations, where a team waits at each of `steps` steps and all together
+   `by_rows` times. */
+static inline Teams useful_teams(Teams teams, double flops, double steps, double by_rows) {
+  if (teams.count > 1) teams.count = int(larger(useful_threads(teams.count * teams.size, flops, by_rows) / teams.size, 1));
+  if (teams.size > 1) teams.size = useful_threads(teams.size, flops / teams.count, steps);
+  return teams;
 }
 
 /* Ends the process where this library is wrong: memory that was counted too little would be somebody else's. */

@@ -13,7 +13,7 @@ namespace {
 constexpr int kMostThreads = 256;
 constexpr int64_t kSpin = 30 * 1000;          /* ns of spinning before a waiting thread yields its core at every turn */
 constexpr int64_t kLongWait = 300 * 1000;     /* ns beyond twice one's own share of a step: the other is not being run */
-constexpr int64_t kFirstPause = 2 * 1000000;  /* ns of single-threaded calls when calls have waited too much; doubled while they */
+constexpr int64_t kFirstPause = 2 * 1000000;  /* ns of calls in fewer threads when calls have waited too much; doubled while they */
 constexpr int kDoublings = 8;                 /* go on to, so many times: half a second */
 constexpr int kTrouble = 8;                   /* calls that went well make up for one that did not */
 
@@ -40,22 +40,39 @@ void set(T* p, T value) {
   __atomic_store_n(p, value, __ATOMIC_RELEASE);
 }
 
-int64_t single_until = 0; /* calls run in one thread until then */
-int troubled = 0;         /* a thread of the present call waited as long as it worked */
-int troubles = 0;         /* kTrouble for each such call, 1 less for each other */
+int most_threads = kMostThreads; /* that a call runs in, until somebody tries more */
+int64_t more_at = 0;             /* when that is */
+int64_t pause = kFirstPause;     /* ns until then */
+int troubled = 0;                /* a thread of the present call waited for long: see Team::wait */
+int troubles = 0;                /* kTrouble for each such call, 1 less for each other */
 
-/* One such call may be chance; a second soon after means that somebody has the other core. A call that waits may cost ten
-   times what several threads gain, so few of them outweigh many that went well. */
-void learn() {
+/* How many of the threads that are wanted a call gets. After a pause a third more are tried. */
+int allowed(int wanted) {
+  int most = get(&most_threads);
+  if (most < wanted && now() >= get(&more_at)) {
+    most += (most + 2) / 3;
+    set(&most_threads, most);
+    set(&more_at, now() + get(&pause));
+  }
+  return most < wanted ? most : wanted;
+}
+
+/* One call that waited may be chance; a second soon after means that somebody has a core that `threads` need. It may cost ten
+   times what several threads gain, so few such calls outweigh many that went well. A quarter of the threads is left out then, of
+   two one. That calls go well in `some` of the threads says nothing of all. */
+void learn(int threads, bool some) {
   int count = get(&troubles);
   if (!__atomic_exchange_n(&troubled, 0, __ATOMIC_ACQ_REL)) {
-    if (count) set(&troubles, count - 1);
+    if (count && !some) set(&troubles, count - 1);
     return;
   }
   constexpr int kEnough = kTrouble * 3 / 2, kMost = kEnough + kDoublings * kTrouble;
   count = count + kTrouble < kMost ? count + kTrouble : kMost;
   set(&troubles, count);
-  if (count >= kEnough) set(&single_until, now() + (kFirstPause << (count - kEnough) / kTrouble));
+  if (count < kEnough) return;
+  set(&pause, kFirstPause << (count - kEnough) / kTrouble);
+  set(&more_at, now() + get(&pause));
+  set(&most_threads, threads - (threads + 3) / 4);
 }
 
 /* OpenMP: GNU's entry points, which LLVM's library has too. Found in the process, not linked against. */
@@ -192,7 +209,9 @@ bool uses_openmp() { return get(&openmp) != 0; }
 void parallel(int num_threads, void (*body)(void*, int, int), void* context) {
   Region region = {body, context};
   if (num_threads > kMostThreads) num_threads = kMostThreads;
-  if (num_threads <= 1 || (uses_openmp() && get(&forked)) || now() < get(&single_until)) {
+  const int wanted = num_threads;
+  if (wanted > 1) num_threads = allowed(wanted);
+  if (num_threads <= 1 || (uses_openmp() && get(&forked))) {
     body(context, 0, 1);
     return;
   }
@@ -200,14 +219,15 @@ void parallel(int num_threads, void (*body)(void*, int, int), void* context) {
     gomp_parallel(in_region, &region, unsigned(num_threads), 0);
   else
     in_pool(num_threads, region);
-  learn();
+  learn(num_threads, num_threads < wanted);
 }
 
 int useful_threads(int wanted, double flops, double steps) {
-  /* A thread more must save more than the waits cost that it brings: about 1 us a step and 5 a call. */
+  /* A thread more must save more than the waits cost that it brings: about 1 us a step and 5 a call. Where there are more than
+     two, each saves less, and makes all wait longer. */
   constexpr double kFlopsPerStep = 1.5e5, kFlopsPerCall = 5e5;
-  double most = flops / (kFlopsPerStep * steps + kFlopsPerCall);
-  if (most < wanted) wanted = int(most);
+  const double most = flops / (kFlopsPerStep * steps + kFlopsPerCall);
+  while (wanted > 1 && most < (wanted > 2 ? 0.5 * wanted * wanted : wanted)) --wanted;
   return wanted < 1 ? 1 : wanted;
 }
 
@@ -234,14 +254,17 @@ bool Team::wait() {
   last_ = now();
   waited_ += waited;
   if (waited > patience) long_waits_ += waited;
-  if (waited_ > kLongWait && 2 * waited_ > last_ - begun_) set(&troubled, 1); /* alone it would have been done by now */
+  /* One thread would have been done alone by now; or, of more than two, a quarter would not have been missed. */
+  const int64_t elapsed = last_ - begun_, missed = count_ > 2 ? long_waits_ : 0;
+  if ((waited_ > kLongWait && count_ * waited_ > (count_ - 1) * elapsed) || 4 * missed > elapsed) set(&troubled, 1);
   if (!s->alone) return true;
   if (index_ != 0) return false;
   count_ = 1;
   return true;
 }
 
-/* Whether a quarter of this call was spent in waits that should not have been. */
-bool Team::is_much(int64_t long_waits, int64_t at) const { return 4 * long_waits > at - begun_; }
+/* Whether so much of this call was spent in waits that should not have been that one thread would be as fast alone: of two a
+   quarter, of n 1 - 1.5 / n. */
+bool Team::is_much(int64_t long_waits, int64_t at) const { return 2 * count_ * long_waits > (2 * count_ - 3) * (at - begun_); }
 
 }  // namespace ls

@@ -110,7 +110,7 @@ def test_no_quadratic_cost_in_the_number_of_steps() -> None:
         x_TBG = torch.randn(T, 1, 32, requires_grad=True)
         state = (torch.zeros(1, 8), torch.zeros(1, 8))
         weights = [torch.zeros(32, 8), torch.randn(32, 8)]
-        with torch.profiler.profile(profile_memory=True) as profile:
+        with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
             output, _ = cells.unroll(cells.CELLS["lstm"], x_TBG, state, weights, bias=False)
             output.sum().backward()  # type: ignore[no-untyped-call]
         events = profile.events()

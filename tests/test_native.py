@@ -287,6 +287,21 @@ def test_threads_that_divide_rows(target: str, cell: str, reverse: bool) -> None
             case.check(target, reverse, threads)
 
 
+@DIRECTIONS
+@EVERY_CELL
+def test_teams_of_several_threads(target: str, cell: str, reverse: bool) -> None:
+    """Many threads, and weights that are more than one should read: teams divide rows, and their threads units."""
+    rng = np.random.default_rng(0)
+    P = 11 if native.STATES[cell] == 2 else 0
+    wide = Case(rng, cell, T=8, B=34, I=9, H=200)
+    for threads in (4, 7, 16):
+        wide.check(target, reverse, threads)
+    assert np.array_equal(wide.forward(reverse, target=target, threads=16).y, wide.forward(reverse, target=target).y)
+    for layer_norm in (False, True):
+        case = Case(rng, cell, T=8, B=34, I=9, H=200, P=P, everything=True, layer_norm=layer_norm, offset=1)
+        case.check(target, reverse, 16)
+
+
 @pytest.mark.parametrize("target", [*TARGETS, *native.LOWER], indirect=True)
 @DIRECTIONS
 @EVERY_CELL
@@ -444,8 +459,15 @@ rng = np.random.default_rng(0)
 draw = lambda *shape: rng.normal(size=shape).astype("f4")
 x, weights, dy = draw(20, 34, 24), native_layers.Weights(draw(156, 24), draw(156, 39)), draw(20, 34, 39)
 gains = native_layers.Options(gains=native_layers.Gains(draw(156), draw(156), draw(39), draw(39)))
+wide = native_layers.Weights(draw(768, 24), draw(768, 192))
+all_y = draw(20, 34, 192)
+gains_of_wide = native_layers.Options(gains=native_layers.Gains(draw(768), draw(768), draw(192), draw(192)))
 def run(threads):
-    found = []
+    found, many = [], 8 if threads > 1 else 1
+    for options in (native_layers.Options(), gains_of_wide):  # rows divided among teams of several threads
+        output = native_layers.forward("lstm", x, wide, options=options, save=True, threads=many)
+        gradients = native_layers.backward("lstm", x, wide, output, all_y, options=options, threads=many)
+        found.append(gradients.gains.gamma_hh if gradients.gains else gradients.weight_hh)
     for n, options in ((20, native_layers.Options()), (20, gains), (2, gains)):  # rows divided, and units
         output = native_layers.forward("lstm", x[:n], weights, options=options, save=True, threads=threads)
         gradients = native_layers.backward("lstm", x[:n], weights, output, dy[:n], options=options, threads=threads)

@@ -30,12 +30,46 @@ from longshort import cells, masks
 from longshort.cells import Options, Readings, Sequences, Stack, State
 
 TORCH_OPS: dict[str, Any] = {"rnn": torch.rnn_tanh, "rnn_relu": torch.rnn_relu, "gru": torch.gru, "lstm": torch.lstm}
+_cudnn: Any = torch.backends.cudnn
 TORCH_STEPS: dict[str, Any] = {
     "rnn": torch.rnn_tanh_cell,
     "rnn_relu": torch.rnn_relu_cell,
     "gru": torch.gru_cell,
     "lstm": torch.lstm_cell,
 }
+
+
+def lay_for_cudnn(stack: Stack, weights: Sequence[Tensor], dropout: float = 0.0) -> None:
+    """Move weights on a GPU into one piece of memory, as cuDNN reads them: it would copy them at every call.
+
+    They stay the same tensors, as after `torch.nn.RNNBase.flatten_parameters`. Where layers are run one by one, because
+    there is `dropout` between them or they are residual, each gets a piece. Left as they are where cuDNN does not run
+    them, or two share their memory.
+    """
+    if stack.cell not in TORCH_OPS or stack.coupled or not all(weight.is_cuda for weight in weights):
+        return
+    first, pointers = weights[0], {weight.data_ptr() for weight in weights}
+    fit = all(weight.dtype is first.dtype and _cudnn.is_acceptable(weight) for weight in weights)
+    if not fit or len(pointers) < len(weights):
+        return
+    mode = {"rnn": "RNN_TANH", "rnn_relu": "RNN_RELU"}.get(stack.cell, stack.cell.upper())
+    per_layer = len(weights) // stack.num_layers
+    D = 1 + stack.bidirectional
+    each = 1 if stack.residual or dropout else stack.num_layers
+    where: Any = torch.cuda.device_of
+    with where(first), torch.no_grad():
+        for layer in range(0, stack.num_layers, each):
+            torch._cudnn_rnn_flatten_weight(
+                list(weights[layer * per_layer : (layer + each) * per_layer]),
+                per_layer // D,
+                D * stack.output_size if layer else stack.input_size,
+                _cudnn.rnn.get_cudnn_mode(mode),
+                stack.hidden_size,
+                stack.proj_size,
+                each,
+                False,
+                stack.bidirectional,
+            )
 
 
 def zero_state(stack: Stack, x: Tensor, batch_size: int) -> State:
@@ -114,6 +148,8 @@ def run_torch(
         rows = x.shape[0 if batch_first else 1] if sequences is None else sequences.batch_size
         state = zero_state(stack, x, rows)
     hx = state if len(state) > 1 else state[0]
+    if x.is_cuda and torch.is_grad_enabled() and not training:
+        dropout, training = 0.0, True  # the same numbers; but cuDNN keeps what gradients need in training alone
     rest = (list(weights), stack.bias, stack.num_layers, dropout, training, stack.bidirectional)
     op = TORCH_OPS[stack.cell]
     output, *after = op(x, hx, *rest, batch_first) if sequences is None else op(x, sequences.counts, hx, *rest)

@@ -299,8 +299,9 @@ def run_layers(
     if choice.autocast:
         rest |= {"dropout": dropout, "readings": readings}
         return _run_autocast(choice, stack, x, state, weights, options=options, **rest)
-    # PyTorch's kernel would draw masks of its own between layers: which kernel runs would decide what is dropped.
-    drops = choice.name == "torch" and dropout > 0 and training and stack.num_layers > 1 and x.is_cpu
+    # PyTorch's kernel would draw masks of its own between layers: which kernel runs would decide what is dropped, and
+    # cuDNN's numbers could not be put back when training is resumed.
+    drops = choice.name == "torch" and dropout > 0 and stack.num_layers > 1 and (training or x.is_cuda)
     if not (stack.residual or drops):
         found: tuple[Tensor, State] = run(
             stack, x, state, weights, dropout=dropout, options=options, readings=readings, **rest
@@ -502,8 +503,8 @@ def run_tokens(
     The first layer's product of embedding and input weights is taken once a symbol of the vocabulary, not once a
     token: a table from which the gates' input share is gathered, where there are fewer symbols than tokens. PyTorch's
     kernels cannot start from a gathered share; where V is below E they get one-hot rows and the table as input
-    weights, the same product, V wide. Without gradients the native kernels get the embedding's rows: packed weights
-    are kept then.
+    weights, the same product, V wide; on a GPU the embedding's rows, since cuDNN copies weights that are made anew.
+    Without gradients the native kernels get those too: packed weights are kept then.
 
     Args:
         cell: name of the cell.
@@ -563,7 +564,7 @@ def run_tokens(
         return ops.run_native(
             stack, table_VG, state, flat, dropout=dropout, training=training, target=target, grad=grad, ids=ids_TB
         )
-    if identity is not None and not keep:
+    if identity is not None and not keep and (embedding_VE is None or ids_TB.is_cpu):
         x_TBI = F.embedding(ids_TB, identity)
         if embedding_VE is not None:
             weights = [[weight_ih @ embedding_VE.T, *weights[0][1:]], *weights[1:]]

@@ -13,7 +13,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from longshort import cells
+from longshort import backends, cells
 from longshort.cells import Options, Stack
 from longshort.options import LayerOptions, OptionArguments
 from longshort.recurrent import RecurrentLayer
@@ -134,10 +134,19 @@ class CellStack(nn.Module):
     """
 
     def __init__(
-        self, cell: str, input_size: int, hidden_size: int, num_layers: int = 1, layer_norm: bool = False
+        self,
+        cell: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        layer_norm: bool = False,
+        residual: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.cell = cell
+        self.residual = residual
+        self.dropout = dropout
         self.hidden_size = hidden_size
         self.num_layers = num_layers
         self.vectors = cells.get_cell(cell).vectors
@@ -159,6 +168,21 @@ class CellStack(nn.Module):
             for name, gain in gains.items():
                 self.register_parameter(f"{name}_l{layer}", gain)
             having.initialise(Stack(cell, input_size, hidden_size), gains)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        found = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.flatten_parameters()
+        return found
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.flatten_parameters()
+
+    def flatten_parameters(self) -> None:
+        """Lay the weights out for cuDNN, where it can run them."""
+        weights = [weight for own in self.all_weights for weight in own]
+        size = weights[0].shape[1], self.hidden_size, self.num_layers
+        backends.lay_for_cudnn(Stack(self.cell, *size, residual=self.residual), weights, self.dropout)
 
     @property
     def options(self) -> list[Options]:

@@ -104,7 +104,7 @@ class LayerOptions:
     def needs(self, training: bool) -> frozenset[str]:
         """Return the names of those that a kernel must know of; the others act on weights or states alone."""
         names = {"layer_norm", "zoneout", "peephole", "coupled_gates"} | ({"recurrent_dropout"} if training else set())
-        return frozenset(names & self.given.keys())
+        return frozenset(name for name in names if name in self.given)
 
     def parameter_sizes(self, stack: Stack) -> dict[str, int]:
         """Return the names, without layer and direction, and the sizes of the parameters that they add."""

@@ -145,6 +145,12 @@ class Team:
             ) from error
 
 
+def on_this_machine() -> int:
+    """Return how many processes torchrun has started here; 1 where it was not asked."""
+    given = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return int(given) if given.isdecimal() else 1
+
+
 def join() -> Team:
     """Return the team that torchrun has started this process in; a team of one where it has not.
 

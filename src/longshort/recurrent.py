@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from longshort import kernels, ops
+from longshort import backends, kernels, ops
 from longshort.cells import Options, Readings, Sequences, Stack, State
 from longshort.errors import UsageError
 from longshort.kernels import Choice
@@ -56,6 +56,7 @@ class RecurrentLayer(StandIn, nn.RNNBase):
                     tensor = torch.empty(self._option_sizes[name], **factory)
                     self.register_parameter(full_name, nn.Parameter(tensor))
             self._initialise_options()
+            self.flatten_parameters()
         self.prepare()
 
     @property
@@ -65,6 +66,9 @@ class RecurrentLayer(StandIn, nn.RNNBase):
 
     @cached_property
     def _stack(self) -> Stack:
+        return self._make_stack()
+
+    def _make_stack(self) -> Stack:
         return Stack(
             {"RNN_TANH": "rnn", "RNN_RELU": "rnn_relu"}.get(self.mode, self.mode.lower()),
             self.input_size,
@@ -166,10 +170,10 @@ class RecurrentLayer(StandIn, nn.RNNBase):
                 argument too, its exception.
             UsageError: arguments that do not go together.
         """
-        quick = self._quick[self.training]
+        quick = self._quick[int(self.training)]  # PyTorch's compiler, before 2.12, takes no bool for an index
         if quick is not None and quick.batch_first is not self.batch_first:  # set since then
             self.__dict__.pop("_quick", None)
-            quick = self._quick[self.training]
+            quick = self._quick[int(self.training)]
         target = None if quick is None else kernels.quick_target()
         if quick is not None and target is not None and (not arguments or self._are_whole(input, arguments)):
             found = quick(self._parameters, input, hx, target)
@@ -225,7 +229,7 @@ class RecurrentLayer(StandIn, nn.RNNBase):
         sequences = None if lengths is None else read_lengths(lengths, steps, rows)
         if resets is not None:
             shape = (steps,) if rows is None else (rows, steps) if batch_first else (steps, rows)
-            resets = read_resets(resets, shape).view(input.shape[:2])
+            resets = read_resets(resets, shape).view(input.shape[:2]).to(input.device)
             resets = resets.T if batch_first else resets
         readings: list[Readings] | None = [] if return_gates else None
         output, state = self._run(
@@ -271,7 +275,7 @@ class RecurrentLayer(StandIn, nn.RNNBase):
         readings: list[Readings] | None,
     ) -> tuple[Tensor, State]:
         stack, training = self._stack, self.training
-        needs = self._needs[training]
+        needs = self._needs[int(training)]
         if sequences is not None or resets_TB is not None or readings is not None:
             needs = self._needs_of(
                 packed=sequences is not None and sequences.packed,
@@ -303,7 +307,7 @@ class RecurrentLayer(StandIn, nn.RNNBase):
     def _needs_of(self, **arguments: bool) -> frozenset[str]:
         """Return what `kernels.choose` must know of a call that has these arguments."""
         used = [name for name, given in arguments.items() if given]
-        needs = self._needs[self.training]
+        needs = self._needs[int(self.training)]
         return needs.union(used) if used else needs
 
     def _with_options(
@@ -420,8 +424,10 @@ class RecurrentLayer(StandIn, nn.RNNBase):
 
     def flatten_parameters(self) -> None:
         """Lay the weights out for cuDNN, where it can run them."""
-        if not self.options.coupled_gates:
+        if not self.options.coupled_gates and not (self.options.residual or self.dropout):
             super().flatten_parameters()
+        elif all(isinstance(weight, Tensor) and weight.is_cuda for weight in self._flat_weights):
+            backends.lay_for_cudnn(self._make_stack(), self._weights(), self.dropout)
 
     def extra_repr(self) -> str:
         """Return the arguments as PyTorch's layer shows them, and the options."""
@@ -434,3 +440,4 @@ class RecurrentLayer(StandIn, nn.RNNBase):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.prepare()
+        self.flatten_parameters()  # a copy's weights lie apart

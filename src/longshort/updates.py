@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from longshort import kernels, model_files, native, snapshot
+from longshort import kernels, model_files, native, processes, snapshot
 from longshort.cells import State
 from longshort.config import Options, Schedule
 from longshort.errors import TrainingError, UsageError
@@ -200,7 +200,12 @@ def checkpoint_size(stepper: Stepper[Any, Any]) -> int:
 
 
 def device(name: str) -> torch.device:
-    """Return the device that an option names; UsageError where PyTorch has none here."""
+    """Return the device that an option names; UsageError where PyTorch has none here, or fewer than processes."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("There is no CUDA device that PyTorch can use here.", "Leave out --device cuda.")
+    if name == "cuda" and (beside := processes.on_this_machine()) > (there := torch.cuda.device_count()):
+        raise UsageError(
+            f"There are {beside} processes here, but PyTorch sees {there} GPU{'s' * (there > 1)}: each takes one.",
+            f"Start {there} with --nproc-per-node {there}, or leave out --device cuda.",
+        )
     return torch.device(name)
