@@ -77,20 +77,20 @@ class Team {
   /* Whether this is the first thread, which stays where the others leave. */
   bool leads() const { return index_ == 0; }
 
-  /* Runs body(team, index) for each of `teams` that this thread is in, all of them begun anew. A team has as many threads as
-     there are for each; where fewer came than there are teams, or the others have left, one thread is several teams. */
+  /* Runs body(team, number) for each of `teams` that this thread is in, all of them begun anew: the threads that there are divide
+     into them; where fewer came than there are teams, or the others have left, one thread is several teams. */
   template <class Body>
   void for_teams(Shared* shared, int teams, Body body) const {
-    const int size = count_ / teams;
-    if (size == 0) {
-      for (int64_t index = begin(teams); index < end(teams); ++index) {
-        Team alone(shared + index, 0, 1);
-        body(alone, index);
+    if (count_ < teams) {
+      for (int64_t number = begin(teams); number < end(teams); ++number) {
+        Team alone(shared + number, 0, 1);
+        body(alone, number);
       }
-    } else if (index_ / size < teams) {
-      Team team(shared + index_ / size, index_ % size, size);
-      body(team, index_ / size);
+      return;
     }
+    const int number = ((index_ + 1) * teams - 1) / count_, first = count_ * number / teams;
+    Team team(shared + number, index_ - first, count_ * (number + 1) / teams - first);
+    body(team, number);
   }
 
   /* This thread's share of n pieces. */

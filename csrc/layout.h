@@ -173,10 +173,13 @@ static inline Teams best_teams(const ls_shape& s, int64_t threads, int64_t panel
   const int64_t largest = smaller(threads, larger(panels, 1));
   /* Rows of several lengths would not be shared out evenly; to read all weights costs more than a few waits. */
   if (s.counts || s.T <= 4) return {1, int(largest)};
+  /* Where a thread's share of all units stays in its second-level cache, it is not to read what does not. */
+  const bool stays = (weights / largest * 4 >> 10) <= 2304;
   for (int64_t size = 1; size <= smaller(threads / 2, largest); ++size) {
     const int64_t teams = smaller(threads / size, most), rows = s.B / teams, kilobytes = weights / size * 4 >> 10;
     if (rows == 0 || 8 * teams * size < 7 * threads) continue; /* threads would be idle */
-    if (kilobytes <= (rows >= 32 ? 32 << 10 : rows >= 10 ? 2560 : rows >= 5 ? 768 : 192)) return {int(teams), int(size)};
+    const int64_t enough = rows >= 32 && !stays ? 32 << 10 : rows >= 10 ? 2560 : rows >= 5 ? 768 : 192;
+    if (kilobytes <= enough) return {int(teams), int(size)};
   }
   /* Threads beyond one for each panel do not make less of six rows: those take as long as their weights need to come. */
   return {int(larger(smaller(smaller(threads / largest, most), s.B / 6), 1)), int(largest)};

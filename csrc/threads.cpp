@@ -227,7 +227,7 @@ int useful_threads(int wanted, double flops, double steps) {
      two, each saves less, and makes all wait longer. */
   constexpr double kFlopsPerStep = 1.5e5, kFlopsPerCall = 5e5;
   const double most = flops / (kFlopsPerStep * steps + kFlopsPerCall);
-  while (wanted > 1 && most < (wanted > 2 ? 0.5 * wanted * wanted : wanted)) --wanted;
+  while (wanted > 1 && most < wanted * __builtin_sqrt(0.5 * wanted)) --wanted;
   return wanted < 1 ? 1 : wanted;
 }
 
@@ -254,9 +254,9 @@ bool Team::wait() {
   last_ = now();
   waited_ += waited;
   if (waited > patience) long_waits_ += waited;
-  /* One thread would have been done alone by now; or, of more than two, a quarter would not have been missed. */
+  /* One thread would have been done alone by now; or, of more than two, three quarters would. */
   const int64_t elapsed = last_ - begun_, missed = count_ > 2 ? long_waits_ : 0;
-  if ((waited_ > kLongWait && count_ * waited_ > (count_ - 1) * elapsed) || 4 * missed > elapsed) set(&troubled, 1);
+  if ((waited_ > kLongWait && count_ * waited_ > (count_ - 1) * elapsed) || 8 * missed > 3 * elapsed) set(&troubled, 1);
   if (!s->alone) return true;
   if (index_ != 0) return false;
   count_ = 1;
