@@ -180,7 +180,7 @@ struct Backward {
     steps.count_rows(row_offset);
     clear(reinterpret_cast<float*>(shared), int64_t(sizeof(Team::Shared) / 4) * (teams + 1));
     parallel(
-        threads,
+        threads, a.shape.num_threads,
         [](void* context, int thread, int count) { static_cast<Backward*>(context)->work(thread, count); }, this);
     give(memory);
     return LS_OK;

@@ -94,7 +94,7 @@ struct Language {
         Rows* rows;
       } context{this, &rows};
       parallel(
-          threads,
+          threads, a.num_threads,
           [](void* given, int thread, int count) {
             FlushSubnormals flush;
             MatrixUnit unit;
@@ -105,7 +105,7 @@ struct Language {
       end(rows);
     } else {
       parallel(
-          threads,
+          threads, a.num_threads,
           [](void* context, int thread, int count) { static_cast<Language*>(context)->work_alone(thread, count); }, this);
     }
     return status;

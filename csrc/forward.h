@@ -144,7 +144,8 @@ struct Forward {
     clear(reinterpret_cast<float*>(shared), int64_t(sizeof(Team::Shared) / 4) * (teams + 1));
     if (kPartless) clear(reinterpret_cast<float*>(partless), 2 * teams);
     parallel(
-        threads, [](void* context, int thread, int count) { static_cast<Forward*>(context)->work(thread, count); }, this);
+        threads, a.shape.num_threads,
+        [](void* context, int thread, int count) { static_cast<Forward*>(context)->work(thread, count); }, this);
     give(memory);
     return LS_OK;
   }

@@ -35,8 +35,8 @@ struct Target {
 /* threads.cpp */
 
 /* Runs body(context, thread, count) in `num_threads` threads, or in fewer where so many cannot be had or somebody else has the
-   other cores: `count` says. */
-void parallel(int num_threads, void (*body)(void* context, int thread, int count), void* context);
+   other cores: `count` says. `of` is how many the caller's own parallel regions have. */
+void parallel(int num_threads, int of, void (*body)(void* context, int thread, int count), void* context);
 
 /* How many threads a call of `flops` operations in `steps` steps that wait for each other should use, at most `wanted`. It
    depends on nothing else: sums that are made in so many parts have the same bits in every call. */
@@ -55,8 +55,9 @@ constexpr double kFlopsPerUpdatedWeight = 32.0;
 bool set_threading(bool openmp);
 bool uses_openmp();
 
-/* A team of threads that divides work and waits for each other between steps. Where one waits for long again and again, since
-   another is not being run (a neighbour has its core), the first thread goes on alone and the others leave. */
+/* A team of threads that divides work and waits for each other between steps. Where there are two in the whole call, and one
+   waits for long again and again, since the other is not being run (a neighbour has its core), the first goes on alone and the
+   other leaves. */
 class Team {
  public:
   /* Of the whole team. */
@@ -67,7 +68,8 @@ class Team {
     int alone;            /* the last to arrive decides that the first goes on alone */
   };
 
-  Team(Shared* shared, int index, int count);
+  /* all: threads of the call, if more than the team's. */
+  Team(Shared* shared, int index, int count, int all = 0);
 
   /* Waits until all have come here. False: this thread has nothing more to do. */
   bool wait();
@@ -89,7 +91,7 @@ class Team {
       return;
     }
     const int number = ((index_ + 1) * teams - 1) / count_, first = count_ * number / teams;
-    Team team(shared + number, index_ - first, count_ * (number + 1) / teams - first);
+    Team team(shared + number, index_ - first, count_ * (number + 1) / teams - first, count_);
     body(team, number);
   }
 
@@ -101,7 +103,7 @@ class Team {
   bool is_much(int64_t long_waits, int64_t at) const;
 
   Shared* shared_;
-  int index_, count_, phase_;
+  int index_, count_, all_, phase_;
   int64_t begun_, last_;
   int64_t waited_ = 0, long_waits_ = 0; /* ns */
 };

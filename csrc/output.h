@@ -120,7 +120,8 @@ struct Loss {
     must_be(carve(memory) == floats);
     clear(reinterpret_cast<float*>(shared), int64_t(sizeof(Team::Shared) / 4));
     parallel(
-        threads, [](void* context, int thread, int count) { static_cast<Loss*>(context)->work(thread, count); }, this);
+        threads, a.num_threads,
+        [](void* context, int thread, int count) { static_cast<Loss*>(context)->work(thread, count); }, this);
     give(memory);
     return LS_OK;
   }

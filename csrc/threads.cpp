@@ -87,11 +87,13 @@ int forked = 0; /* GNU's library cannot start threads in the child of a process 
 struct Region {
   void (*body)(void*, int, int);
   void* context;
+  int count; /* threads that it is for, of those that come */
 };
 
 void in_region(void* region) {
   Region* r = static_cast<Region*>(region);
-  r->body(r->context, omp_thread(), omp_threads());
+  const int thread = omp_thread(), come = omp_threads();
+  if (thread < r->count) r->body(r->context, thread, come < r->count ? come : r->count);
 }
 
 /* Our own pool: one call at a time; a second one at the same time runs in its own thread alone. */
@@ -104,7 +106,7 @@ struct Pool {
   int round = 0;   /* goes up with every call */
   int count = 0;   /* threads of the present call, the caller's included */
   int running = 0; /* workers that have not finished it */
-  Region region = {nullptr, nullptr};
+  Region region = {nullptr, nullptr, 0};
 };
 Pool* pool = nullptr;
 
@@ -206,8 +208,7 @@ bool set_threading(bool use_openmp) {
 
 bool uses_openmp() { return get(&openmp) != 0; }
 
-void parallel(int num_threads, void (*body)(void*, int, int), void* context) {
-  Region region = {body, context};
+void parallel(int num_threads, int of, void (*body)(void*, int, int), void* context) {
   if (num_threads > kMostThreads) num_threads = kMostThreads;
   const int wanted = num_threads;
   if (wanted > 1) num_threads = allowed(wanted);
@@ -215,8 +216,9 @@ void parallel(int num_threads, void (*body)(void*, int, int), void* context) {
     body(context, 0, 1);
     return;
   }
-  if (uses_openmp())
-    gomp_parallel(in_region, &region, unsigned(num_threads), 0);
+  Region region = {body, context, num_threads};
+  if (uses_openmp()) /* GNU's library ends threads that a region has no use for, and has to start them for the next */
+    gomp_parallel(in_region, &region, unsigned(num_threads < wanted || of < num_threads ? num_threads : of), 0);
   else
     in_pool(num_threads, region);
   learn(num_threads, num_threads < wanted);
@@ -231,8 +233,9 @@ int useful_threads(int wanted, double flops, double steps) {
   return wanted < 1 ? 1 : wanted;
 }
 
-Team::Team(Shared* shared, int index, int count)
-    : shared_(shared), index_(index), count_(count), phase_(0), begun_(count > 1 ? now() : 0), last_(begun_) {}
+Team::Team(Shared* shared, int index, int count, int all)
+    : shared_(shared), index_(index), count_(count), all_(all > count ? all : count), phase_(0), begun_(count > 1 ? now() : 0),
+      last_(begun_) {}
 
 bool Team::wait() {
   if (count_ == 1) return true;
@@ -254,17 +257,16 @@ bool Team::wait() {
   last_ = now();
   waited_ += waited;
   if (waited > patience) long_waits_ += waited;
-  /* One thread would have been done alone by now; or, of more than two, three quarters would. */
-  const int64_t elapsed = last_ - begun_, missed = count_ > 2 ? long_waits_ : 0;
-  if ((waited_ > kLongWait && count_ * waited_ > (count_ - 1) * elapsed) || 8 * missed > 3 * elapsed) set(&troubled, 1);
+  /* Half of the call, or so much of it that two threads would have been done. */
+  const int64_t elapsed = last_ - begun_;
+  if (waited_ > kLongWait && 2 * waited_ > elapsed && all_ * waited_ > (all_ - 2) * elapsed) set(&troubled, 1);
   if (!s->alone) return true;
   if (index_ != 0) return false;
   count_ = 1;
   return true;
 }
 
-/* Whether so much of this call was spent in waits that should not have been that one thread would be as fast alone: of two a
-   quarter, of n 1 - 1.5 / n. */
-bool Team::is_much(int64_t long_waits, int64_t at) const { return 2 * count_ * long_waits > (2 * count_ - 3) * (at - begun_); }
+/* Whether a quarter of this call was spent in waits that should not have been; of more threads one alone would not be as fast. */
+bool Team::is_much(int64_t long_waits, int64_t at) const { return all_ == 2 && 4 * long_waits > at - begun_; }
 
 }  // namespace ls

@@ -55,6 +55,7 @@ def exact() -> Iterator[None]:
     """cuDNN and cuBLAS would multiply with ten bits else."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.manual_seed(0)
     yield
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
@@ -70,7 +71,8 @@ def with_gradients(layer: Any, *arguments: Any, **named: Any) -> tuple[list[Tens
     return outputs, [g for g in torch.autograd.grad(loss, wanted, allow_unused=True) if g is not None]
 
 
-def agree(ours: Any, theirs: Any, tolerance: float = 2e-5) -> None:
+def agree(ours: Any, theirs: Any, tolerance: float = 1e-4) -> None:
+    """Check what both devices gave in float32, gradients among it."""
     same([tensor.cpu() for tensor in flat(ours)], [tensor.cpu() for tensor in flat(theirs)], tolerance)
 
 
@@ -248,7 +250,7 @@ def test_derivatives_of_derivatives_by_the_equations(ours: Any, theirs: Any) -> 
         (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         return list(torch.autograd.grad(first.square().sum(), [x, *layer.parameters()]))
 
-    agree(second(there, x.cuda()), second(layer, x.clone()), 1e-4)
+    agree(second(there, x.cuda()), second(layer, x.clone()))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -266,7 +268,7 @@ def test_transforms_go_through_the_equations(ours: Any, theirs: Any) -> None:
         return [found[name] for name in parameters]
 
     agree(vmap(lambda x: there(x)[0])(x.cuda()), vmap(lambda x: layer(x)[0])(x))
-    agree(of_each(there, x.cuda()), of_each(layer, x), 1e-4)
+    agree(of_each(there, x.cuda()), of_each(layer, x))
 
     def forward_mode(layer: Any, x: Tensor, tangent: Tensor) -> Any:
         make_dual: Any = forward_ad.make_dual

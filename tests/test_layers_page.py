@@ -79,6 +79,7 @@ def test_what_is_refused(constructor: str) -> None:
         "27-layers-marks-high",
         "27-layers-medium",
         "27-layers-medium-epyc",
+        "27-layers-sixteen-cores",
     ],
 )
 def test_the_tables_of_figures_are_the_result_files(measured: str) -> None:

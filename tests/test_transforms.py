@@ -287,6 +287,8 @@ def test_compiling_and_exporting_whole(ours: Any, theirs: Any, dtype: torch.dtyp
     torch.compiler.reset()
     compiled: Any = torch.compile(layer, fullgraph=True, backend="eager")
     same(compiled(x), peer(x))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    same(compiled(x), peer(x))
     rich = ours(3, 4, layer_norm=True, dtype=dtype)
     compiled = torch.compile(rich, fullgraph=True, backend="eager")
     same(compiled(x), rich(x))

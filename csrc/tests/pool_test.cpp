@@ -92,7 +92,9 @@ bool near(const Floats& a, const Floats& b, float tolerance) {
 int main(int count, char** arguments) {
   int rounds = count > 1 ? atoi(arguments[1]) : 20;
   if (ls_threading() != 0) return puts("the own pool is not in use"), 1;
-  const Call calls[] = {{LS_LSTM, 4, 24, 48, 64}, {LS_GRU, 6, 3, 64, 160}, {LS_RNN_TANH, 5, 40, 96, 96}, {LS_LSTM, 3, 1, 8, 200}};
+  /* Threads divide rows, or units, or teams rows and their threads units. */
+  const Call calls[] = {{LS_LSTM, 4, 24, 48, 64}, {LS_GRU, 6, 3, 64, 160}, {LS_RNN_TANH, 5, 40, 96, 96}, {LS_LSTM, 3, 1, 8, 200},
+                        {LS_LSTM, 16, 24, 64, 192}};
   constexpr int kCalls = sizeof calls / sizeof calls[0];
   Floats forward[kCalls], both[kCalls];
   for (int i = 0; i < kCalls; ++i) {

@@ -153,6 +153,8 @@ def run_torch(
     rest = (list(weights), stack.bias, stack.num_layers, dropout, training, stack.bidirectional)
     op = TORCH_OPS[stack.cell]
     output, *after = op(x, hx, *rest, batch_first) if sequences is None else op(x, sequences.counts, hx, *rest)
+    if torch.compiler.is_compiling():  # PyTorch's own equations of the LSTM, before 2.13, give (layers * D, 1, B, H)
+        after = [new.reshape(old.shape) for old, new in zip(state, after, strict=True)]
     return output, tuple(after)
 
 
