@@ -2,8 +2,8 @@
 
      symbol -> its row of the table -> layers -> logits -> -log p of the symbol that followed, or a symbol is chosen -> ...
 
-   Texts have nothing to do with each other, so threads divide them and never wait. Few texts wait for the weights to come from the
-   caches, so there threads divide the panels, and wait for each other after every layer. */
+   Texts have nothing to do with each other, so teams of threads divide them and never wait. Few texts wait for the weights to come
+   from the caches, so there teams have several threads, which divide the panels, and wait for each other after every layer. */
 
 #ifndef LONGSHORT_DECODE_H
 #define LONGSHORT_DECODE_H
@@ -46,17 +46,17 @@ struct Language {
   static constexpr int NW = N * W;
   static constexpr int G = Cell::kGates;
   static constexpr bool kLstm = Cell::kCell == LS_LSTM, kGru = Cell::kCell == LS_GRU;
+  static constexpr int kEnough = kAccumulators / N; /* rows for which a product lasts as long as its weights take to come */
 
   const Args& a;
   const ls_model& model;
   const Sizes<Cell> first, upper; /* of the first layer, which has no product for its input where there is a table */
   const Head head;
   const int64_t steps;
-  int threads, status;
-  bool together; /* the threads divide the panels of all rows; else the rows */
-  Team::Shared shared;
+  int status;
+  Teams teams;
 
-  /* What one thread needs for its rows. */
+  /* What a team needs for its rows. */
   struct Rows {
     int64_t begin, count, room;
     float* h[2]; /* [layer][U][room][W]: before and after a step */
@@ -65,67 +65,69 @@ struct Language {
     float* xg;     /* with layer normalisation the input's share of the gates, [panel][room][N W] */
     float* hg;     /* the state's */
     float* sum[2]; /* [U][room][W]: what residual layers put out, one and the one above it */
-    float* left;   /* of each thread two left factors, where those are not floats */
+    float* left;   /* of each of its threads two left factors, where those are not floats */
     float* logits; /* [row][head.width()] */
     void* choice;  /* scratch of `choose` */
     int64_t* ids;
     float* memory;
   };
+  Team::Shared* shared;
+  Rows* of_teams;
 
   Language(const Args& args, int64_t steps)
       : a(args), model(args.model), first(args.model.table ? 0 : args.model.E, args.model.H),
-        upper(args.model.H, args.model.H), head{args.model.V, args.model.H}, steps(steps), status(LS_OK), shared{} {
+        upper(args.model.H, args.model.H), head{args.model.V, args.model.H}, steps(steps), status(LS_OK), teams{1, a.num_threads} {
+    /* The smallest that have enough rows, and leave few threads idle. */
+    for (int size = a.num_threads / 2; size > 0; --size) {
+      const int count = a.num_threads / size;
+      if (a.B >= int64_t(count) * kEnough && 8 * count * size >= 7 * a.num_threads) teams = {count, size};
+    }
     double inputs = double(model.table ? 0 : model.E) + double(model.layers - 1) * double(model.H);
     double weights = G * double(model.H) * (inputs + double(model.layers * model.H)) + double(model.V * model.H);
-    together = a.B < int64_t(a.num_threads) * (kAccumulators / N);
     /* A weight of few rows takes the time of five operations to come. */
-    double flops = weights * (together ? larger(2 * a.B, model.int8 ? 2 : 5) : 2 * a.B) * double(steps);
-    int most = int(smaller(a.num_threads, together ? upper.panels : a.B));
-    threads = useful_threads(most, flops, together ? double(steps * (model.layers + 2)) : 1.0);
+    const int64_t operations = larger(2 * a.B, teams.size > 1 ? teams.count * (model.int8 ? 2 : 5) : 0);
+    teams.size = int(smaller(teams.size, upper.panels));
+    teams = useful_teams(teams, weights * double(operations) * double(steps), double(steps * (model.layers + 2)), 1.0);
   }
 
   int32_t run() {
-    if (threads > 1 && together) {
-      Rows rows{};
-      rows.count = a.B;
-      if (!begin(rows)) return status;
-      struct Context {
-        Language* self;
-        Rows* rows;
-      } context{this, &rows};
-      parallel(
-          threads, a.num_threads,
-          [](void* given, int thread, int count) {
-            FlushSubnormals flush;
-            MatrixUnit unit;
-            Context* context = static_cast<Context*>(given);
-            context->self->work(*context->rows, Team(&context->self->shared, thread, count));
-          },
-          &context);
-      end(rows);
-    } else {
-      parallel(
-          threads, a.num_threads,
-          [](void* context, int thread, int count) { static_cast<Language*>(context)->work_alone(thread, count); }, this);
-    }
+    float* memory = static_cast<float*>(take(size_t(carve_teams(nullptr)) * sizeof(float)));
+    if (!memory) return LS_OUT_OF_MEMORY;
+    clear(memory, carve_teams(memory));
+    parallel(
+        teams.count * teams.size, a.num_threads,
+        [](void* context, int thread, int count) { static_cast<Language*>(context)->work(thread, count); }, this);
+    give(memory);
     return status;
   }
 
-  void work_alone(int thread, int count) {
+  int64_t carve_teams(float* memory) {
+    Arena arena(memory);
+    shared = reinterpret_cast<Team::Shared*>(arena.array(int64_t(sizeof(Team::Shared) / 4) * teams.count));
+    of_teams = reinterpret_cast<Rows*>(arena.array(int64_t(sizeof(Rows) / 4) * teams.count));
+    return arena.floats();
+  }
+
+  void work(int thread, int count) {
     FlushSubnormals flush;
     MatrixUnit unit;
-    Rows rows{};
-    rows.begin = a.B * thread / count;
-    rows.count = a.B * (thread + 1) / count - rows.begin;
-    if (rows.count == 0 || !begin(rows)) return;
-    work(rows, Team(nullptr, 0, 1));
-    end(rows);
+    Team(nullptr, thread, count).for_teams(shared, teams.count, [&](Team& team, int64_t number) {
+      Rows& rows = of_teams[number];
+      if (team.leads()) {
+        rows.begin = a.B * number / teams.count;
+        rows.count = a.B * (number + 1) / teams.count - rows.begin;
+        begin(rows);
+      }
+      if (!team.wait() || !rows.memory) return;
+      run_steps(rows, team);
+      if (team.leads()) end(rows);
+    });
   }
 
   Pass& pass() { return static_cast<Pass&>(*this); }
 
-  /* All steps of some rows, by one thread or by several. */
-  void work(const Rows& rows, Team team) {
+  /* All steps of a team's rows. */
+  void run_steps(const Rows& rows, Team& team) {
     for (int64_t t = 0; t < steps; ++t) {
       const int now = t & 1;
       if (team.leads()) {
@@ -165,20 +167,20 @@ struct Language {
     rows.xg = arena.array(gate_floats);
     rows.hg = arena.array(gate_floats);
     for (float*& sum : rows.sum) sum = model.residual ? arena.array(layer_floats(rows)) : nullptr;
-    rows.left = has_factors() ? arena.array((together ? threads : 1) * 2 * factor_floats(rows)) : nullptr;
+    rows.left = has_factors() ? arena.array(teams.size * 2 * factor_floats(rows)) : nullptr;
     rows.logits = arena.array(rows.count * head.width());
     rows.choice = arena.array(int64_t(choice_bytes(model.V) / sizeof(float)));
     rows.ids = reinterpret_cast<int64_t*>(arena.array(2 * rows.count));
     return arena.floats();
   }
 
-  /* Gives rows their memory and the state before the first step. False: there is no memory. */
-  bool begin(Rows& rows) {
+  /* Gives rows their memory, if there is any, and the state before the first step. */
+  void begin(Rows& rows) {
     int64_t floats = carve(rows, nullptr);
     rows.memory = static_cast<float*>(take(size_t(floats) * sizeof(float)));
     if (!rows.memory) {
       __atomic_store_n(&status, int(LS_OUT_OF_MEMORY), __ATOMIC_RELAXED);
-      return false;
+      return;
     }
     must_be(carve(rows, rows.memory) == floats);
     for (int64_t layer = 0; layer < model.layers; ++layer)
@@ -191,7 +193,6 @@ struct Language {
           if (kLstm) store(rows.c + to, units ? load_part(a.c + from, units) : V{});
         }
     pass().start(rows);
-    return true;
   }
 
   /* Gives back the state after the last step, and the memory. */

@@ -172,21 +172,21 @@ def test_a_text_is_the_same_alone_in_a_batch_and_in_pieces(cell: str) -> None:
 def test_threads_that_share_a_text_give_the_same_bits(
     cell: str, table: bool, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few texts of a large model: the threads divide its units, and wait for each other after every layer."""
+    """Few texts of a large model: a team's threads divide its units, and wait for each other after every layer."""
     if not table:
         monkeypatch.setattr(native_model, "TABLE_BYTES", 0)
     _, model = models(cell=cell, layers=3 if table else 2, hidden=530, residual=table, layer_norm=not table)
     decoder = Decoder(model.config, model.weights(), TOKENIZER, precision)
-    for B in (1, 5):
+    for B in (1, 5, 23):  # one team, and of the last several
         found = []
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 8):
             decoder.threads = threads
             logits_BV, state = start(model, [[row % 10, 3] for row in range(B)])
             draws = [Draw(0.9, None, None, 4, row, 0) for row in range(B)]
             ids = decoder.write(logits_BV, state, draws, 60, newline=1)
             nats, after = decoder.nats(ids, ids, None)
             found.append((ids.tobytes(), logits_BV.tobytes(), nats.tobytes(), *(s.tobytes() for s in (*state, *after))))
-        assert found[0] == found[1] == found[2]
+        assert all(each == found[0] for each in found)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
