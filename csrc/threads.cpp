@@ -217,8 +217,10 @@ void parallel(int num_threads, int of, void (*body)(void*, int, int), void* cont
     return;
   }
   Region region = {body, context, num_threads};
-  if (uses_openmp()) /* GNU's library ends threads that a region has no use for, and has to start them for the next */
-    gomp_parallel(in_region, &region, unsigned(num_threads < wanted || of < num_threads ? num_threads : of), 0);
+  /* GNU's library ends threads that a region has no use for, and has to start them anew for the next region. */
+  const bool keeps = num_threads == wanted && num_threads < of && of <= kMostThreads;
+  if (uses_openmp())
+    gomp_parallel(in_region, &region, unsigned(keeps ? of : num_threads), 0);
   else
     in_pool(num_threads, region);
   learn(num_threads, num_threads < wanted);

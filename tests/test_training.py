@@ -75,6 +75,17 @@ def test_the_last_figure_is_the_best_checkpoints_in_one_lane(text_file: Path, tm
     assert json.loads((out / "result.json").read_text(encoding="utf-8"))["heldout"] == again.to_dict()
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert updates.device("cuda").type == "cuda"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match=r"3 processes here, but PyTorch sees 2 GPUs: each takes one\.\nStart 2 with"):
+        updates.device("cuda")
+    assert updates.device("cpu").type == "cpu"
+
+
 def test_what_is_learned_comes_close_to_the_entropy_of_the_text(tmp_path: Path) -> None:
     """The text comes from a grammar whose entropy is known; no model can do better, and a good one comes near."""
     text = tmp_path / "grammar.txt"
