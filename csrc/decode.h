@@ -76,17 +76,18 @@ struct Language {
 
   Language(const Args& args, int64_t steps)
       : a(args), model(args.model), first(args.model.table ? 0 : args.model.E, args.model.H),
-        upper(args.model.H, args.model.H), head{args.model.V, args.model.H}, steps(steps), status(LS_OK), teams{1, a.num_threads} {
-    /* The smallest that have enough rows, and leave few threads idle. */
-    for (int size = a.num_threads / 2; size > 0; --size) {
-      const int count = a.num_threads / size;
-      if (a.B >= int64_t(count) * kEnough && 8 * count * size >= 7 * a.num_threads) teams = {count, size};
+        upper(args.model.H, args.model.H), head{args.model.V, args.model.H}, steps(steps), status(LS_OK) {
+    const int most = int(smaller(a.num_threads, kMostThreads)), largest = int(smaller(most, upper.panels));
+    teams = {int(larger(smaller(most / largest, a.B / kEnough), 1)), largest};
+    /* Smaller ones, if they have enough rows, and leave few threads idle. */
+    for (int size = int(smaller(most / 2, largest)); size > 0; --size) {
+      const int count = most / size;
+      if (a.B >= int64_t(count) * kEnough && 8 * count * size >= 7 * most) teams = {count, size};
     }
     double inputs = double(model.table ? 0 : model.E) + double(model.layers - 1) * double(model.H);
     double weights = G * double(model.H) * (inputs + double(model.layers * model.H)) + double(model.V * model.H);
     /* A weight of few rows takes the time of five operations to come. */
     const int64_t operations = larger(2 * a.B, teams.size > 1 ? teams.count * (model.int8 ? 2 : 5) : 0);
-    teams.size = int(smaller(teams.size, upper.panels));
     teams = useful_teams(teams, weights * double(operations) * double(steps), double(steps * (model.layers + 2)), 1.0);
   }
 

@@ -34,8 +34,10 @@ struct Target {
 
 /* threads.cpp */
 
+constexpr int kMostThreads = 256;
+
 /* Runs body(context, thread, count) in `num_threads` threads, or in fewer where so many cannot be had or somebody else has the
-   other cores: `count` says. `of` is how many the caller's own parallel regions have. */
+   other cores: `count` says. `of` is how many there might have been; OpenMP's are kept alive, so many that other regions use. */
 void parallel(int num_threads, int of, void (*body)(void* context, int thread, int count), void* context);
 
 /* How many threads a call of `flops` operations in `steps` steps that wait for each other should use, at most `wanted`. It

@@ -10,7 +10,6 @@
 namespace ls {
 namespace {
 
-constexpr int kMostThreads = 256;
 constexpr int64_t kSpin = 30 * 1000;          /* ns of spinning before a waiting thread yields its core at every turn */
 constexpr int64_t kLongWait = 300 * 1000;     /* ns beyond twice one's own share of a step: the other is not being run */
 constexpr int64_t kFirstPause = 2 * 1000000;  /* ns of calls in fewer threads when calls have waited too much; doubled while they */
@@ -80,7 +79,7 @@ void learn(int threads, bool some) {
 typedef void (*GompParallel)(void (*)(void*), void*, unsigned, unsigned);
 typedef int (*OmpQuery)();
 GompParallel gomp_parallel = nullptr;
-OmpQuery omp_thread = nullptr, omp_threads = nullptr;
+OmpQuery omp_thread = nullptr, omp_threads = nullptr, omp_most = nullptr;
 int openmp = 0;
 int forked = 0; /* GNU's library cannot start threads in the child of a process that had some */
 
@@ -200,7 +199,8 @@ bool set_threading(bool use_openmp) {
     gomp_parallel = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
     omp_thread = reinterpret_cast<OmpQuery>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
     omp_threads = reinterpret_cast<OmpQuery>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
-    if (!gomp_parallel || !omp_thread || !omp_threads) return false;
+    omp_most = reinterpret_cast<OmpQuery>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"));
+    if (!gomp_parallel || !omp_thread || !omp_threads || !omp_most) return false;
   }
   set(&openmp, int(use_openmp));
   return true;
@@ -210,20 +210,26 @@ bool uses_openmp() { return get(&openmp) != 0; }
 
 void parallel(int num_threads, int of, void (*body)(void*, int, int), void* context) {
   if (num_threads > kMostThreads) num_threads = kMostThreads;
-  const int wanted = num_threads;
-  if (wanted > 1) num_threads = allowed(wanted);
+  int come = num_threads;
+  if (uses_openmp() && num_threads > 1) {
+    /* GNU's library ends threads that a region has no use for, and has to start them anew for the next region. */
+    const int usual = omp_most();
+    come = usual < of ? usual : of;
+    if (come < num_threads || come > kMostThreads) come = num_threads;
+  }
+  const int wanted = come;
+  if (wanted > 1) come = allowed(wanted);
+  if (num_threads > come) num_threads = come;
   if (num_threads <= 1 || (uses_openmp() && get(&forked))) {
     body(context, 0, 1);
     return;
   }
   Region region = {body, context, num_threads};
-  /* GNU's library ends threads that a region has no use for, and has to start them anew for the next region. */
-  const bool keeps = num_threads == wanted && num_threads < of && of <= kMostThreads;
   if (uses_openmp())
-    gomp_parallel(in_region, &region, unsigned(keeps ? of : num_threads), 0);
+    gomp_parallel(in_region, &region, unsigned(come), 0);
   else
     in_pool(num_threads, region);
-  learn(num_threads, num_threads < wanted);
+  learn(come, come < wanted);
 }
 
 int useful_threads(int wanted, double flops, double steps) {
@@ -259,7 +265,7 @@ bool Team::wait() {
   last_ = now();
   waited_ += waited;
   if (waited > patience) long_waits_ += waited;
-  /* Half of the call, or so much of it that two threads would have been done. */
+  /* At least half of the call, and so much of it that two threads would have been done. */
   const int64_t elapsed = last_ - begun_;
   if (waited_ > kLongWait && 2 * waited_ > elapsed && all_ * waited_ > (all_ - 2) * elapsed) set(&troubled, 1);
   if (!s->alone) return true;

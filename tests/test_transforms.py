@@ -19,7 +19,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import longshort
 from longshort import kernels, native
 from longshort.errors import UsageError
-from recurrent import CELL_PAIRS, PAIRS, same
+from recurrent import CELL_PAIRS, PAIRS, flat, same
 
 trace: Any = torch.jit.trace
 script: Any = torch.jit.script
@@ -297,6 +297,35 @@ def test_compiling_and_exporting_whole(ours: Any, theirs: Any, dtype: torch.dtyp
         same(compiled(x), layer(x, **arguments))
     exported: Any = torch.export.export(layer, (x,)).module()
     same(exported(x), peer(x))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_what_is_compiled_has_the_types_and_gradients_of_what_is_not(ours: Any, theirs: Any) -> None:
+    layer, _ = layer_and_peer(ours, theirs)
+    x = torch.randn(5, 2, 3)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = flat(compiled(x)), flat(layer(x))
+    assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in expected]
+    same(found, expected, 2e-2)
+    layer.bfloat16()
+    gradients = []
+    for run in (compiled, layer):
+        sums = [tensor.float().square().sum() for tensor in flat(run(x.bfloat16()))]
+        gradients.append(torch.autograd.grad(sum(sums[1:], sums[0]), list(layer.parameters())))
+    same(gradients[0], gradients[1], 5e-2)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), CELL_PAIRS)
+def test_compiled_cells_under_autocast(ours: Any, theirs: Any) -> None:
+    cell, x = ours(3, 4), torch.randn(2, 3)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(cell, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = flat(compiled(x)), flat(cell(x))
+    assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in expected]
+    same(found, expected, 2e-2)
 
 
 @pytest.mark.skipif(not native.targets(), reason="there are no native kernels")

@@ -48,6 +48,8 @@ def lay_for_cudnn(stack: Stack, weights: Sequence[Tensor], dropout: float = 0.0)
     """
     if stack.cell not in TORCH_OPS or stack.coupled or not all(weight.is_cuda for weight in weights):
         return
+    if not torch._use_cudnn_rnn_flatten_weight():
+        return
     first, pointers = weights[0], {weight.data_ptr() for weight in weights}
     fit = all(weight.dtype is first.dtype and _cudnn.is_acceptable(weight) for weight in weights)
     if not fit or len(pointers) < len(weights):
@@ -148,8 +150,9 @@ def run_torch(
         rows = x.shape[0 if batch_first else 1] if sequences is None else sequences.batch_size
         state = zero_state(stack, x, rows)
     hx = state if len(state) > 1 else state[0]
-    if x.is_cuda and torch.is_grad_enabled() and not training:
-        dropout, training = 0.0, True  # the same numbers; but cuDNN keeps what gradients need in training alone
+    if x.is_cuda and not training and torch.is_grad_enabled():
+        # The same numbers without dropout; but cuDNN keeps what gradients need in training alone.
+        dropout, training = 0.0, any(tensor.requires_grad for tensor in (x, *state, *weights))
     rest = (list(weights), stack.bias, stack.num_layers, dropout, training, stack.bidirectional)
     op = TORCH_OPS[stack.cell]
     output, *after = op(x, hx, *rest, batch_first) if sequences is None else op(x, sequences.counts, hx, *rest)

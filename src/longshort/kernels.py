@@ -181,6 +181,8 @@ def choose(
             return Choice("torch", "forced by kernels.use")
         if transforming():
             return Choice("reference", "torch.func and forward-mode derivatives go through the equations")
+        if cell == "lstm" and grad and torch.compiler.is_compiling() and (x is None or x.is_cpu):
+            return Choice("reference", "PyTorch's compiler cannot differentiate oneDNN's LSTM")
         return Choice("torch", f"PyTorch has a fused kernel for this cell, and as for ours, {lacks}")
     what = f"{lacking} in its kernels" if lacking else f"kernel for the cell {cell!r}"
     if forced == "torch":
@@ -213,10 +215,10 @@ def _native_lacks(cell: str, needs: frozenset[str], x: Tensor | None, casts: boo
         return f"they run float32 on a CPU, not {str(x.dtype).removeprefix('torch.')} on {x.device.type}"
     if exporting():
         return "PyTorch is tracing or exporting, and sees no more than its own operations"
-    if torch.compiler.is_compiling():
-        return ""
     if torch._C._is_any_autocast_enabled() and not casts:
         return "autocast is on"
+    if torch.compiler.is_compiling():
+        return ""
     if transforming():
         return "torch.func transforms the call or forward-mode derivatives are taken"
     if type(x) not in _PLAIN_TYPES and not torch._C._len_torch_dispatch_stack():
@@ -237,12 +239,15 @@ def _not_dense(tensors: Sequence[Tensor | None]) -> str:
 
 
 def _stand_in(cell: str, needs: frozenset[str], x: Tensor | None) -> str | None:
-    """Return our target with products of bfloat16 if autocast asks for such and it can run a call in its place."""
-    if x is None or torch.compiler.is_compiling() or not torch.is_autocast_enabled("cpu"):
+    """Return our target with products of bfloat16 if autocast asks for such and it can run a call in its place.
+
+    A graph cannot know whether there is one where it runs: it has products of float32.
+    """
+    if x is None or not torch.is_autocast_enabled("cpu"):
         return None
     if torch.get_autocast_dtype("cpu") is not torch.bfloat16 or _native_lacks(cell, needs, x, casts=True):
         return None
-    return native.bfloat16()
+    return _active_target() if torch.compiler.is_compiling() else native.bfloat16()
 
 
 def _graphed() -> bool:

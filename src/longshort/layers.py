@@ -17,6 +17,7 @@ from longshort import backends, cells
 from longshort.cells import Options, Stack
 from longshort.options import LayerOptions, OptionArguments
 from longshort.recurrent import RecurrentLayer
+from longshort.standins import deep_copy
 
 
 class RNN(RecurrentLayer):
@@ -133,6 +134,9 @@ class CellStack(nn.Module):
     `LanguageModel` runs it through `kernels.run_tokens`, as it runs the weights of RNN, GRU and LSTM.
     """
 
+    residual = False
+    dropout = 0.0
+
     def __init__(
         self,
         cell: str,
@@ -168,15 +172,15 @@ class CellStack(nn.Module):
             for name, gain in gains.items():
                 self.register_parameter(f"{name}_l{layer}", gain)
             having.initialise(Stack(cell, input_size, hidden_size), gains)
+        self.flatten_parameters()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         found = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.flatten_parameters()
         return found
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.flatten_parameters()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return deep_copy(self, memo)
 
     def flatten_parameters(self) -> None:
         """Lay the weights out for cuDNN, where it can run them."""

@@ -20,7 +20,7 @@ from longshort.errors import UsageError
 from longshort.kernels import Choice
 from longshort.options import LayerOptions, OptionArguments, read_lengths, read_resets, reverse_resets
 from longshort.quick import Quick
-from longshort.standins import CACHES, NoKernel, StandIn
+from longshort.standins import CACHES, NoKernel, StandIn, deep_copy
 
 _PLAIN = LayerOptions()
 
@@ -440,4 +440,6 @@ class RecurrentLayer(StandIn, nn.RNNBase):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.prepare()
-        self.flatten_parameters()  # a copy's weights lie apart
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return deep_copy(self, memo)

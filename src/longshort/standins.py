@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 from torch import fx, nn
@@ -13,6 +14,15 @@ from longshort.errors import UsageError
 OWN_ATTRIBUTES = ("options", "_stack", "_stock", "_needs", "_option_sizes", "_option_names", "_quick")
 """What our modules hold beside what PyTorch's hold; all but `options` are caches, made when first asked for."""
 CACHES = OWN_ATTRIBUTES[1:]
+
+
+def deep_copy(module: Any, memo: dict[int, Any]) -> Any:
+    """Return a copy of a module whose weights lie in one piece, as cuDNN reads them, if its own could."""
+    kind: Any = type(module)
+    copied = memo[id(module)] = kind.__new__(kind)
+    copied.__setstate__(copy.deepcopy(module.__getstate__(), memo))
+    copied.flatten_parameters()
+    return copied
 
 
 class StandIn(nn.Module):
