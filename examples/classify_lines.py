@@ -7,7 +7,6 @@ The last tenth of each file's lines is held out.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +20,12 @@ Lines = list[tuple[str, str]]
 """Texts, and the class of each."""
 
 
-def from_files(paths: list[str], data_dir: Path | None) -> tuple[Lines, Lines]:
+def from_files(paths: list[str]) -> tuple[Lines, Lines]:
     """Return the lines to learn from and those that are held out; short ones tell too little and are left out."""
     learn: Lines = []
     heldout: Lines = []
     for path in paths:
-        text = (corpus.load([path]) if Path(path).exists() else corpus.load([], path, data_dir)).content
+        text = (corpus.load([path]) if Path(path).exists() else corpus.load([], path)).content
         lines = [(line.strip(), Path(path).stem) for line in text.splitlines() if len(line.strip()) >= 20]
         cut = len(lines) * 9 // 10
         learn, heldout = learn + lines[:cut], heldout + lines[cut:]
@@ -51,12 +50,11 @@ def main() -> None:
     """Train, and say how often the right one was told."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="*")
-    parser.add_argument("--data-dir", type=Path, help="folder that holds the named corpora, where there is no network")
     parser.add_argument("--out", default=None, help="run directory to make")
     parser.add_argument("--count", type=int, default=8000, help="made-up texts to learn from")
     args = parser.parse_args()
     if args.file:
-        learn, heldout = from_files(args.file, args.data_dir)
+        learn, heldout = from_files(args.file)
     else:
         languages = {name: HiddenMarkov.drawn(3, 8, i, sharpness=0.6) for i, name in enumerate(("ar", "bo", "cu"))}
         generator = np.random.default_rng(0)
@@ -74,7 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except longshort.LongshortError as error:
-        sys.exit(f"{error}")
+    main()
