@@ -299,16 +299,22 @@ def test_compiling_and_exporting_whole(ours: Any, theirs: Any, dtype: torch.dtyp
     same(exported(x), peer(x))
 
 
+def same_under_autocast(module: Any, x: Tensor) -> Any:
+    """Check that what is compiled gives types and numbers of what is not, and return it."""
+    torch.compiler.reset()
+    compiled: Any = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = flat(compiled(x)), flat(module(x))
+    assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in expected]
+    same(found, expected, 2e-2)
+    return compiled
+
+
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
 def test_what_is_compiled_has_the_types_and_gradients_of_what_is_not(ours: Any, theirs: Any) -> None:
     layer, _ = layer_and_peer(ours, theirs)
     x = torch.randn(5, 2, 3)
-    torch.compiler.reset()
-    compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", torch.bfloat16):
-        found, expected = flat(compiled(x)), flat(layer(x))
-    assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in expected]
-    same(found, expected, 2e-2)
+    compiled = same_under_autocast(layer, x)
     layer.bfloat16()
     gradients = []
     for run in (compiled, layer):
@@ -319,13 +325,7 @@ def test_what_is_compiled_has_the_types_and_gradients_of_what_is_not(ours: Any, 
 
 @pytest.mark.parametrize(("ours", "theirs"), CELL_PAIRS)
 def test_compiled_cells_under_autocast(ours: Any, theirs: Any) -> None:
-    cell, x = ours(3, 4), torch.randn(2, 3)
-    torch.compiler.reset()
-    compiled: Any = torch.compile(cell, fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", torch.bfloat16):
-        found, expected = flat(compiled(x)), flat(cell(x))
-    assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in expected]
-    same(found, expected, 2e-2)
+    same_under_autocast(ours(3, 4), torch.randn(2, 3))
 
 
 @pytest.mark.skipif(not native.targets(), reason="there are no native kernels")

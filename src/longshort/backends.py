@@ -39,12 +39,17 @@ TORCH_STEPS: dict[str, Any] = {
 }
 
 
-def lay_for_cudnn(stack: Stack, weights: Sequence[Tensor], dropout: float = 0.0) -> None:
+def lay_for_cudnn(stack: Stack, weights: Sequence[Tensor], apart: bool) -> None:
     """Move weights on a GPU into one piece of memory, as cuDNN reads them: it would copy them at every call.
 
-    They stay the same tensors, as after `torch.nn.RNNBase.flatten_parameters`. Where layers are run one by one, because
-    there is `dropout` between them or they are residual, each gets a piece. Left as they are where cuDNN does not run
-    them, or two share their memory.
+    They stay the same tensors, as after `torch.nn.RNNBase.flatten_parameters`. Left as they are where cuDNN does not
+    run them, or two share their memory.
+
+    Args:
+        stack: the layers.
+        weights: flat, in PyTorch's order.
+        apart: whether `kernels.run_layers` runs one layer after the other, since there is dropout between them or they
+            are residual: then each gets a piece.
     """
     if stack.cell not in TORCH_OPS or stack.coupled or not all(weight.is_cuda for weight in weights):
         return
@@ -57,7 +62,7 @@ def lay_for_cudnn(stack: Stack, weights: Sequence[Tensor], dropout: float = 0.0)
     mode = {"rnn": "RNN_TANH", "rnn_relu": "RNN_RELU"}.get(stack.cell, stack.cell.upper())
     per_layer = len(weights) // stack.num_layers
     D = 1 + stack.bidirectional
-    each = 1 if stack.residual or dropout else stack.num_layers
+    each = 1 if apart else stack.num_layers
     where: Any = torch.cuda.device_of
     with where(first), torch.no_grad():
         for layer in range(0, stack.num_layers, each):

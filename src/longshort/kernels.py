@@ -181,7 +181,8 @@ def choose(
             return Choice("torch", "forced by kernels.use")
         if transforming():
             return Choice("reference", "torch.func and forward-mode derivatives go through the equations")
-        if cell == "lstm" and grad and torch.compiler.is_compiling() and (x is None or x.is_cpu):
+        onednn = cell == "lstm" and x is not None and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16)
+        if onednn and grad and torch.compiler.is_compiling():
             return Choice("reference", "PyTorch's compiler cannot differentiate oneDNN's LSTM")
         return Choice("torch", f"PyTorch has a fused kernel for this cell, and as for ours, {lacks}")
     what = f"{lacking} in its kernels" if lacking else f"kernel for the cell {cell!r}"

@@ -134,8 +134,8 @@ class CellStack(nn.Module):
     `LanguageModel` runs it through `kernels.run_tokens`, as it runs the weights of RNN, GRU and LSTM.
     """
 
-    residual = False
-    dropout = 0.0
+    apart = False
+    """Whether one layer is run after the other, since there is dropout between them or they are residual."""
 
     def __init__(
         self,
@@ -144,13 +144,11 @@ class CellStack(nn.Module):
         hidden_size: int,
         num_layers: int = 1,
         layer_norm: bool = False,
-        residual: bool = False,
-        dropout: float = 0.0,
+        apart: bool = False,
     ) -> None:
         super().__init__()
         self.cell = cell
-        self.residual = residual
-        self.dropout = dropout
+        self.apart = apart
         self.hidden_size = hidden_size
         self.num_layers = num_layers
         self.vectors = cells.get_cell(cell).vectors
@@ -185,8 +183,8 @@ class CellStack(nn.Module):
     def flatten_parameters(self) -> None:
         """Lay the weights out for cuDNN, where it can run them."""
         weights = [weight for own in self.all_weights for weight in own]
-        size = weights[0].shape[1], self.hidden_size, self.num_layers
-        backends.lay_for_cudnn(Stack(self.cell, *size, residual=self.residual), weights, self.dropout)
+        stack = Stack(self.cell, weights[0].shape[1], self.hidden_size, self.num_layers)
+        backends.lay_for_cudnn(stack, weights, self.apart)
 
     @property
     def options(self) -> list[Options]:

@@ -48,9 +48,8 @@ class LanguageModel(nn.Module):
         self.tokenizer = tokenizer
         V, H = config.vocab_size, config.hidden
         self.embedding = nn.Embedding(V, config.embedding) if config.embedding else None
-        self.recurrent = CellStack(
-            config.cell, config.embedding or V, H, config.layers, config.layer_norm, config.residual, config.dropout
-        )
+        apart = config.residual or config.dropout > 0
+        self.recurrent = CellStack(config.cell, config.embedding or V, H, config.layers, config.layer_norm, apart)
         self.output: Softmax | AdaptiveSoftmax = AdaptiveSoftmax(H, V) if config.adaptive_softmax else Softmax(H, V)
         if config.tied and self.embedding is not None and isinstance(self.output, Softmax):
             nn.init.uniform_(self.embedding.weight, -(H**-0.5), H**-0.5)

@@ -104,6 +104,7 @@ class LayerOptions:
     def needs(self, training: bool) -> frozenset[str]:
         """Return the names of those that a kernel must know of; the others act on weights or states alone."""
         names = {"layer_norm", "zoneout", "peephole", "coupled_gates"} | ({"recurrent_dropout"} if training else set())
+        # PyTorch's compiler, before 2.12, knows no set less or with the keys of a dictionary.
         return frozenset(name for name in names if name in self.given)
 
     def parameter_sizes(self, stack: Stack) -> dict[str, int]:

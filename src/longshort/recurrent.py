@@ -424,10 +424,11 @@ class RecurrentLayer(StandIn, nn.RNNBase):
 
     def flatten_parameters(self) -> None:
         """Lay the weights out for cuDNN, where it can run them."""
-        if not self.options.coupled_gates and not (self.options.residual or self.dropout):
+        apart = bool(self.options.residual or self.dropout)
+        if not (apart or self.options.coupled_gates):
             super().flatten_parameters()
         elif all(isinstance(weight, Tensor) and weight.is_cuda for weight in self._flat_weights):
-            backends.lay_for_cudnn(self._make_stack(), self._weights(), self.dropout)
+            backends.lay_for_cudnn(self._make_stack(), self._weights(), apart)
 
     def extra_repr(self) -> str:
         """Return the arguments as PyTorch's layer shows them, and the options."""
