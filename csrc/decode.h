@@ -17,12 +17,12 @@
 namespace ls {
 namespace LS_TARGET {
 
-/* Floats of a panel of the output layer with weights of eight bits: biases, scales, bytes. */
+/* Floats of a panel of the output layer with weights of eight bits: biases, then `round_panel`'s. */
 static inline int64_t head_bytes(const Head& head) {
   return kHeadVectors * W + bytes_floats(head.blocks() * W, kHeadVectors * W);
 }
 
-/* A layer's panel with weights of eight bits: biases, then scales and bytes of W_ih, then those of W_hh. */
+/* A layer's panel with weights of eight bits: biases, then `round_panel`'s of W_ih, then those of W_hh. */
 template <class Cell>
 struct BytePanel {
   static constexpr int NW = Sizes<Cell>::N * W;
@@ -34,8 +34,8 @@ struct BytePanel {
   void round(const float* packed, float* out) const {
     __builtin_memcpy(out, packed, size_t(sizes.bias_floats()) * sizeof(float));
     const float* inputs = packed + sizes.bias_floats();
-    round_to_bytes(inputs, sizes.input_blocks * W, NW, out + inputs_at());
-    round_to_bytes(inputs + sizes.input_floats(), sizes.hidden_blocks() * W, NW, out + hidden_at());
+    round_panel(inputs, sizes.input_blocks * W, NW, out + inputs_at());
+    round_panel(inputs + sizes.input_floats(), sizes.hidden_blocks() * W, NW, out + hidden_at());
   }
 };
 
@@ -46,13 +46,13 @@ struct Language {
   static constexpr int NW = N * W;
   static constexpr int G = Cell::kGates;
   static constexpr bool kLstm = Cell::kCell == LS_LSTM, kGru = Cell::kCell == LS_GRU;
-  static constexpr int kEnough = kAccumulators / N; /* rows for which a product lasts as long as its weights take to come */
 
   const Args& a;
   const ls_model& model;
   const Sizes<Cell> first, upper; /* of the first layer, which has no product for its input where there is a table */
   const Head head;
   const int64_t steps;
+  const bool fours; /* whether products of eight bits have their own instruction */
   int status;
   Teams teams;
 
@@ -65,7 +65,7 @@ struct Language {
     float* xg;     /* with layer normalisation the input's share of the gates, [panel][room][N W] */
     float* hg;     /* the state's */
     float* sum[2]; /* [U][room][W]: what residual layers put out, one and the one above it */
-    float* left;   /* of each of its threads two left factors, where those are not floats */
+    float* left;   /* of each of its threads two left factors, where products do not read floats */
     float* logits; /* [row][head.width()] */
     void* choice;  /* scratch of `choose` */
     int64_t* ids;
@@ -76,18 +76,19 @@ struct Language {
 
   Language(const Args& args, int64_t steps)
       : a(args), model(args.model), first(args.model.table ? 0 : args.model.E, args.model.H),
-        upper(args.model.H, args.model.H), head{args.model.V, args.model.H}, steps(steps), status(LS_OK) {
+        upper(args.model.H, args.model.H), head{args.model.V, args.model.H}, steps(steps),
+        fours(args.model.int8 == 1 && multiplies_bytes()), status(LS_OK) {
     const int most = int(smaller(a.num_threads, kMostThreads)), largest = int(smaller(most, upper.panels));
-    teams = {int(larger(smaller(most / largest, a.B / kEnough), 1)), largest};
+    teams = {int(larger(smaller(most / largest, a.B / enough()), 1)), largest};
     /* Smaller ones, if they have enough rows, and leave few threads idle. */
     for (int size = int(smaller(most / 2, largest)); size > 0; --size) {
       const int count = most / size;
-      if (a.B >= int64_t(count) * kEnough && 8 * count * size >= 7 * most) teams = {count, size};
+      if (a.B >= int64_t(count) * enough() && 8 * count * size >= 7 * most) teams = {count, size};
     }
     double inputs = double(model.table ? 0 : model.E) + double(model.layers - 1) * double(model.H);
     double weights = G * double(model.H) * (inputs + double(model.layers * model.H)) + double(model.V * model.H);
-    /* A weight of few rows takes the time of five operations to come. */
-    const int64_t operations = larger(2 * a.B, teams.size > 1 ? teams.count * (model.int8 ? 2 : 5) : 0);
+    /* A weight of few rows takes the time of five operations to come, of eight bits of four. */
+    const int64_t operations = larger(2 * a.B, teams.size > 1 ? teams.count * (model.int8 ? 4 : 5) : 0);
     teams = useful_teams(teams, weights * double(operations) * double(steps), double(steps * (model.layers + 2)), 1.0);
   }
 
@@ -155,6 +156,9 @@ struct Language {
       if (team.leads()) pass().after(rows, t);
     }
   }
+
+  /* Rows for which a product lasts as long as its weights take to come. */
+  int enough() const { return model.int8 ? 2 : kAccumulators / N; }
 
   int64_t layer_floats(const Rows& rows) const { return upper.U * rows.room * W; }
 
@@ -239,16 +243,29 @@ struct Language {
       }
   }
 
-  /* Whether products with weights that are not of eight bits multiply something else than floats. */
-  bool has_factors() const { return !Step::kFloats && !model.int8; }
+  bool has_factors() const { return !Step::kFloats || model.int8; }
   int64_t factor_floats(const Rows& rows) const {
-    return Step::left_floats(larger(first.input_blocks, upper.hidden_blocks()), rows.room);
+    const int64_t blocks = larger(first.input_blocks, upper.hidden_blocks());
+    return model.int8 ? byte_rows_floats(blocks * W, rows.room) : Step::left_floats(blocks, rows.room);
+  }
+
+  /* Calls `f` with the way in which bytes are multiplied. */
+  template <class F>
+  void with_bytes(F f) const {
+#if defined(__AVX512F__)
+    if (fours) return f(Fours());
+#endif
+    f(Twos());
   }
 
   /* What a layer reads, `from` [block][room][W], as its products read it: this thread's `which`-th left factor. */
   float* factors(const Rows& rows, const float* from, int64_t blocks, int which, const Team& team) const {
     if (!has_factors()) return const_cast<float*>(from);
     float* left = rows.left + (2 * team.index() + which) * factor_floats(rows);
+    if (model.int8) {
+      with_bytes([&](auto products) { round_rows<decltype(products)>(from, blocks, rows.room, rows.count, left); });
+      return left;
+    }
     for (int64_t block = 0; block < blocks; ++block)
       for (int64_t row = 0; row < rows.count; ++row)
         Step::store_left(Step::left_at(left, rows.room, block, row), load(from + (block * rows.room + row) * W));
@@ -256,20 +273,17 @@ struct Language {
     return left;
   }
 
-  /* out = start + a weights of `count` rows of K from `row`, of floats or of bytes with their scales. */
+  /* out = start + a weights of `count` rows of K from `row`. */
   template <int Vectors>
   void product(const Rows& rows, int64_t row, int count, int64_t K, float* a_factors, const float* weights,
                const Place& start, const Place& out) const {
-    if (!model.int8) {
+    if (model.int8)
+      with_bytes([&](auto products) {
+        multiply_bytes_rows<decltype(products), Vectors>(count, ceil_div(K, W), a_factors, rows.room, row, weights, start, out);
+      });
+    else
       multiply_rows<Step, Vectors>(count, Step::depth_of(K), Step::left_at(a_factors, rows.room, 0, row), rows.room, weights,
                                    start, out, {});
-      return;
-    }
-    constexpr int kMost = kAccumulators / Vectors; /* a matrix unit's tiles have more rows */
-    for (int done = 0; done < count; done += kMost)
-      multiply_bytes_rows<Vectors>(int(smaller(count - done, kMost)), ceil_div(K, W), a_factors + (row + done) * W,
-                                   rows.room * W, reinterpret_cast<const int8_t*>(weights + Vectors * W), weights,
-                                   start.at(done, 0), out.at(done, 0));
   }
 
   void copy_embedding(const Rows& rows) {
@@ -510,7 +524,7 @@ static inline void round_head(const Head& head, const float* packed, float* out)
   constexpr int64_t columns = kHeadVectors * W;
   for (int64_t panel = 0; panel < head.panels(); ++panel) {
     __builtin_memcpy(out, packed, columns * sizeof(float));
-    round_to_bytes(packed + columns, head.blocks() * W, columns, out + columns);
+    round_panel(packed + columns, head.blocks() * W, columns, out + columns);
     packed += head.panel_floats<Step>();
     out += head_bytes(head);
   }

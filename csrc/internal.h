@@ -32,6 +32,11 @@ struct Target {
   void (*apply)(int32_t function, int64_t n, const float* x, float* y);
 };
 
+/* library.cpp */
+
+/* Whether the processor multiplies vectors of bytes, four products in each sum (AVX512-VNNI). */
+bool multiplies_bytes();
+
 /* threads.cpp */
 
 constexpr int kMostThreads = 256;

@@ -32,6 +32,15 @@ extern const Target target_avx2;
 #endif
 extern const Target target_baseline;
 
+bool multiplies_bytes() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
 namespace {
 
 const Target* const kTargets[] = {

@@ -167,7 +167,8 @@ typedef struct {
   int64_t V, E, H, layers;  /* E: width of the embedding; not read where there is a table */
   int32_t cell;             /* enum ls_cell */
   int32_t target;           /* of all that was packed; -1: the active one */
-  int32_t int8;             /* not 0: layers and head are ls_round's, the table stays float32 */
+  int32_t int8; /* 1: layers and head are ls_round's, and what they read is rounded too, each row to 255 values; the table
+                   stays float32. 2: the same bits without the processor's own instruction for products of bytes */
   int32_t residual;         /* not 0: each layer but the first adds what it reads to what it puts out; h is without it */
   const float* table;       /* ls_pack_table: what each of the V + 1 symbols gives the gates of the first layer; NULL: */
   const float* embedding;   /* V + 1 x E: what the first layer reads */
