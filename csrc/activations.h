@@ -89,6 +89,54 @@ static inline V tanh(V x) {
   return d * reciprocal(d + 2.0f);
 }
 
+typedef double VD __attribute__((vector_size(W * 4)));
+typedef int64_t VL __attribute__((vector_size(W * 4)));
+
+/* x at most 0, in double: within 2 ULP, of x below -708 0. The series of e^r to its thirteenth power has less than 1e-17 beyond. */
+static inline VD exponential(VD x) {
+  const double kRound = 0x1.8p52;
+  const VD bounded = x > -708.0 ? x : VD{} - 708.0;
+  const VD shifted = bounded * 1.4426950408889634 + kRound, whole = shifted - kRound;
+  const VD r = (bounded - whole * 0x1.62e42fee00000p-1) - whole * 0x1.a39ef35793c76p-33;
+  constexpr double kFactors[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
+                                1.0 / 720,       1.0 / 120,      1.0 / 24,      1.0 / 6,      0.5,         1.0, 1.0};
+  VD e = VD{} + 1.0 / 6227020800.0;
+#pragma GCC unroll 13
+  for (double factor : kFactors) e = e * r + factor;
+  e *= (VD)(((VL)shifted - (0x4338000000000000 - 1023)) << 52);
+  return x > -708.0 ? e : x == x ? VD{} : x;
+}
+
+/* out[i] = e^((x[i] - largest) / temperature), in double; no x is above `largest`. */
+static inline void exponentials(const float* x, int64_t n, double largest, double temperature, double* out) {
+  typedef float Half __attribute__((vector_size(W * 2)));
+  constexpr int D = W / 2;
+  for (int64_t i = 0; i < n; i += W) {
+    const int count = int(smaller(n - i, W));
+    const V v = load_part(x + i, count);
+    double found[W];
+    for (int half = 0; half < 2; ++half) {
+      Half part;
+      __builtin_memcpy(&part, reinterpret_cast<const float*>(&v) + half * D, sizeof part);
+      const VD e = exponential((__builtin_convertvector(part, VD) - largest) / temperature);
+      __builtin_memcpy(found + half * D, &e, sizeof e);
+    }
+    __builtin_memcpy(out + i, found, size_t(count) * sizeof(double));
+  }
+}
+
+/* NaN only where x[0] is. */
+static inline float largest_of(const float* x, int64_t n) {
+  V most = splat(x[0]);
+  for (int64_t i = 0; i < n; i += W) {
+    const V v = first_lanes(load_part(x + i, int(smaller(n - i, W))), int(smaller(n - i, W)), most);
+    most = v > most ? v : most;
+  }
+  float largest = x[0];
+  for (int i = 0; i < W; ++i) largest = most[i] > largest ? most[i] : largest;
+  return largest;
+}
+
 static inline V relu(V x) { return x < 0.0f ? V{} : x; }
 
 }  // namespace LS_TARGET

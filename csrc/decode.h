@@ -67,7 +67,7 @@ struct Language {
     float* sum[2]; /* [U][room][W]: what residual layers put out, one and the one above it */
     float* left;   /* of each of its threads two left factors, where products do not read floats */
     float* logits; /* [row][head.width()] */
-    void* choice;  /* scratch of `choose` */
+    void* choice;  /* scratch of `choose_by_weight` */
     int64_t* ids;
     float* memory;
   };
@@ -502,10 +502,18 @@ struct Decode : Language<Decode<Cell>, Cell, ls_decode_args> {
   void start(const Rows& rows) { Base::template copy_logits<false>(rows, a.logits); }
   void before(const Rows& rows, int64_t step) {
     for (int64_t row = 0; row < rows.count; ++row) {
-      int64_t id = choose(Base::logits_of(rows, row), model.V, a.sampling[rows.begin + row], step, rows.choice);
+      int64_t id = choose(Base::logits_of(rows, row), a.sampling[rows.begin + row], step, static_cast<double*>(rows.choice));
       a.ids[step * a.B + rows.begin + row] = rows.ids[row] = id;
       if (id == a.newline) Base::forget(rows, row, step & 1);
     }
+  }
+  int64_t choose(const float* logits, const ls_sampling& sampling, int64_t step, double* scratch) const {
+    const float largest = largest_of(logits, model.V);
+    int64_t best = 0;
+    while (best + 1 < model.V && !(logits[best] >= largest)) ++best;
+    if (sampling.temperature == 0.0) return best;
+    exponentials(logits, model.V, double(largest), sampling.temperature, scratch);
+    return choose_by_weight(logits, best, model.V, sampling, step, scratch);
   }
   bool wants_logits(int64_t) const { return true; }
   void after(const Rows&, int64_t) {}

@@ -117,8 +117,9 @@ class Team {
 
 /* sampling.cpp */
 
-/* The symbol that `sampling` chooses by V logits, `step` symbols after its position; scratch: choice_bytes(V), 8-byte aligned. */
-int64_t choose(const float* logits, int64_t V, const ls_sampling& sampling, int64_t step, void* scratch);
+/* The symbol that `sampling` chooses, `step` symbols after its position: `best` has the largest of V logits, scratch[i] is
+   e^((logits[i] - logits[best]) / temperature). Of scratch there are choice_bytes(V), overwritten. */
+int64_t choose_by_weight(const float* logits, int64_t best, int64_t V, const ls_sampling& sampling, int64_t step, double* scratch);
 size_t choice_bytes(int64_t V);
 double logarithm(double x);
 

@@ -378,7 +378,7 @@ int32_t ls_loss(const ls_loss_args* args) {
 
 int32_t ls_apply(int32_t function, int32_t target, int64_t n, const float* x, float* y) {
   const Target* found = find(target);
-  if (!found || function < 0 || function > 2 || n < 0 || (n && (!x || !y))) return LS_BAD_ARGUMENT;
+  if (!found || function < 0 || function > 4 || n < 0 || (n && (!x || !y))) return LS_BAD_ARGUMENT;
   found->apply(function, n, x, y);
   return LS_OK;
 }

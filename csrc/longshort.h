@@ -303,7 +303,8 @@ LS_API int32_t ls_read(const ls_read_args* args);
    The same bits with any number of threads. */
 LS_API int32_t ls_loss(const ls_loss_args* args);
 
-/* y[i] = f(x[i]) as the kernels compute it, for tests: 0 exp, 1 tanh, 2 sigmoid. y may be x. */
+/* y[i] = f(x[i]) as the kernels compute it, for tests: 0 exp, 1 tanh, 2 sigmoid; of x at most 0 the exp in double that a symbol
+   is chosen by: 3 as a float, 4 what that leaves. y may be x. */
 LS_API int32_t ls_apply(int32_t function, int32_t target, int64_t n, const float* x, float* y);
 
 /* Ask the system for large pages for memory of several megabytes that has not been written yet: weights that are packed, what

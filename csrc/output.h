@@ -44,8 +44,7 @@ struct Head {
 
 /* The logarithm of the sum of e^logit. Sums of a vector's lanes are in float, over the vectors in double. */
 static inline double log_sum(const float* logits, int64_t n) {
-  float largest = logits[0];
-  for (int64_t i = 1; i < n; ++i) largest = logits[i] > largest ? logits[i] : largest;
+  const float largest = largest_of(logits, n);
   double sum = 0.0;
   for (int64_t i = 0; i < n; i += W) {
     int count = int(smaller(n - i, W));

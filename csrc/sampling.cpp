@@ -89,27 +89,21 @@ double logarithm(double x) { return log(x); }
 
 size_t choice_bytes(int64_t V) { return size_t(V) * (2 * sizeof(double) + sizeof(int64_t)); }
 
-int64_t choose(const float* logits, int64_t V, const ls_sampling& s, int64_t step, void* scratch) {
-  int64_t best = 0;
-  for (int64_t id = 1; id < V; ++id)
-    if (logits[id] > logits[best]) best = id;
-  if (s.temperature == 0.0) return best;
-  double* weight = static_cast<double*>(scratch);
-  double largest = logits[best], total = 0.0;
-  for (int64_t id = 0; id < V; ++id) weight[id] = exp((double(logits[id]) - largest) / s.temperature);
+int64_t choose_by_weight(const float* logits, int64_t best, int64_t V, const ls_sampling& s, int64_t step, double* scratch) {
+  double* weight = scratch;
   if (s.top_k > 0 || s.top_p > 0.0) {
-    keep_most_probable(logits, V, s, weight, reinterpret_cast<int64_t*>(weight + 2 * V), weight + V);
+    keep_most_probable(logits, V, s, weight, reinterpret_cast<int64_t*>(scratch + 2 * V), scratch + V);
     weight += V;
   }
-  for (int64_t id = 0; id < V; ++id) total += weight[id];
-  double wanted = uniform(s.seed, s.stream, uint64_t(s.position + step)) * total, reached = 0.0;
-  int64_t last = best; /* rounding may carry past the last symbol that can be chosen: that one then */
-  for (int64_t id = 0; id < V; ++id) {
-    reached += weight[id];
-    if (weight[id] > 0.0) last = id;
-    if (reached > wanted) return id;
-  }
-  return last;
+  double* reached = weight; /* the sum up to each symbol, in its place */
+  double total = 0.0;
+  for (int64_t id = 0; id < V; ++id) reached[id] = total += weight[id];
+  const double wanted = uniform(s.seed, s.stream, uint64_t(s.position + step)) * total;
+  for (int64_t id = 0; id < V; ++id)
+    if (reached[id] > wanted) return id;
+  for (int64_t id = V - 1; id > 0; --id) /* rounding may carry past the last symbol that can be chosen: that one then */
+    if (reached[id] > reached[id - 1]) return id;
+  return best;
 }
 
 }  // namespace ls

@@ -265,7 +265,9 @@ def test_eight_bits_are_products_of_rounded_numbers(
     nats_TB, _ = few.nats(ids_TB, targets_TB, None)
     theirs_TB, _ = same.nats(ids_TB, targets_TB, None)
     errors_TB = np.abs(nats_TB - theirs_TB)
-    assert (errors_TB < 1e-5).mean() > 0.9  # a number just between two steps may be rounded otherwise, and what follows it
+    assert (
+        errors_TB < 1e-5
+    ).mean() > 0.9  # a number just between two steps may be rounded otherwise, and what follows it
     assert errors_TB.max() < 0.1
     monkeypatch.undo()
     assert np.abs(nats_TB - same.nats(ids_TB, targets_TB, None)[0]).mean() > 1e-3  # of numbers that were not rounded

@@ -168,7 +168,7 @@ def test_sizes_and_names_that_cannot_be_are_refused() -> None:
     assert library.ls_pack(ctypes.byref(LayerWeights(**fitting)), -1, None) == native.BAD_ARGUMENT
     assert library.ls_pack(None, -1, place) == native.BAD_ARGUMENT
     assert library.ls_sample(None) == 0
-    assert library.ls_apply(3, -1, 0, None, None) == native.BAD_ARGUMENT
+    assert library.ls_apply(5, -1, 0, None, None) == native.BAD_ARGUMENT
     assert library.ls_apply(0, 99, 0, None, None) == native.BAD_ARGUMENT
     assert library.ls_apply(0, -1, -1, None, None) == native.BAD_ARGUMENT
     assert library.ls_apply(0, -1, 0, None, None) == native.OK

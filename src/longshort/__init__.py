@@ -125,8 +125,8 @@ def load(path: str | Path, *, train: bool = False, weights: str = "float32") -> 
         path: a run (its best checkpoint, else its latest) or a model directory.
         train: whether to return what PyTorch can train on, a `LanguageModel`, `SequenceClassifier` or `SequenceTagger`,
             instead of a torch-free `Decoder` or `LabelDecoder`.
-        weights: of a language model: float32; bfloat16, where the processor multiplies that, the fastest; or int8, a
-            quarter of the memory (`generation.cost_in_bits` says what they cost).
+        weights: of a language model: float32; bfloat16, where the processor multiplies that; or int8, the least memory
+            and mostly the fastest (`generation.cost_in_bits` says what they cost).
 
     Returns:
         One of these models, in evaluation mode.

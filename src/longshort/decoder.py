@@ -106,8 +106,9 @@ class Decoder:
         config: what the model is.
         weights: its weights by name, as `LanguageModel.weights` gives them.
         tokenizer: of the text it was trained on.
-        precision: of the weights in use: float32, int8, or where the processor multiplies that bfloat16.
-            `generation.cost_in_bits` says what that costs.
+        precision: of the factors of products: float32, int8 (a scale for each unit's weights and for each row that
+            they are multiplied by), or where the processor multiplies that bfloat16. `generation.cost_in_bits` says
+            what that costs.
 
     Raises:
         UsageError: a cell that only PyTorch can run, or a precision that cannot be had.

@@ -52,7 +52,7 @@ HALVES = "amx_bf16x3"
 """The target whose products have factors of two numbers of bfloat16, three products each: about 5 digits."""
 LOWER = (HALVES, *BFLOAT16)
 """The targets whose products are less exact than those of float32."""
-FUNCTIONS = {"exp": 0, "tanh": 1, "sigmoid": 2}
+FUNCTIONS = {"exp": 0, "tanh": 1, "sigmoid": 2, "weight": 3, "rest of weight": 4}
 PATH = Path(__file__).parent / "_lib" / "liblongshort.so"
 """Where the build puts the library."""
 

@@ -100,7 +100,8 @@ class NativeModel:
         layers: their weights, biases included; the first as wide as the embedding.
         rows: (V + 1, E): what the first layer reads of each symbol, and of one outside the vocabulary.
         output: (V, H) and (V): the output layer.
-        int8: whether the weights are rounded to eight bits and a scale a unit; the table stays float32.
+        int8: whether products are of eight bits: the weights with a scale a unit, and what they are multiplied by with
+            one a row. The table, sums and states stay float32.
         residual: whether each layer but the first adds what it reads to what it puts out.
         gains: of layer normalisation, if there is any: of each layer gamma_ih, gamma_hh, of an LSTM gamma_c, beta_c.
         target: the active one if not given.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ from longshort.bench import ledger, peers, profiling
 from longshort.bench.timing import Side, interleave, spread
 from longshort.config import FEWEST_ADAPTIVE, SHRINKAGE, TrainConfig, adaptive_cutoffs
 from longshort.decoder import Decoder
+from longshort.errors import UsageError
 from longshort.model import LanguageModel
 from longshort.native_model import Draw
 from longshort.scoring import score
@@ -111,7 +113,7 @@ class Setting(NamedTuple):
     precision: str = "float32"
     """Ours: of training, or of the weights of what runs a trained model."""
     peer_precision: str = "float32"
-    """The peer's: bfloat16 is autocast in training, else a model turned into bfloat16."""
+    """The peer's: bfloat16 is autocast in training, else a model turned into bfloat16; int8 its dynamic rounding."""
 
     def peer(self, name: str) -> str:
         """Return what a peer is called."""
@@ -123,6 +125,12 @@ class Setting(NamedTuple):
 
     def turned(self, plain: PlainModel) -> PlainModel:
         """Return the peer's model as it reads and writes."""
+        if self.peer_precision == "int8":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it is to move to a package of its own
+                quantization: Any = torch.ao.quantization
+                turned: PlainModel = quantization.quantize_dynamic(plain, {nn.LSTM, nn.LSTMCell, nn.Linear})
+                return turned
         return plain if self.peer_precision == "float32" else plain.bfloat16()
 
 
@@ -138,13 +146,12 @@ def result(
         what: `train`, `generate` or `score`.
         threads: of both sides.
         report: called after each row with it, the number of those done, and of all.
-        precision: ours. `bfloat16` is measured beside PyTorch's float32 and beside its bfloat16.
+        precision: ours. `bfloat16` and `int8` are measured beside PyTorch's float32 and beside the same of PyTorch's.
 
     Raises:
-        UsageError: this processor does not have that precision.
+        UsageError: this processor does not have that precision, or training does not.
     """
-    if precision == "bfloat16":
-        native.need_bfloat16()
+    check_precision(what, precision)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -157,9 +164,10 @@ def result(
             report(rows[-1], len(rows), len(contests))
     finally:
         torch.set_num_threads(before)
+    asked = "" if precision == "float32" else f" --precision {precision}"
     return {
         "benchmark": what,
-        "command": f"longshort bench {what} --threads {threads}{' --precision bfloat16' * (precision != 'float32')}",
+        "command": f"longshort bench {what} --threads {threads}{asked}",
         "threads": threads,
         "precision": precision,
         "date": datetime.now(UTC).date().isoformat(),
@@ -169,6 +177,16 @@ def result(
         "noisy": sum(row.noisy for row in rows),
         "rows": [asdict(row) for row in rows],
     }
+
+
+def check_precision(what: str, precision: str) -> None:
+    """Raise a UsageError where a kind of workloads cannot be had in a precision."""
+    if precision == "bfloat16":
+        native.need_bfloat16()
+    if (what, precision) == ("train", "int8"):
+        raise UsageError(
+            "Training is in float32 or bfloat16, not in int8.", "bench generate and bench score take --precision int8."
+        )
 
 
 def _measure(contest: Contest) -> Row:
@@ -206,7 +224,7 @@ class PlainModel(nn.Module):
         config = like.config
         self.size = config.vocab_size
         self.embedding = nn.Embedding(self.size, config.embedding) if config.embedding else None
-        self.recurrent = nn.LSTM(config.embedding or self.size, config.hidden, config.layers)
+        self.recurrent: Any = nn.LSTM(config.embedding or self.size, config.hidden, config.layers)
         self.output: Any = nn.Linear(config.hidden, self.size)
         if config.adaptive_softmax:
             size = (config.hidden, self.size, adaptive_cutoffs(self.size), float(SHRINKAGE))
@@ -361,8 +379,9 @@ def profiles(
         precision: of training.
 
     Raises:
-        UsageError: this processor does not have that precision.
+        UsageError: this processor, or training, does not have that precision.
     """
+    check_precision("train", precision)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -385,6 +404,8 @@ def _written(peer: str, streams: int) -> Callable[[Setting], Contest]:
     def build(setting: Setting) -> Contest:
         tokenizer = CharTokenizer(SYMBOLS)
         model, plain = _models(TrainConfig(hidden=256, embedding=128, threads=setting.threads), tokenizer)
+        if peer == "nn.LSTMCell":
+            plain.recurrent = _cell_of(plain.recurrent)
         plain = setting.turned(plain)
         decoder = Decoder(model.config, model.weights(), tokenizer, setting.precision)
         decoder.threads = setting.threads
@@ -417,15 +438,19 @@ def _with_layer(plain: PlainModel, streams: int, steps: int) -> None:
         ids.tolist()
 
 
+def _cell_of(layer: Any) -> nn.LSTMCell:
+    cell = nn.LSTMCell(layer.input_size, layer.hidden_size)
+    cell.load_state_dict({name.removesuffix("_l0"): tensor for name, tensor in layer.state_dict().items()})
+    return cell
+
+
 @torch.inference_mode()
 def _with_cell(plain: PlainModel, streams: int, steps: int) -> None:
-    layer, kind = plain.recurrent, plain.output.weight.dtype
-    cell = nn.LSTMCell(layer.input_size, layer.hidden_size, dtype=kind)
-    cell.load_state_dict({name.removesuffix("_l0"): tensor for name, tensor in layer.state_dict().items()})
     ids = torch.ones(streams, dtype=torch.int64)
-    state = tuple(torch.zeros(streams, layer.hidden_size, dtype=kind) for _ in range(2))
+    kind = plain.inputs(ids).dtype
+    state = tuple(torch.zeros(streams, plain.recurrent.hidden_size, dtype=kind) for _ in range(2))
     for _ in range(steps):
-        state = cell(plain.inputs(ids), state)
+        state = plain.recurrent(plain.inputs(ids), state)
         ids = torch.multinomial(F.softmax(plain.output(state[0]).float() / _TEMPERATURE, dim=-1), 1)[:, 0]
         ids.tolist()
 

@@ -158,8 +158,8 @@ def bench(
     options: Annotated[str | None, Parameter(help=f"With --grid options, some of: {','.join(OPTIONS)}.")] = None,
     kernel: Annotated[str, Parameter(help="Force one of our kernels; doctor lists them.")] = "auto",
     precision: Annotated[
-        Literal["float32", "bfloat16"],
-        Parameter(help="Of train, generate, score: ours; bfloat16 is measured beside both of PyTorch's."),
+        Literal["float32", "bfloat16", "int8"],
+        Parameter(help="Of train, generate, score: ours, beside PyTorch's float32 and the same of PyTorch's."),
     ] = "float32",
     isa: Annotated[Literal["avx2"] | None, Parameter(help="Hold PyTorch and us to these vector instructions.")] = None,
     neighbour: Annotated[
@@ -214,7 +214,8 @@ def bench(
             _bench_workloads(what, threads, precision, out, json)
         return
     if precision != "float32":
-        raise UsageError("--precision goes with bench train, generate and score.", f"Give --kernel {precision} here.")
+        hint = "Leave it out." if precision == "int8" else f"Give --kernel {precision} here."
+        raise UsageError("--precision goes with bench train, generate and score.", hint)
     if worst is not None and worst < 1:
         raise UsageError(f"--worst must be at least 1, not {worst}.")
     named: dict[str, Any] = {

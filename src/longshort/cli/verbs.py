@@ -251,7 +251,7 @@ def generate(
     samples: Annotated[Int, Parameter(help="Write so many texts, side by side.")] = 1,
     weights: Annotated[
         Literal["float32", "bfloat16", "int8"],
-        Parameter(help="Less memory to read for each symbol: a half, a quarter. Says what it costs."),
+        Parameter(help="int8 and, where the processor has it, bfloat16 are faster; says what they cost."),
     ] = "float32",
     cell: OwnCell = None,
     json: Json = False,
@@ -303,7 +303,8 @@ def score(
     ] = None,
     ahead: Annotated[Int, Parameter(help="Most lines read before the first is answered; 1 for a live log.")] = 2048,
     weights: Annotated[
-        Literal["float32", "bfloat16"], Parameter(help="bfloat16 is faster where the processor has it; says its cost.")
+        Literal["float32", "bfloat16", "int8"],
+        Parameter(help="int8 and, where the processor has it, bfloat16 are faster; says what they cost."),
     ] = "float32",
     cell: OwnCell = None,
     json: Annotated[
@@ -375,7 +376,7 @@ def serve(
     ] = (),
     weights: Annotated[
         Literal["float32", "bfloat16", "int8"],
-        Parameter(help="Less memory to read for each symbol: a half, a quarter. Says what it costs."),
+        Parameter(help="int8 and, where the processor has it, bfloat16 are faster; says what they cost."),
     ] = "float32",
     cell: OwnCell = None,
 ) -> None:
