@@ -39,7 +39,7 @@ struct BytePanel {
   }
 };
 
-/* What reading and writing share. Pass, Read or Decode, says what happens before and after each step. */
+/* What reading and writing share. Pass, Read, ReadTree or Decode, says what happens before and after each step. */
 template <class Pass, class Cell, class Args>
 struct Language {
   static constexpr int N = panel_vectors<Cell>();
@@ -48,6 +48,7 @@ struct Language {
   static constexpr bool kLstm = Cell::kCell == LS_LSTM, kGru = Cell::kCell == LS_GRU;
 
   const Args& a;
+  const int64_t B; /* texts, or the most that a tree has side by side */
   const ls_model& model;
   const Sizes<Cell> first, upper; /* of the first layer, which has no product for its input where there is a table */
   const Head head;
@@ -56,7 +57,7 @@ struct Language {
   int status;
   Teams teams;
 
-  /* What a team needs for its rows. */
+  /* What a team needs for its rows: of a tree as many as a step has. */
   struct Rows {
     int64_t begin, count, room;
     float* h[2]; /* [layer][U][room][W]: before and after a step */
@@ -68,28 +69,32 @@ struct Language {
     float* left;   /* of each of its threads two left factors, where products do not read floats */
     float* logits; /* [row][head.width()] */
     void* choice;  /* scratch of `choose_by_weight` */
+    int64_t* levels; /* of a tree: the first node of each */
+    double* sums;    /* and of each row what `log_sum` gives */
+    float* moved;    /* and of each thread a block of a state */
     int64_t* ids;
     float* memory;
   };
   Team::Shared* shared;
   Rows* of_teams;
 
-  Language(const Args& args, int64_t steps)
-      : a(args), model(args.model), first(args.model.table ? 0 : args.model.E, args.model.H),
+  Language(const Args& args, int64_t steps, int64_t B, int64_t all_rows)
+      : a(args), B(B), model(args.model), first(args.model.table ? 0 : args.model.E, args.model.H),
         upper(args.model.H, args.model.H), head{args.model.V, args.model.H}, steps(steps),
         fours(args.model.int8 == 1 && multiplies_bytes()), status(LS_OK) {
     const int most = int(smaller(a.num_threads, kMostThreads)), largest = int(smaller(most, upper.panels));
-    teams = {int(larger(smaller(most / largest, a.B / enough()), 1)), largest};
+    teams = {int(larger(smaller(most / largest, B / enough()), 1)), largest};
     /* Smaller ones, if they have enough rows, and leave few threads idle. */
     for (int size = int(smaller(most / 2, largest)); size > 0; --size) {
       const int count = most / size;
-      if (a.B >= int64_t(count) * enough() && 8 * count * size >= 7 * most) teams = {count, size};
+      if (B >= int64_t(count) * enough() && 8 * count * size >= 7 * most) teams = {count, size};
     }
+    if (Pass::kTree) teams = {1, largest}; /* rows go on from rows of other teams */
     double inputs = double(model.table ? 0 : model.E) + double(model.layers - 1) * double(model.H);
     double weights = G * double(model.H) * (inputs + double(model.layers * model.H)) + double(model.V * model.H);
     /* A weight of few rows takes the time of five operations to come, of eight bits of four. */
-    const int64_t operations = larger(2 * a.B, teams.size > 1 ? teams.count * (model.int8 ? 4 : 5) : 0);
-    teams = useful_teams(teams, weights * double(operations) * double(steps), double(steps * (model.layers + 2)), 1.0);
+    const int64_t waited = teams.size > 1 ? teams.count * steps * (model.int8 ? 4 : 5) : 0;
+    teams = useful_teams(teams, weights * double(larger(2 * all_rows, waited)), double(steps * (model.layers + 2)), 1.0);
   }
 
   int32_t run() {
@@ -116,8 +121,8 @@ struct Language {
     Team(nullptr, thread, count).for_teams(shared, teams.count, [&](Team& team, int64_t number) {
       Rows& rows = of_teams[number];
       if (team.leads()) {
-        rows.begin = a.B * number / teams.count;
-        rows.count = a.B * (number + 1) / teams.count - rows.begin;
+        rows.begin = B * number / teams.count;
+        rows.count = B * (number + 1) / teams.count - rows.begin;
         begin(rows);
       }
       if (!team.wait() || !rows.memory) return;
@@ -128,8 +133,12 @@ struct Language {
 
   Pass& pass() { return static_cast<Pass&>(*this); }
 
+  /* Of a pass whose rows go on from themselves. */
+  bool moves(const Rows&, int64_t) const { return false; }
+  const int64_t* parents_of(const Rows&, int64_t) const { return nullptr; }
+
   /* All steps of a team's rows. */
-  void run_steps(const Rows& rows, Team& team) {
+  void run_steps(Rows& rows, Team& team) {
     for (int64_t t = 0; t < steps; ++t) {
       const int now = t & 1;
       if (team.leads()) {
@@ -137,6 +146,10 @@ struct Language {
         if (!model.table) copy_embedding(rows);
       }
       if (!team.wait()) return;
+      if (pass().moves(rows, t)) {
+        move_rows(rows, pass().parents_of(rows, t), now, team);
+        if (!team.wait()) return;
+      }
       const float* below = rows.x;
       for (int64_t layer = 0; layer < model.layers; ++layer) {
         float* sum = model.residual && layer ? rows.sum[layer & 1] : nullptr;
@@ -153,7 +166,7 @@ struct Language {
       if (!pass().wants_logits(t)) continue;
       run_head(rows, below, team);
       if (!team.wait()) return;
-      if (team.leads()) pass().after(rows, t);
+      pass().after(rows, t, team);
     }
   }
 
@@ -175,11 +188,14 @@ struct Language {
     rows.left = has_factors() ? arena.array(teams.size * 2 * factor_floats(rows)) : nullptr;
     rows.logits = arena.array(rows.count * head.width());
     rows.choice = arena.array(int64_t(choice_bytes(model.V) / sizeof(float)));
+    rows.levels = reinterpret_cast<int64_t*>(arena.array(Pass::kTree ? 2 * (steps + 2) : 0));
+    rows.sums = reinterpret_cast<double*>(arena.array(Pass::kTree ? 2 * rows.count : 0));
+    rows.moved = arena.array(Pass::kTree ? teams.size * rows.room * W : 0);
     rows.ids = reinterpret_cast<int64_t*>(arena.array(2 * rows.count));
     return arena.floats();
   }
 
-  /* Gives rows their memory, if there is any, and the state before the first step. */
+  /* Gives rows their memory, if there is any. */
   void begin(Rows& rows) {
     int64_t floats = carve(rows, nullptr);
     rows.memory = static_cast<float*>(take(size_t(floats) * sizeof(float)));
@@ -188,31 +204,50 @@ struct Language {
       return;
     }
     must_be(carve(rows, rows.memory) == floats);
-    for (int64_t layer = 0; layer < model.layers; ++layer)
-      for (int64_t block = 0; block < upper.U; ++block)
-        for (int64_t row = 0; row < rows.count; ++row) {
-          int units = upper.units(block);
-          int64_t from = caller_place(rows, layer, block, row), to = place(rows, layer, block, row);
-          store(rows.h[0] + to, units ? load_part(a.h + from, units) : V{});
-          store(rows.h[1] + to, V{});
-          if (kLstm) store(rows.c + to, units ? load_part(a.c + from, units) : V{});
-        }
     pass().start(rows);
   }
 
-  /* Gives back the state after the last step, and the memory. */
   void end(const Rows& rows) {
     pass().finish(rows);
+    give(rows.memory);
+  }
+
+  /* The state before the first step: as the caller has it, or zero. */
+  void take_state(const Rows& rows, const float* h, const float* c) const {
+    for (int64_t layer = 0; layer < model.layers; ++layer)
+      for (int64_t block = 0; block < upper.U; ++block)
+        for (int64_t row = 0; row < rows.count; ++row) {
+          const int units = h ? upper.units(block) : 0;
+          int64_t from = caller_place(rows, layer, block, row), to = place(rows, layer, block, row);
+          store(rows.h[0] + to, units ? load_part(h + from, units) : V{});
+          store(rows.h[1] + to, V{});
+          if (kLstm) store(rows.c + to, units ? load_part(c + from, units) : V{});
+        }
+  }
+
+  /* And that after the last. */
+  void give_state(const Rows& rows, float* h, float* c) const {
     for (int64_t layer = 0; layer < model.layers; ++layer)
       for (int64_t block = 0; block < upper.U; ++block)
         for (int64_t row = 0; row < rows.count; ++row) {
           int units = upper.units(block);
           int64_t from = place(rows, layer, block, row), to = caller_place(rows, layer, block, row);
           if (!units) continue;
-          store_part(a.h + to, load(rows.h[steps & 1] + from), units);
-          if (kLstm) store_part(a.c + to, load(rows.c + from), units);
+          store_part(h + to, load(rows.h[steps & 1] + from), units);
+          if (kLstm) store_part(c + to, load(rows.c + from), units);
         }
-    give(rows.memory);
+  }
+
+  /* Row r goes on from the state of row parents[r]. */
+  void move_rows(const Rows& rows, const int64_t* parents, int now, const Team& team) const {
+    float* moved = rows.moved + team.index() * rows.room * W;
+    for (int64_t layer = 0; layer < model.layers; ++layer)
+      for (int64_t block = team.begin(upper.U); block < team.end(upper.U); ++block)
+        for (int which = 0; which < (kLstm ? 2 : 1); ++which) {
+          float* state = (which ? rows.c : rows.h[now]) + place(rows, layer, block, 0);
+          for (int64_t row = 0; row < rows.count; ++row) store(moved + row * W, load(state + parents[row] * W));
+          __builtin_memcpy(state, moved, size_t(rows.count * W) * sizeof(float));
+        }
   }
 
   float* logits_of(const Rows& rows, int64_t row) const { return rows.logits + row * head.width(); }
@@ -231,7 +266,7 @@ struct Language {
     return layer * layer_floats(rows) + (block * rows.room + row) * W;
   }
   int64_t caller_place(const Rows& rows, int64_t layer, int64_t block, int64_t row) const {
-    return (layer * a.B + rows.begin + row) * model.H + block * W;
+    return (layer * B + rows.begin + row) * model.H + block * W;
   }
 
   /* A row's state becomes zero. */
@@ -471,24 +506,84 @@ struct Read : Language<Read<Cell>, Cell, ls_read_args> {
   using Rows = typename Base::Rows;
   using Base::a, Base::model;
 
-  explicit Read(const ls_read_args& args) : Base(args, args.T) {}
+  static constexpr bool kTree = false;
 
-  void start(const Rows&) {}
-  void before(const Rows& rows, int64_t t) {
+  explicit Read(const ls_read_args& args) : Base(args, args.T, args.B, args.T * args.B) {}
+
+  void start(const Rows& rows) { Base::take_state(rows, a.h, a.c); }
+  void before(Rows& rows, int64_t t) {
     __builtin_memcpy(rows.ids, a.ids + t * a.B + rows.begin, size_t(rows.count) * sizeof(int64_t));
   }
   bool wants_logits(int64_t t) const { return a.nats || t + 1 == a.T; }
-  void after(const Rows& rows, int64_t t) {
+  void after(const Rows& rows, int64_t t, const Team& team) {
+    if (!a.nats) return;
     const int64_t at = t * a.B + rows.begin;
-    for (int64_t row = 0; a.nats && row < rows.count; ++row) {
+    for (int64_t row = team.begin(rows.count); row < team.end(rows.count); ++row) {
       const float* logits = Base::logits_of(rows, row);
       int64_t target = a.targets[at + row];
       a.nats[at + row] = target < 0 ? 0.0 : log_sum(logits, model.V) - double(logits[target]);
     }
   }
   void finish(const Rows& rows) {
+    Base::give_state(rows, a.h, a.c);
     if (a.logits) Base::template copy_logits<true>(rows, a.logits);
   }
+};
+
+/* A tree of prefixes: a step is a level, its rows are the nodes that are read. */
+template <class Cell>
+struct ReadTree : Language<ReadTree<Cell>, Cell, ls_tree_args> {
+  using Base = Language<ReadTree<Cell>, Cell, ls_tree_args>;
+  using Rows = typename Base::Rows;
+  using Base::a, Base::model;
+  static constexpr bool kTree = true;
+
+  explicit ReadTree(const ls_tree_args& args) : Base(args, depth(args), most(args), all(args)) {}
+
+  /* Levels with nodes below them; the most that are read in one; all that are read. */
+  static int64_t depth(const ls_tree_args& args) {
+    int64_t count = 0;
+    while (count < args.levels && args.reads[count]) ++count;
+    return count;
+  }
+  static int64_t most(const ls_tree_args& args) {
+    int64_t count = 0;
+    for (int64_t t = 0; t < args.levels; ++t) count = larger(count, args.reads[t]);
+    return count;
+  }
+  static int64_t all(const ls_tree_args& args) {
+    int64_t count = 0;
+    for (int64_t t = 0; t < args.levels; ++t) count += args.reads[t];
+    return count;
+  }
+
+  void start(const Rows& rows) {
+    Base::take_state(rows, nullptr, nullptr);
+    rows.levels[0] = 0;
+    for (int64_t t = 0; t <= Base::steps; ++t) rows.levels[t + 1] = rows.levels[t] + (t < a.levels ? a.nodes[t] : 0);
+  }
+  void before(Rows& rows, int64_t t) {
+    rows.count = a.reads[t];
+    __builtin_memcpy(rows.ids, a.ids + rows.levels[t], size_t(rows.count) * sizeof(int64_t));
+  }
+  bool moves(const Rows& rows, int64_t t) const {
+    const int64_t* parents = parents_of(rows, t);
+    for (int64_t row = 0; t && row < a.reads[t]; ++row)
+      if (parents[row] != row) return true;
+    return false;
+  }
+  const int64_t* parents_of(const Rows& rows, int64_t t) const { return a.parents + rows.levels[t]; }
+  bool wants_logits(int64_t) const { return true; }
+  /* Each thread those below its rows. What follows the last wait may not depend on rows.count: the next step sets it. */
+  void after(const Rows& rows, int64_t t, const Team& team) {
+    const int64_t begin = team.begin(a.reads[t]), end = team.end(a.reads[t]);
+    for (int64_t row = begin; row < end; ++row) rows.sums[row] = log_sum(Base::logits_of(rows, row), model.V);
+    for (int64_t node = rows.levels[t + 1]; node < rows.levels[t + 2]; ++node) {
+      const int64_t row = a.parents[node], id = a.ids[node];
+      if (row >= begin && row < end && id < model.V) a.nats[node] = rows.sums[row] - double(Base::logits_of(rows, row)[id]);
+    }
+  }
+  void finish(const Rows&) {}
 };
 
 template <class Cell>
@@ -497,9 +592,14 @@ struct Decode : Language<Decode<Cell>, Cell, ls_decode_args> {
   using Rows = typename Base::Rows;
   using Base::a, Base::model;
 
-  explicit Decode(const ls_decode_args& args) : Base(args, args.steps) {}
+  static constexpr bool kTree = false;
 
-  void start(const Rows& rows) { Base::template copy_logits<false>(rows, a.logits); }
+  explicit Decode(const ls_decode_args& args) : Base(args, args.steps, args.B, args.steps * args.B) {}
+
+  void start(const Rows& rows) {
+    Base::take_state(rows, a.h, a.c);
+    Base::template copy_logits<false>(rows, a.logits);
+  }
   void before(const Rows& rows, int64_t step) {
     for (int64_t row = 0; row < rows.count; ++row) {
       int64_t id = choose(Base::logits_of(rows, row), a.sampling[rows.begin + row], step, static_cast<double*>(rows.choice));
@@ -510,14 +610,18 @@ struct Decode : Language<Decode<Cell>, Cell, ls_decode_args> {
   int64_t choose(const float* logits, const ls_sampling& sampling, int64_t step, double* scratch) const {
     const float largest = largest_of(logits, model.V);
     int64_t best = 0;
-    while (best + 1 < model.V && !(logits[best] >= largest)) ++best;
+    if (largest == largest)
+      while (logits[best] != largest) ++best;
     if (sampling.temperature == 0.0) return best;
     exponentials(logits, model.V, double(largest), sampling.temperature, scratch);
     return choose_by_weight(logits, best, model.V, sampling, step, scratch);
   }
   bool wants_logits(int64_t) const { return true; }
-  void after(const Rows&, int64_t) {}
-  void finish(const Rows& rows) { Base::template copy_logits<true>(rows, a.logits); }
+  void after(const Rows&, int64_t, const Team&) {}
+  void finish(const Rows& rows) {
+    Base::give_state(rows, a.h, a.c);
+    Base::template copy_logits<true>(rows, a.logits);
+  }
 };
 
 template <class Cell>

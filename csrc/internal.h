@@ -22,6 +22,7 @@ struct Target {
                const float* bias_ih, const float* bias_hh, const float* weight_hr, float* packed);
   int32_t (*decode)(const ls_decode_args*);
   int32_t (*read)(const ls_read_args*);
+  int32_t (*read_tree)(const ls_tree_args*);
   int64_t (*table_floats)(int32_t cell, int64_t symbols, int64_t H);
   int64_t (*head_floats)(int64_t V, int64_t H);
   void (*pack_table)(int32_t cell, int64_t symbols, int64_t H, const float* rows, float* table);

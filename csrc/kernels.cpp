@@ -89,6 +89,10 @@ static int32_t read(const ls_read_args* args) {
   return of_model(args->model.cell, [=](auto cell) { return Read<decltype(cell)>(*args).run(); });
 }
 
+static int32_t read_tree(const ls_tree_args* args) {
+  return of_model(args->model.cell, [=](auto cell) { return ReadTree<decltype(cell)>(*args).run(); });
+}
+
 static int32_t decode(const ls_decode_args* args) {
   return of_model(args->model.cell, [=](auto cell) { return Decode<decltype(cell)>(*args).run(); });
 }
@@ -155,7 +159,7 @@ extern const Target LS_JOIN(target_, LS_TARGET);
 const Target LS_JOIN(target_, LS_TARGET) = {
     LS_QUOTE(LS_TARGET),      LS_TARGET::forward,     LS_TARGET::backward,      LS_TARGET::saved_floats,
     LS_TARGET::gates,         LS_TARGET::packed_floats, LS_TARGET::pack,        LS_TARGET::decode,
-    LS_TARGET::read,          LS_TARGET::table_floats, LS_TARGET::head_floats,  LS_TARGET::pack_table_of,
+    LS_TARGET::read,          LS_TARGET::read_tree,   LS_TARGET::table_floats, LS_TARGET::head_floats,  LS_TARGET::pack_table_of,
     LS_TARGET::rounded_floats, LS_TARGET::round,      LS_TARGET::pack_head,     LS_TARGET::loss,
     LS_TARGET::apply,
 };

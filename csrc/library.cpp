@@ -352,6 +352,27 @@ int32_t ls_read(const ls_read_args* args) {
   return target->read(args);
 }
 
+int32_t ls_read_tree(const ls_tree_args* args) {
+  if (!args || !is_size(args->levels)) return LS_BAD_ARGUMENT;
+  const ls_tree_args& a = *args;
+  const Target* target = find(a.model.target);
+  if (!target || (a.levels && (!a.nodes || !a.reads))) return LS_BAD_ARGUMENT;
+  int64_t node = 0, above = 0, most = 0;
+  for (int64_t level = 0; level < a.levels; ++level) {
+    if (!is_size(a.nodes[level]) || a.reads[level] < 0 || a.reads[level] > a.nodes[level]) return LS_BAD_ARGUMENT;
+    if (a.nodes[level] && (!a.ids || !a.nats || (level && !a.parents))) return LS_BAD_ARGUMENT;
+    for (const int64_t end = node + a.nodes[level]; node < end; ++node) {
+      if (a.ids[node] < 0 || a.ids[node] > a.model.V) return LS_BAD_ARGUMENT;
+      if (level && (a.parents[node] < 0 || a.parents[node] >= above)) return LS_BAD_ARGUMENT;
+    }
+    above = a.reads[level];
+    most = most > above ? most : above;
+  }
+  if (!are_texts(a.model, most, a.levels, a.num_threads)) return LS_BAD_ARGUMENT;
+  for (int64_t i = 0; i < node; ++i) a.nats[i] = 0.0;
+  return most ? target->read_tree(args) : LS_OK;
+}
+
 int32_t ls_decode(const ls_decode_args* args) {
   if (!args || !are_texts(args->model, args->B, args->steps, args->num_threads)) return LS_BAD_ARGUMENT;
   const ls_model& model = args->model;

@@ -44,7 +44,7 @@
 extern "C" {
 #endif
 
-#define LS_ABI_VERSION 9
+#define LS_ABI_VERSION 10
 
 /* The last is a cell of layers, not of models. */
 enum ls_cell { LS_RNN_TANH = 0, LS_RNN_RELU = 1, LS_GRU = 2, LS_LSTM = 3, LS_LSTM_COUPLED = 4 };
@@ -215,6 +215,21 @@ typedef struct {
   int32_t reserved;
 } ls_read_args;
 
+/* Texts that begin alike, read once where they are: a tree of their prefixes. A node is a symbol behind those of the nodes above
+   it. Nodes lie level by level, and of a level those first that have nodes below them: only they are read. */
+typedef struct {
+  ls_model model;
+  int64_t levels;
+  const int64_t* nodes;   /* levels: how many a level has */
+  const int64_t* reads;   /* levels: how many of them have nodes below them */
+  const int64_t* ids;     /* of each node its symbol, 0..V */
+  const int64_t* parents; /* of each node the one above it, counted within its level; of the first level not read: its nodes
+                             begin from a zero state */
+  double* nats;           /* of each node -log of the probability of its symbol; 0 of the first level, and where that is V */
+  int32_t num_threads;    /* at most so many, the caller's included */
+  int32_t reserved;
+} ls_tree_args;
+
 /* N rows that an output layer of V symbols reads: p = softmax(W h + b), loss = scale * sum of -log p of the targets. */
 typedef struct {
   int64_t N, V, H;
@@ -298,6 +313,9 @@ LS_API int32_t ls_decode(const ls_decode_args* args);
 /* Read texts, and say how well the model predicts them. nats: within 1e-6 of the exact figure, but for the rounding of the
    logits. The same bits for a text alone and in any batch, in one call and in several, with any number of threads. */
 LS_API int32_t ls_read(const ls_read_args* args);
+
+/* The same of texts that begin alike: nats of a node have the bits that ls_read gives them in a text of its own. */
+LS_API int32_t ls_read_tree(const ls_tree_args* args);
 
 /* An output layer, its loss and all gradients in one. nats: within 1e-6 of the exact figure, but for the rounding of the logits.
    The same bits with any number of threads. */

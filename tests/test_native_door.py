@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from longshort import native, native_layers
+from longshort import native, native_layers, native_model
 from longshort.errors import NativeWarning, UsageError
 from longshort.native_layers import (
     BackwardArgs,
@@ -257,6 +257,12 @@ def test_structures_are_those_of_the_header(tmp_path: Path) -> None:
         "ls_weights": LayerWeights,
         "ls_forward_args": ForwardArgs,
         "ls_backward_args": BackwardArgs,
+        "ls_model": native_model.ModelStructure,
+        "ls_sampling": native_model.SamplingStructure,
+        "ls_decode_args": native_model.DecodeArgs,
+        "ls_read_args": native_model.ReadArgs,
+        "ls_tree_args": native_model.TreeArgs,
+        "ls_loss_args": native_model.LossArgs,
     }
     lines, wanted = [], []
     for name, structure in structures.items():

@@ -108,6 +108,11 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert [float(x) for x in capsys.readouterr().out.split()] == pytest.approx(
         [row["bits_per_character"] for row in rows], abs=1e-4
     )
+    assert main(["score", "run", "new.txt", "--json", "--weights", "int8"]) == 0
+    rounded, said = capsys.readouterr()
+    assert "int8" in said
+    for line, row in zip(rounded.splitlines(), rows, strict=True):
+        assert json.loads(line)["bits_per_character"] == pytest.approx(row["bits_per_character"], abs=0.1)
     assert main(["score", "run", "new.txt", "--top", "2"]) == 0
     first, _ = capsys.readouterr().out.splitlines()
     assert first.split()[1] == "6"

@@ -45,8 +45,23 @@ def test_the_peers_model_is_ours() -> None:
     plain = workloads.PlainModel(model)
     ids = torch.randint(4, (7, 3))
     torch.testing.assert_close(plain(ids, None)[0], model(ids)[0], rtol=0, atol=1e-5)
-    for write in (workloads._with_layer, workloads._with_cell):
-        write(plain, 3, 4)
+    rounded = Setting(1, "int8", "int8").turned(plain)
+    error = (rounded(ids, None)[0] - model(ids)[0]).abs().max()
+    assert 0 < error < 0.05
+    for model_of_peer in (plain, rounded):
+        workloads._with_layer(model_of_peer, 3, 4)
+    plain.recurrent = workloads._cell_of(plain.recurrent)
+    logits, h = [], [torch.zeros(3, 12)] * 2
+    for t in range(7):
+        h = plain.recurrent(plain.inputs(ids[t]), h)
+        logits.append(plain.output(h[0]))
+    torch.testing.assert_close(torch.stack(logits), model(ids)[0], rtol=0, atol=1e-5)
+    for model_of_peer in (
+        plain,
+        Setting(1, "int8", "int8").turned(plain),
+        Setting(1, "bfloat16", "bfloat16").turned(plain),
+    ):
+        workloads._with_cell(model_of_peer, 3, 4)
 
 
 def small(setting: Setting) -> Contest:

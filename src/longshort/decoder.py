@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from longshort.errors import CheckpointError, UsageError
 from longshort.model_files import Saved
 from longshort.native_layers import Weights
 from longshort.native_model import Draw, NativeModel, normalise, product
+from longshort.prefixes import nats_of_lines
 from longshort.text import tokenizers
 from longshort.text.tokenizers import Tokenizer
 
@@ -231,6 +232,25 @@ class Decoder:
         log_sum_TB = np.log(np.exp(logits_TBV - largest_TB1).sum(axis=-1)) + largest_TB1[..., 0]
         target_logits_TB = np.take_along_axis(logits_TBV, targets_TB[..., None], axis=-1)[..., 0]
         return log_sum_TB - target_logits_TB, state
+
+    def nats_of_lines(
+        self,
+        ids: NDArray[np.integer],
+        starts_B: NDArray[np.int64],
+        stops_B: NDArray[np.int64],
+        pause: Callable[[], None] = lambda: None,
+    ) -> NDArray[np.float64]:
+        """Read lines from a zero state, what they begin with in common once, by native kernels only.
+
+        Each symbol has the bits that `nats` gives it, and 0 where it is outside the vocabulary; order and arguments are
+        those of `prefixes.nats_of_lines`.
+        """
+        if self._native is None:
+            raise UsageError("Without native kernels there is no `nats_of_lines`; evaluation.read works.")
+        config = self.config
+        most = max(64, min(1024, 2**20 // (config.layers * config.hidden), 2**22 // config.vocab_size))
+        how: dict[str, Any] = {"most": most, "threads": self.threads, "pause": pause}
+        return nats_of_lines(self._native.read_tree, ids, starts_B, stops_B, **how)
 
     def logits(self, ids_T: NDArray[np.int64], state: State | None) -> tuple[Array, State]:
         """Read `ids_T` and return the logits (V) of the symbol after the last, and the state there."""

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longshort.config import ModelConfig
+from longshort.decoder import Decoder
 from longshort.errors import ConfigError, TextError
 from longshort.text.encoding import Part, encode_text
 from longshort.text.tokenizers import Tokenizer
@@ -33,7 +34,10 @@ _TOKENS_A_LANE = 4096
 _MOST_LANES = 64
 _TOKENS_A_CALL = 4096
 _LOGITS_A_CALL = 2**22
-_LINES_TO_SORT = 4096
+LONG = 4096
+"""A line of more symbols is read alone: beside it, short ones would be padding."""
+_LINES_AT_A_TIME = 4096
+_SYMBOLS_OF_LINES = 1 << 20
 _LINES_A_BATCH = 64
 
 
@@ -194,17 +198,57 @@ def _rows(model: Model, size: int, ids: NDArray[Any], length: int, overlap: int,
 
 
 def _lines(model: Model, size: int, ids: NDArray[Any], breaks: NDArray[np.uint64], pause: Callable[[], None]) -> float:
-    """Return the nats of all lines, those of similar length side by side."""
-    total = 0.0
-    for first in range(0, len(breaks) - 1, _LINES_TO_SORT):
-        places = breaks[first : first + _LINES_TO_SORT + 1].astype(np.int64)
-        order = np.argsort(np.diff(places), kind="stable")
-        for batch in range(0, len(order), _LINES_A_BATCH):
-            chosen = order[batch : batch + _LINES_A_BATCH]
-            pause()
-            for nats_TB, counted_TB in read(model, size, ids, places[chosen], places[chosen + 1]):
-                total += float(nats_TB[counted_TB].sum())
+    """Return the nats of all lines."""
+    places, first, total = breaks.astype(np.int64), 0, 0.0
+    while first < len(places) - 1:
+        last = int(np.searchsorted(places, places[first] + _SYMBOLS_OF_LINES, "right")) - 1
+        last = max(min(last, first + _LINES_AT_A_TIME), first + 1)
+        of_lines, begins = ids[places[first] : places[last] + 1], places[first : last + 1] - places[first]
+        nats = read_lines(model, size, of_lines, begins[:-1], begins[1:], pause)
+        total += float(nats[of_lines[1:] < size].sum())
+        first = last
     return total
+
+
+def read_lines(
+    model: Model,
+    size: int,
+    ids: NDArray[Any],
+    starts_B: NDArray[np.int64],
+    stops_B: NDArray[np.int64],
+    pause: Callable[[], None] = lambda: None,
+) -> NDArray[np.float64]:
+    """Return -log p in nats of the symbols of lines but each one's first, line after line.
+
+    Args:
+        model: reads.
+        size: of the vocabulary.
+        ids: symbols; those outside the vocabulary have any number.
+        starts_B: place of each line's first symbol, which is only read, from a zero state.
+        stops_B: place of its last, which is only predicted.
+        pause: called every few thousand symbols; it may raise.
+    """
+    lengths_B = stops_B - starts_B
+    places_B = np.cumsum(lengths_B) - lengths_B
+    nats = np.zeros(lengths_B.sum())
+    short_B = lengths_B <= LONG
+    order = np.argsort(lengths_B, kind="stable")
+    short = order[: np.count_nonzero(short_B)]
+    batches = [short[first : first + _LINES_A_BATCH] for first in range(0, len(short), _LINES_A_BATCH)]
+    if isinstance(model, Decoder) and model.writes and len(short):
+        nats[np.repeat(short_B, lengths_B)] = model.nats_of_lines(ids, starts_B[short_B], stops_B[short_B], pause)
+        batches = []
+    for batch in [*batches, *order[len(short) :, None]]:
+        # Always as many rows: without the native kernels a product's last digits depend on how many it has.
+        rows = np.resize(batch, _LINES_A_BATCH if short_B[batch[0]] else 1)
+        found = []
+        for nats_TB, _ in read(model, size, ids, starts_B[rows], stops_B[rows]):
+            pause()
+            found.append(nats_TB)
+        nats_TB = np.concatenate(found)
+        for row, line in enumerate(batch):
+            nats[places_B[line] : places_B[line] + lengths_B[line]] = nats_TB[: lengths_B[line], row]
+    return nats
 
 
 def read(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 OK, OUT_OF_MEMORY, BAD_ARGUMENT = 0, 1, 2
 CELLS = {"rnn": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
 """Each cell of models that has native kernels, and its number in the library."""
@@ -77,6 +77,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ls_gates": (_i32, (_pointer, _i32, _pointer, _pointer)),
     "ls_decode": (_i32, (_pointer,)),
     "ls_read": (_i32, (_pointer,)),
+    "ls_read_tree": (_i32, (_pointer,)),
     "ls_table_floats": (_i64, (_i32, _i64, _i64, _i32)),
     "ls_head_floats": (_i64, (_i64, _i64, _i32)),
     "ls_rounded_floats": (_i64, (_i32, _i64, _i64, _i32)),

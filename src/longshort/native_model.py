@@ -68,6 +68,17 @@ class ReadArgs(ctypes.Structure):
     )
 
 
+class TreeArgs(ctypes.Structure):
+    """`ls_tree_args`."""
+
+    _fields_ = (
+        ("model", ModelStructure),
+        ("levels", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("nodes", "reads", "ids", "parents", "nats")),
+        *((name, ctypes.c_int32) for name in ("num_threads", "reserved")),
+    )
+
+
 class LossArgs(ctypes.Structure):
     """`ls_loss_args`."""
 
@@ -90,6 +101,22 @@ class Draw(NamedTuple):
     stream: int
     position: int
     """Of the first symbol that is chosen."""
+
+
+class Tree(NamedTuple):
+    """Texts that begin alike, as a tree of their prefixes: level by level, first what has nodes below it.
+
+    `ls_tree_args` in `csrc/longshort.h` has the meaning; int64 arrays all.
+    """
+
+    nodes: NDArray[np.int64]
+    """Of each level."""
+    reads: NDArray[np.int64]
+    """How many of them have nodes below them."""
+    ids: NDArray[np.int64]
+    """Of each node."""
+    parents: NDArray[np.int64]
+    """Of each node the one above it, counted within its level."""
 
 
 class NativeModel:
@@ -251,6 +278,24 @@ class NativeModel:
         args.h, args.c = (*map(address, state), None)[:2]
         native.check_status(self._library.ls_read(ctypes.byref(args)))
         return nats_TB, logits_BV
+
+    def read_tree(self, tree: Tree, *, threads: int = 1) -> NDArray[np.float64]:
+        """Read texts from a zero state, what they have in common once; return -log p of each node's symbol in nats.
+
+        Args:
+            tree: the texts; a symbol outside the vocabulary is V. Its nats are 0, as those of the first level.
+            threads: at most so many.
+        """
+        nodes, reads, ids, parents = (np.require(array, np.int64, ("C", "A")) for array in tree)
+        count = -1 if (nodes < 0).any() else int(nodes.sum())
+        if nodes.shape != reads.shape or not ids.shape == parents.shape == (count,) or threads < 1:
+            shapes = ", ".join(f"{name} {array.shape}" for name, array in zip(tree._fields, tree, strict=True))
+            raise ValueError(f"{shapes} and {threads} threads make no sense")
+        nats = np.empty(len(ids), np.float64)
+        args = TreeArgs(model=self._structure, levels=len(nodes), num_threads=min(threads, 2**31 - 1))
+        args.nodes, args.reads, args.ids, args.parents, args.nats = map(address, (nodes, reads, ids, parents, nats))
+        native.check_status(self._library.ls_read_tree(ctypes.byref(args)))
+        return nats
 
     def _check_state(self, state: Sequence[Array], B: int) -> None:
         wanted = 2 if self.cell == "lstm" else 1

@@ -7,9 +7,9 @@ Each line starts from a zero state after one newline; the line and the newline t
 bits divided by the line's characters + 1. What the vocabulary does not hold costs `UNKNOWN_BITS`, what it takes to name
 one of Unicode's code points: a symbol that training never saw is the oddest there is, and must not count as nothing.
 
-Lines are read ahead in a bounded window, and those of similar length share a batch of a fixed number of rows. Results
-come in the order of the lines. Whatever stands beside a line, the native kernels give it the same bits; without them,
-or by PyTorch, they are the same to about 1e-6.
+Lines are read ahead in a bounded window, and what they begin with in common is read once. Results come in the order
+of the lines. Whatever stands beside a line, the native kernels give it the same bits; without them, or by PyTorch,
+they are the same to about 1e-6.
 """
 
 from __future__ import annotations
@@ -24,15 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longshort.errors import ConfigError
-from longshort.evaluation import Model, read
+from longshort.evaluation import Model, read_lines
 from longshort.text.tokenizers import Tokenizer
 
 UNKNOWN_BITS = math.log2(0x110000)
 LINES_AHEAD = 2048
 CHARACTERS_AHEAD = 1 << 20
-ROWS = 64
-LONG = 4096
-"""A line of more symbols is read alone: beside it, short ones would be padding."""
 
 
 class LineModel(Model, Protocol):
@@ -96,41 +93,25 @@ def score(model: LineModel, lines: Iterable[str], *, ahead: int = LINES_AHEAD) -
 
 def _window(model: LineModel, lines: list[str], number: int) -> Iterator[LineScore]:
     """Score some lines together; `number` is the first one's."""
+    if not lines:
+        return
     tokenizer = model.tokenizer
     encoded = [tokenizer.encode_lines(f"{line}\n") for line in lines]
-    bits: list[NDArray[np.float32]] = [np.empty(0, dtype=np.float32)] * len(lines)
-    order = sorted(range(len(lines)), key=lambda i: len(encoded[i]))
-    short = [i for i in order if len(encoded[i]) <= LONG]
-    batches = [short[first : first + ROWS] for first in range(0, len(short), ROWS)]
-    for batch in [*batches, *([i] for i in order[len(short) :])]:
-        _score_batch(model, [encoded[i] for i in batch], bits, batch)
-    for i, line in enumerate(lines):
-        characters, _ = tokenizer.lengths(f"{line}\n", encoded[i])
-        total = float(bits[i].sum(dtype=np.float64)) / (len(line) + 1)
-        unknown = int(np.count_nonzero(encoded[i] >= tokenizer.size))
-        yield LineScore(number + i, line, len(line), total, unknown, bits[i], characters)
-
-
-def _score_batch(
-    model: LineModel, encoded: list[NDArray[np.int32]], bits: list[NDArray[np.float32]], places: list[int]
-) -> None:
-    """Score lines side by side into `bits`, at `places`."""
-    tokenizer = model.tokenizer
-    newline = np.array([tokenizer.newline])
+    newline = np.array([tokenizer.newline], encoded[0].dtype)
     ids = np.concatenate([part for line in encoded for part in (newline, line)])
-    ends = np.cumsum([len(line) + 1 for line in encoded]) - 1
-    starts = ends - [len(line) for line in encoded]
-    # Always as many rows: a product's last digits depend on how many it has.
-    rows = ROWS if len(encoded) > 1 or len(encoded[0]) <= LONG else 1
-    starts = np.append(starts, np.full(rows - len(encoded), starts[-1]))
-    stops = np.append(ends, np.full(rows - len(encoded), starts[-1] + 1))
-    found = [
-        np.where(counted_TB, nats_TB / math.log(2), UNKNOWN_BITS).astype(np.float32)
-        for nats_TB, counted_TB in read(model, tokenizer.size, ids, starts, stops)
-    ]
-    bits_TB = np.concatenate(found)
-    for row, (place, line) in enumerate(zip(places, encoded, strict=True)):
-        bits[place] = bits_TB[: len(line), row].copy()
+    stops_B = np.cumsum([len(line) + 1 for line in encoded]) - 1
+    starts_B = np.append(0, stops_B[:-1] + 1)
+    symbols = np.delete(ids, starts_B)
+    nats = read_lines(model, tokenizer.size, ids, starts_B, stops_B)
+    bits = np.where(symbols < tokenizer.size, nats / math.log(2), UNKNOWN_BITS).astype(np.float32)
+    characters, _ = tokenizer.lengths("".join(f"{line}\n" for line in lines), symbols)
+    end = 0
+    for i, (line, own) in enumerate(zip(lines, encoded, strict=True)):
+        begin, end = end, end + len(own)
+        of_symbols = bits[begin:end].copy()  # a view would keep all lines'
+        total = float(of_symbols.sum(dtype=np.float64)) / (len(line) + 1)
+        unknown = int(np.count_nonzero(own >= tokenizer.size))
+        yield LineScore(number + i, line, len(line), total, unknown, of_symbols, characters[begin:end].copy())
 
 
 def odd_part(scored: LineScore) -> tuple[int, int]:
