@@ -23,7 +23,6 @@ namespace ls {
 namespace LS_TARGET {
 
 constexpr int kPlaces = W / 4; /* in a block of k */
-constexpr int64_t kDeepestBytes = 1 << 17; /* of k: the sums stay within 32 bits */
 
 static inline VI load(const int32_t* p) {
   VI v;
@@ -98,15 +97,16 @@ struct Twos {
 static inline int64_t bytes_floats(int64_t K, int64_t columns) { return 2 * columns + K * columns / 4; }
 static inline int64_t byte_rows_floats(int64_t K, int64_t room) { return room * (Twos::kPlaceFloats * K / 4 + 1); }
 
-/* A panel of floats as one of bytes. */
+/* A panel of floats as one of bytes. A column that is not finite has the scale NaN. */
 static inline void round_panel(const float* panel, int64_t K, int64_t columns, float* out) {
   int32_t* starts = reinterpret_cast<int32_t*>(out + columns);
   int8_t* bytes = reinterpret_cast<int8_t*>(out + 2 * columns);
   for (int64_t column = 0; column < columns; ++column) {
-    float largest = 0.0f;
+    float largest = 0.0f, none = 0.0f;
     for (int64_t k = 0; k < K; ++k) {
-      float size = __builtin_fabsf(Step::of_panel(panel, columns, k, column));
+      float weight = Step::of_panel(panel, columns, k, column), size = __builtin_fabsf(weight);
       largest = size > largest ? size : largest;
+      none += weight * 0.0f;
     }
     float scale = largest / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
     int32_t sum = 0;
@@ -117,7 +117,7 @@ static inline void round_panel(const float* panel, int64_t K, int64_t columns, f
       bytes[(k / 4 * columns + column) * 4 + k % 4] = byte;
       sum += byte;
     }
-    out[column] = scale;
+    out[column] = scale + none;
     starts[column] = -128 * sum;
   }
 }
@@ -136,8 +136,8 @@ static inline void round_rows(const float* from, int64_t blocks, int64_t room, i
     }
     float largest = 0.0f;
     for (int i = 0; i < W; ++i) largest = most[i] > largest ? most[i] : largest;
-    const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
-    scales[row] = (largest > 1e-30f ? largest / 127.0f : 0.0f) + sum_lanes(none);
+    const float inverse = largest > 1e-36f ? 127.0f / largest : 0.0f;
+    scales[row] = (largest > 1e-36f ? largest / 127.0f : 0.0f) + sum_lanes(none);
     for (int64_t block = 0; block < blocks; ++block) {
       const V q = load(from + (block * room + row) * W) * inverse + 128.5f;
       Products::store_left(left + (block * room + row) * kFloats, __builtin_convertvector(q, VI));
@@ -170,7 +170,7 @@ static void multiply_bytes(int64_t blocks, const float* left, int64_t room, int6
     for (int n = 0; n < N; ++n)
       store(out.p + r * out.row + n * out.vector,
             load(start.p + r * start.row + n * start.vector) +
-                __builtin_convertvector(sum[r][n], V) * (scales[r] * load(panel + n * W)));
+                __builtin_convertvector(sum[r][n], V) * load(panel + n * W) * scales[r]);
 }
 
 /* The same of `count` rows, as many tiles as they are. */

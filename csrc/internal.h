@@ -35,6 +35,9 @@ struct Target {
 
 /* library.cpp */
 
+/* Most products of bytes in a sum of 32 bits. */
+constexpr int64_t kDeepestBytes = 1 << 17;
+
 /* Whether the processor multiplies vectors of bytes, four products in each sum (AVX512-VNNI). */
 bool multiplies_bytes();
 

@@ -327,6 +327,7 @@ int32_t ls_pack_head(int64_t V, int64_t H, int32_t target, const float* weight, 
 
 int64_t ls_rounded_floats(int32_t cell, int64_t I_or_V, int64_t H, int32_t target) {
   bool sizes = (is_cell_of_model(cell) || (cell == -1 && I_or_V > 0)) && are_widths(I_or_V, H);
+  sizes = sizes && H <= kDeepestBytes && (cell == -1 || I_or_V <= kDeepestBytes);
   const Target* found = sizes ? find(target) : nullptr;
   return found ? found->rounded_floats(cell, I_or_V, H) : -1;
 }

@@ -288,8 +288,9 @@ LS_API int64_t ls_head_floats(int64_t V, int64_t H, int32_t target);
 LS_API int32_t ls_pack_table(int32_t cell, int64_t V, int64_t H, int32_t target, const float* rows, float* table);
 LS_API int32_t ls_pack_head(int64_t V, int64_t H, int32_t target, const float* weight, const float* bias, float* head);
 
-/* Packed weights as ls_read and ls_decode also take them: eight bits each and a scale a column. Of a layer that ls_pack has
-   packed, or with -1 as the cell of a head that ls_pack_head has. Floats that they take; -1: a bad argument. */
+/* Packed weights as ls_read, ls_read_tree and ls_decode also take them: eight bits each and a scale a column. Of a layer that
+   ls_pack has packed, or with -1 as the cell of a head that ls_pack_head has; at most 131,072 wide, so that sums have 32 bits.
+   Floats that they take; -1: a bad argument. */
 LS_API int64_t ls_rounded_floats(int32_t cell, int64_t I_or_V, int64_t H, int32_t target);
 LS_API int32_t ls_round(int32_t cell, int64_t I_or_V, int64_t H, int32_t target, const float* packed, float* rounded);
 

@@ -166,11 +166,12 @@ def test_a_text_is_the_same_alone_in_a_batch_and_in_pieces(cell: str) -> None:
         assert [s[:, 0].tobytes() for s in own] == [s[:, row].tobytes() for s in state]
 
 
+@pytest.mark.parametrize("newline", [1, None])
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 @pytest.mark.parametrize("table", [True, False])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_threads_that_share_a_text_give_the_same_bits(
-    cell: str, table: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+    cell: str, table: bool, precision: str, newline: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Few texts of a large model: a team's threads divide its units, and wait for each other after every layer."""
     if not table:
@@ -183,7 +184,7 @@ def test_threads_that_share_a_text_give_the_same_bits(
             decoder.threads = threads
             logits_BV, state = start(model, [[row % 10, 3] for row in range(B)])
             draws = [Draw(0.9, None, None, 4, row, 0) for row in range(B)]
-            ids = decoder.write(logits_BV, state, draws, 60, newline=1)
+            ids = decoder.write(logits_BV, state, draws, 60, newline=newline)
             nats, after = decoder.nats(ids, ids, None)
             found.append((ids.tobytes(), logits_BV.tobytes(), nats.tobytes(), *(s.tobytes() for s in (*state, *after))))
         assert all(each == found[0] for each in found)
@@ -321,6 +322,51 @@ def test_eight_bits_of_many_rows_where_tiles_have_more_than_vectors(
     for row in (0, 15, 31, 69):
         alone, _ = few.nats(ids_TB[:, row : row + 1], ids_TB[:, row : row + 1], None)
         assert alone[:, 0].tobytes() == nats_TB[:, row].tobytes()
+
+
+def test_eight_bits_of_weights_that_are_not_finite_are_nan() -> None:
+    _, model = models(hidden=37)
+    ids_TB = np.zeros((1, 1), np.int64)
+    for value in (np.nan, np.inf):
+        weights = model.weights()
+        weights["output.weight"] = weights["output.weight"].copy()
+        weights["output.weight"][3, 5] = value
+        few = Decoder(model.config, weights, TOKENIZER, "int8")
+        logits_V, _ = few.logits(ids_TB[:, 0], None)
+        assert np.isnan(logits_V).tolist() == [i == 3 for i in range(10)]
+
+
+@pytest.mark.parametrize(("weight", "x"), [(1e30, 1e-33), (1e-30, 1e37), (1.0, 1.0)])
+def test_eight_bits_of_small_and_large_numbers(weight: float, x: float) -> None:
+    """A row of four numbers that lie far from 1, by weights that do."""
+    rows = np.array([[x, 0, -x / 2, 0], [0, 0, 0, 0]], np.float32)
+    layer = native_layers.Weights(np.array([[weight, 0, 0, 0]], np.float32), np.zeros((1, 1), np.float32))
+    output = np.ones((1, 1), np.float32), np.zeros(1, np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_model, "TABLE_BYTES", 0)
+        model = NativeModel("rnn_relu", [layer], rows, output, int8=True)
+    _, logits_BV = model.read(np.zeros((1, 1), np.int64), [np.zeros((1, 1, 1), np.float32)])
+    assert logits_BV[0, 0] == pytest.approx(weight * x, rel=1e-5)
+
+
+def test_a_model_too_wide_for_sums_of_eight_bits_is_refused() -> None:
+    E = 2**17 + 1
+    rows = np.ones((2, E), np.float32)
+    layer = native_layers.Weights(np.ones((1, E), np.float32), np.zeros((1, 1), np.float32))
+    output = np.ones((1, 1), np.float32), np.zeros(1, np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_model, "TABLE_BYTES", 0)
+        with pytest.raises(UsageError, match="at most 131,072 numbers; the model has 131,073"):
+            NativeModel("rnn_relu", [layer], rows, output, int8=True)
+        exact = NativeModel(
+            "rnn_relu", [layer._replace(weight_ih=layer.weight_ih[:, 1:])], rows[:, 1:], output, int8=True
+        )
+    _, logits_BV = exact.read(np.zeros((1, 1), np.int64), [np.zeros((1, 1, 1), np.float32)])
+    assert logits_BV[0, 0] == pytest.approx(2**17, rel=1e-5)
+    library = native.need()
+    assert library.ls_rounded_floats(0, E, 8, -1) == -1
+    assert library.ls_rounded_floats(-1, E, 8, -1) > 0
+    assert library.ls_rounded_floats(-1, 8, E, -1) == -1
 
 
 def test_what_eight_bits_cost_is_small_and_exact() -> None:

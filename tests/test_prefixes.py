@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -158,6 +163,44 @@ def test_threads_have_a_tree_each_and_one_tree_has_them_all(monkeypatch: pytest.
     several = model.nats_of_lines(ids, starts, stops)
     assert asked == [3, 1, 1]
     assert one.tobytes() == several.tobytes()
+
+
+@needs_library
+def test_lines_are_read_in_a_thread_that_outlives_the_main_one(tmp_path: Path) -> None:
+    model = decoder()
+    safetensors.numpy.save_file(model.weights(), tmp_path / "weights")
+    program = f"""
+import threading, time, safetensors.numpy
+from longshort.config import ModelConfig
+from longshort.decoder import Decoder
+from longshort.scoring import score
+from longshort.text.tokenizers import CharTokenizer
+config = ModelConfig.from_dict({model.config.to_dict()!r}, "here")
+model = Decoder(config, safetensors.numpy.load_file("weights"), CharTokenizer({"".join(TOKENIZER.symbols)!r}))
+model.threads = 2
+def run():
+    time.sleep(0.3)
+    print(len(list(score(model, ["ab" * (i % 40) + "c" * (i // 40) for i in range(400)]))))
+threading.Thread(target=run).start()
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("400\n", "")
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("threads", "vocabulary", "most"), [(1, 11, 1024), (2, 11, 1024), (8, 10_000, 52), (8, 1_000_000, 8)]
+)
+def test_many_threads_hold_no_more_logits_than_few(
+    threads: int, vocabulary: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = decoder()
+    model.threads = threads
+    model.config = replace(model.config, vocab_size=vocabulary)
+    asked: list[int] = []
+    monkeypatch.setattr("longshort.decoder.nats_of_lines", lambda *_, most, **__: asked.append(most))
+    model.nats_of_lines(*laid_out([[9, 1, 9]]))
+    assert asked == [most]
 
 
 @needs_library

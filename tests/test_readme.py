@@ -148,8 +148,9 @@ def test_the_layers_table_is_the_result_file() -> None:
 
 
 def test_the_table_of_workloads_is_the_result_files() -> None:
-    for suffix in ("", "-bfloat16"):
-        paths = [f"benchmarks/results/2026-11-27-{what}{suffix}.json" for what in ("generate", "score", "train")]
+    for suffix in ("", "-bfloat16", "-int8"):
+        names = ["2026-11-28-generate", "2026-11-28-score", *(["2026-11-27-train"] if suffix != "-int8" else [])]
+        paths = [f"benchmarks/results/{name}{suffix}.json" for name in names]
         script = [sys.executable, "benchmarks/workloads_table.py", *paths]
         assert subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True).stdout in PAGE
 

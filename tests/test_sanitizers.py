@@ -55,7 +55,12 @@ def test_memory_and_undefined_behaviour() -> None:
     few += " or (projections and reverse) or refuses or pieces or one_hot_rows or gradients_are_exact or does_not_fit"
     few = f"({few}) and not baseline"
     tests = ["-k", "not environment" if EVERYTHING else few, "tests/test_native.py", "tests/test_native_door.py"]
-    tests += ["tests/test_decoding.py", "tests/test_tokens.py", *(["tests/test_bfloat16.py"] if EVERYTHING else [])]
+    tests += [
+        "tests/test_decoding.py",
+        "tests/test_prefixes.py",
+        "tests/test_tokens.py",
+        *(["tests/test_bfloat16.py"] if EVERYTHING else []),
+    ]
     run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
         LD_PRELOAD=runtime("libasan.so"),

@@ -73,6 +73,15 @@ def test_company_does_not_change_a_score() -> None:
         next(score(decoder, lines, ahead=0))
 
 
+@pytest.mark.parametrize("lines", [[" " * ((1 << 20) - 5), "abcdef ab"], ["ab", "x" * (1 << 20)], ["a b", "\tab  a "]])
+def test_what_symbols_stand_for_does_not_depend_on_company(lines: list[str]) -> None:
+    decoder, _ = models("word")
+    for scored, line in zip(score(decoder, lines), lines, strict=True):
+        (alone,) = score(decoder, [line])
+        assert scored.symbol_characters.tolist() == alone.symbol_characters.tolist()
+        assert odd_part(scored) == odd_part(alone)
+
+
 def test_no_more_lines_are_read_than_asked_for() -> None:
     decoder, _ = models()
     read = 0

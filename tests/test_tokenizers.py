@@ -232,6 +232,10 @@ def test_where_a_text_is_cut_depends_on_the_text_alone(contents: list[str], long
     assert all(len(piece) <= longest for piece in whole)
 
 
+def test_bpe_lines_have_a_question_mark_for_half_a_surrogate_pair(bpe: BpeTokenizer) -> None:
+    assert bpe.encode_lines("a\ud800b\n").tolist() == bpe.encode_lines("a?b\n").tolist()
+
+
 @given(text=wordy)
 def test_pieces_encode_as_the_whole_does(bpe: BpeTokenizer, text: str) -> None:
     text = text.replace("  ", " a") + " "  # some place to cut in every stretch

@@ -247,8 +247,9 @@ class Decoder:
         """
         if self._native is None:
             raise UsageError("Without native kernels there is no `nats_of_lines`; evaluation.read works.")
-        config = self.config
-        most = max(64, min(1024, 2**20 // (config.layers * config.hidden), 2**22 // config.vocab_size))
+        # So many states and logits have all threads together, or those of 64 lines.
+        of_all = min(2**20 // (self.config.layers * self.config.hidden), 2**22 // self.config.vocab_size)
+        most = max(min(1024, max(of_all, 64) // self.threads), 1)
         how: dict[str, Any] = {"most": most, "threads": self.threads, "pause": pause}
         return nats_of_lines(self._native.read_tree, ids, starts_B, stops_B, **how)
 

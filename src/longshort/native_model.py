@@ -15,11 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longshort import native, native_layers
+from longshort.errors import UsageError
 from longshort.native import GATES, address
 from longshort.native_layers import Weights
 
 Array = NDArray[np.float32]
 
+DEEPEST_BYTES = 1 << 17
+"""Most products in a sum of 32 bits."""
 TABLE_BYTES = 64 << 20
 """The first layer reads a table of its gates for each symbol where the table is no larger, else the embedding."""
 
@@ -135,7 +138,7 @@ class NativeModel:
 
     Raises:
         ValueError: shapes or types that do not fit.
-        UsageError: there is no library.
+        UsageError: there is no library, or the model is too wide for sums of eight bits.
     """
 
     def __init__(
@@ -174,6 +177,12 @@ class NativeModel:
         found = self._library.ls_pack_head(self.V, H, number, address(weight), address(bias), address(self._head))
         native.check_status(found)
         if int8:
+            deepest = max(H, 0 if self._table is not None else E)
+            if deepest > DEEPEST_BYTES:
+                raise UsageError(
+                    f"Products of int8 are of at most {DEEPEST_BYTES:,} numbers; the model has {deepest:,}.",
+                    "Run it with weights of float32.",
+                )
             widths = [weights.weight_ih.shape[1] for weights in (first, *layers[1:])]
             self._packed = [
                 self._rounded(native.CELLS[cell], width, packed, number)

@@ -10,7 +10,9 @@ by level: as many rows at a time as there are different prefixes of that length.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -55,8 +57,6 @@ def nats_of_lines(
         threads: they have a tree each; where there is only one, it has them all.
         pause: called between trees; it may raise.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     lengths_B = stops_B - starts_B
     data = ids.astype(">u4").tobytes()  # in this order of bytes they compare as the symbols do
     numbers: dict[bytes, int] = {}
@@ -77,7 +77,11 @@ def nats_of_lines(
     groups = _groups(lengths_U, most, symbols)
     pieces = []
     with ThreadPoolExecutor(threads) as pool:
-        for found in (pool.map if len(groups) > 1 else map)(read, groups):
+        all_found: Iterator[Nats] = map(read, groups)
+        if len(groups) > 1 < threads:
+            with suppress(RuntimeError):  # no thread can be had any more while the interpreter ends
+                all_found = pool.map(read, groups)
+        for found in all_found:
             pause()
             pieces.append(found)
     places_U = np.empty(len(keys), np.int64)

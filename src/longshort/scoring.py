@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from longshort.errors import ConfigError
 from longshort.evaluation import Model, read_lines
 from longshort.text.tokenizers import Tokenizer
+from longshort.text.words import LONGEST_PIECE
 
 UNKNOWN_BITS = math.log2(0x110000)
 LINES_AHEAD = 2048
@@ -104,7 +105,7 @@ def _window(model: LineModel, lines: list[str], number: int) -> Iterator[LineSco
     symbols = np.delete(ids, starts_B)
     nats = read_lines(model, tokenizer.size, ids, starts_B, stops_B)
     bits = np.where(symbols < tokenizer.size, nats / math.log(2), UNKNOWN_BITS).astype(np.float32)
-    characters, _ = tokenizer.lengths("".join(f"{line}\n" for line in lines), symbols)
+    characters = _lengths(tokenizer, lines, encoded)
     end = 0
     for i, (line, own) in enumerate(zip(lines, encoded, strict=True)):
         begin, end = end, end + len(own)
@@ -112,6 +113,15 @@ def _window(model: LineModel, lines: list[str], number: int) -> Iterator[LineSco
         total = float(of_symbols.sum(dtype=np.float64)) / (len(line) + 1)
         unknown = int(np.count_nonzero(own >= tokenizer.size))
         yield LineScore(number + i, line, len(line), total, unknown, of_symbols, characters[begin:end].copy())
+
+
+def _lengths(tokenizer: Tokenizer, lines: list[str], encoded: list[NDArray[np.int32]]) -> NDArray[np.int32]:
+    """Return how many characters each symbol of the lines stands for, line after line."""
+    text = "".join(f"{line}\n" for line in lines)
+    if len(text) <= LONGEST_PIECE:
+        return tokenizer.lengths(text, np.concatenate(encoded))[0]
+    # A longer text is cut into pieces, in other places than a line.
+    return np.concatenate([tokenizer.lengths(f"{line}\n", ids)[0] for line, ids in zip(lines, encoded, strict=True)])
 
 
 def odd_part(scored: LineScore) -> tuple[int, int]:

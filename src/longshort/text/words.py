@@ -215,13 +215,13 @@ class BpeTokenizer(Tokenizer):
 
     def encode(self, text: str) -> Ids:
         """Return the ids of the pieces that the merges leave."""
-        text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair, as in a prompt, cannot be read
+        text = _readable(text)
         pieces = [self._tokenizer.encode(piece).ids for piece in whole_pieces([text])]
         return np.concatenate([np.array(ids, dtype=np.int32) for ids in pieces or [[]]])
 
     def encode_lines(self, text: str) -> Ids:
         """Return the ids of each line alone, and of the newline that ends it."""
-        lines = text.removesuffix("\n").split("\n") if text else []
+        lines = _readable(text).removesuffix("\n").split("\n") if text else []
         newline = self.newline
         found: list[int] = []
         for encoded, line in zip(self._tokenizer.encode_batch(lines), lines, strict=True):
@@ -252,6 +252,11 @@ class BpeTokenizer(Tokenizer):
         vocabulary = {symbol: i for i, symbol in enumerate(self.symbols)}
         model = {"type": "BPE", "vocab": vocabulary, "merges": [list(pair) for pair in self.merges]}
         return tokenizer_json(byte_level, byte_level, model)
+
+
+def _readable(text: str) -> str:
+    """Return the text with a question mark for half a surrogate pair, as in a prompt, which the library cannot read."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _library() -> Any:
