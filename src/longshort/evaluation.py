@@ -199,14 +199,14 @@ def _rows(model: Model, size: int, ids: NDArray[Any], length: int, overlap: int,
 
 def _lines(model: Model, size: int, ids: NDArray[Any], breaks: NDArray[np.uint64], pause: Callable[[], None]) -> float:
     """Return the nats of all lines."""
-    places, first, total = breaks.astype(np.int64), 0, 0.0
-    while first < len(places) - 1:
-        last = int(np.searchsorted(places, places[first] + _SYMBOLS_OF_LINES, "right")) - 1
-        last = max(min(last, first + _LINES_AT_A_TIME), first + 1)
-        of_lines, begins = ids[places[first] : places[last] + 1], places[first : last + 1] - places[first]
+    first, total = 0, 0.0
+    while first < len(breaks) - 1:
+        places = breaks[first : first + _LINES_AT_A_TIME + 1].astype(np.int64)
+        count = max(int(np.searchsorted(places, places[0] + _SYMBOLS_OF_LINES, "right")) - 1, 1)
+        of_lines, begins = ids[places[0] : places[count] + 1], places[: count + 1] - places[0]
         nats = read_lines(model, size, of_lines, begins[:-1], begins[1:], pause)
         total += float(nats[of_lines[1:] < size].sum())
-        first = last
+        first += count
     return total
 
 
@@ -233,12 +233,14 @@ def read_lines(
     nats = np.zeros(lengths_B.sum())
     short_B = lengths_B <= LONG
     order = np.argsort(lengths_B, kind="stable")
-    short = order[: np.count_nonzero(short_B)]
-    batches = [short[first : first + _LINES_A_BATCH] for first in range(0, len(short), _LINES_A_BATCH)]
-    if isinstance(model, Decoder) and model.writes and len(short):
-        nats[np.repeat(short_B, lengths_B)] = model.nats_of_lines(ids, starts_B[short_B], stops_B[short_B], pause)
-        batches = []
-    for batch in [*batches, *order[len(short) :, None]]:
+    num_short = np.count_nonzero(short_B)
+    batches = list(order[num_short:, None])
+    if isinstance(model, Decoder) and model.writes:
+        if num_short:
+            nats[np.repeat(short_B, lengths_B)] = model.nats_of_lines(ids, starts_B[short_B], stops_B[short_B], pause)
+    else:
+        batches += [order[first:num_short][:_LINES_A_BATCH] for first in range(0, num_short, _LINES_A_BATCH)]
+    for batch in batches:
         # Always as many rows: without the native kernels a product's last digits depend on how many it has.
         rows = np.resize(batch, _LINES_A_BATCH if short_B[batch[0]] else 1)
         found = []
