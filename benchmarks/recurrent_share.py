@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 
 import torch
 
-from longshort import machine, native, ops
+from longshort import calls, machine, native, ops
 from longshort.bench import peers
 from longshort.bench.grids import CELLS, GATES
 from longshort.bench.timing import Side, interleave
@@ -42,12 +42,12 @@ def main() -> None:
 
 def sides(cell: str, H: int) -> tuple[Side, Side, Side]:
     """Return the loop in inference, in training forward, and backward."""
-    call = ops.Call(cell, H, 1, bias=True, batch_first=False, sequences=None, options=(), target=-1)
+    call = calls.Call(cell, H, 1, bias=True, batch_first=False, sequences=None, options=(), target=-1)
     G = native.GATES[cell] * H
     weights = [torch.randn(shape) / H**0.5 for shape in ((G, 0), (G, H), (G,), (G,))]
     x, dy = torch.empty(T, B, 0), torch.randn(T, B, H)
     state = tuple(torch.zeros(1, B, H) for _ in range(2 if cell == "lstm" else 1))
-    saved = [torch.empty(ops.saved_floats(call, x))]
+    saved = [torch.empty(calls.saved_floats(call, x))]
     y, _ = ops.forward(call, x, state, weights, saved)
     wanted = [False, *[True] * len(state), *[False] * len(weights)]
     return (

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 import longshort
-from longshort import buffers, kernels, native, native_layers, ops, quick
+from longshort import buffers, kernels, native, native_layers, packing, quick
 from longshort.buffers import Gradients, Saved
 
 pytestmark = pytest.mark.skipif(not native.targets(), reason="no native kernels here")
@@ -246,9 +246,9 @@ def test_all_that_is_kept_can_be_given_back(monkeypatch: pytest.MonkeyPatch) -> 
     del again
     assert Saved._free
     assert Gradients._kept
-    assert ops._packed
+    assert packing._packed
     kernels.empty_cache()
-    assert not [*Saved._free, *Gradients._kept, *ops._packed]
+    assert not [*Saved._free, *Gradients._kept, *packing._packed]
     assert all(torch.equal(a, b) for a, b in zip(gradients(), before, strict=True))
     with torch.no_grad():
         assert torch.equal(layer(x)[0], y)

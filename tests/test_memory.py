@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from longshort import machine, memory, native, ops, recipes, training
+from longshort import calls, machine, memory, native, recipes, training
 from longshort.config import TrainConfig
 from longshort.errors import TrainingError
 
@@ -75,7 +75,7 @@ def test_what_is_foretold_to_be_saved_is_what_the_kernels_save() -> None:
     for cell in ("lstm", "gru", "rnn", "rnn_relu"):
         for layer_norm in (False, True):
             saved = memory.SAVED.get(cell, (1, 3))[layer_norm]
-            assert ops.saved_floats_a_row(cell, 1024, 0, layer_norm) == pytest.approx(1024 * saved, rel=0.01)
+            assert calls.saved_floats_a_row(cell, 1024, 0, layer_norm) == pytest.approx(1024 * saved, rel=0.01)
 
 
 def test_a_training_that_cannot_fit_is_refused_before_it_begins(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import longshort
-from longshort import graph, kernels, native, ops
+from longshort import graph, kernels, native, packing
 from longshort.buffers import Saved
 from longshort.cells import Stack
 from longshort.options import LayerOptions
@@ -116,13 +116,13 @@ def test_weights_that_are_computed_anew_are_noticed(name: str) -> None:
 
 
 def test_packed_weights_go_when_their_layer_goes() -> None:
-    ops.invalidate()
+    packing.invalidate()
     layer = longshort.LSTM(3, 4)
     with torch.no_grad():
         layer(torch.randn(2, 1, 3))
-        assert len(ops._packed) == 1
+        assert len(packing._packed) == 1
         del layer
-    assert not ops._packed
+    assert not packing._packed
 
 
 QUICK = [
@@ -256,7 +256,7 @@ def test_weights_are_watched_once(monkeypatch: pytest.MonkeyPatch) -> None:
             layer(x)
             kernels.invalidate()
     assert [id(owner) for owner in watched] == [id(layer.weight_hh_l0)]
-    ops._forget(id(layer.weight_hh_l0))  # nobody else will
+    packing._forget(id(layer.weight_hh_l0))  # nobody else will
 
 
 def test_numbers_that_are_to_be_read_as_negative() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conftest import need_target
-from longshort import head, kernels, native, ops, training
+from longshort import calls, head, kernels, native, native_backend, ops, training
 from longshort.cells import Stack
 from longshort.config import TrainConfig
 from longshort.native_layers import ForwardArgs, Shape, Tokens
@@ -55,12 +55,12 @@ def test_symbols_give_what_one_hot_rows_give(
     lengths = read_lengths(torch.randint(T + 1, (B,)), T, B) if with_lengths else None
     weights = _of_layers(stack, layers)
     state = tuple(torch.rand(layers, B, H).requires_grad_() for _ in stack.state_sizes)
-    number = ops.TARGETS[target]
+    number = calls.TARGETS[target]
 
     def run(**given: Any) -> Any:
         first = weights[0] if "ids" not in given else weights[0][:, :0]
         source = x if "ids" not in given else F.pad(weights[0].T, (0, 0, 0, 1))
-        y, after = ops.run_native(
+        y, after = native_backend.run_native(
             stack, source, state, [first, *weights[1:]], target=number, grad=True, sequences=lengths, **given
         )
         loss = (y * torch.linspace(-1, 1, H)).sum() + sum((tensor * 0.7).sum() for tensor in after)
@@ -85,7 +85,7 @@ def test_gradients_of_gradients_go_through_the_equations(cell: str) -> None:
     weights, ids = _of_layers(stack, 1), torch.randint(4, (3, 2))
     table = F.pad(weights[0].detach().T, (0, 0, 0, 1)).requires_grad_()
     flat = [weights[0][:, :0], *weights[1:]]
-    y, _ = ops.run_native(stack, table, None, flat, grad=True, ids=ids)
+    y, _ = native_backend.run_native(stack, table, None, flat, grad=True, ids=ids)
     with kernels.use("reference"):
         (first,) = torch.autograd.grad(y.square().sum(), table, create_graph=True)
         (second,) = torch.autograd.grad(first.square().sum(), table)
@@ -111,7 +111,7 @@ def loss_of(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        nats, gradients = ops.cross_entropy(h, weight, bias, targets, scale, ops.TARGETS[target])
+        nats, gradients = ops.cross_entropy(h, weight, bias, targets, scale, calls.TARGETS[target])
     finally:
         torch.set_num_threads(before)
     return [torch.tensor(nats, dtype=torch.float64), *gradients]

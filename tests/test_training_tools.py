@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import longshort
-from longshort import native, ops
+from longshort import calls, native
 from longshort.buffers import Saved
 from recurrent import PAIRS, same
 
@@ -58,7 +58,7 @@ def test_hooks_have_all_that_a_forward_pass_saves(ours: Any, shape: dict[str, An
     waiting = len(Saved._free)
     with saved_tensors_hooks(pack, torch.from_numpy):
         output = layer(x)[0]
-    row = ops.saved_floats_a_row(layer.cell, 16, ops.library.ls_active_target(), False)
+    row = calls.saved_floats_a_row(layer.cell, 16, calls.library.ls_active_target(), False)
     assert sum(size >= 5 * 3 * row for size in sizes) >= (4 if shape else 1)
     nodes = [output.grad_fn] if not shape else [output.grad_fn, output.grad_fn.next_functions[0][0]]
     assert all(node.num_hooked and not hasattr(node, "saved") for node in nodes)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longshort import backends, buffers, native, ops
+from longshort import backends, buffers, calls, native, native_backend, ops
 from longshort.cells import Options, Readings, Sequences, Stack, State
 
 _LAYER = (
@@ -35,7 +35,7 @@ _library.define(
 )
 
 
-def _call(arguments: Sequence[Any]) -> tuple[Tensor, State | None, list[Tensor], ops.Call]:
+def _call(arguments: Sequence[Any]) -> tuple[Tensor, State | None, list[Tensor], calls.Call]:
     """Return x, state, weights and the rest, from the arguments that both operations share."""
     x, h_0, c_0, weights, cell, hidden_size, directions, bias, batch_first, counts, order, batch_size = arguments[:12]
     packed, h_masks, zoneout_masks, zoneout, resets, target, vectors, projected = arguments[12:_NUM_LAYER]
@@ -50,9 +50,9 @@ def _call(arguments: Sequence[Any]) -> tuple[Tensor, State | None, list[Tensor],
             for h_mask, zoneout_mask, reset in zip(h_masks, zoneout_masks, resets, strict=True)
         )
     plain = (cell, hidden_size, directions, bias, batch_first, sequences, options, target)
-    call = ops.Call(*plain, tuple(vectors or ()), projected=projected).resolved(x)
-    state = None if state is None else tuple(map(ops.dense, state))
-    return ops.rows(x), state, list(map(ops.dense, weights)), call
+    call = calls.Call(*plain, tuple(vectors or ()), projected=projected).resolved(x)
+    state = None if state is None else tuple(map(calls.dense, state))
+    return calls.rows(x), state, list(map(calls.dense, weights)), call
 
 
 def _size(x: Tensor, batch_first: bool, counts: Tensor | None, batch_size: int) -> tuple[int, int]:
@@ -72,8 +72,8 @@ def _saved_floats(cell: str, H: int, T: int, B: int, target: int, layer_norm: bo
 
 @functools.cache
 def _floats_a_row(cell: str, H: int, target: int, layer_norm: bool) -> int:
-    targets = (target,) if target >= 0 else [ops.TARGETS[name] for name in native.supported()]
-    return max(ops.saved_floats_a_row(cell, H, number, layer_norm) for number in targets)
+    targets = (target,) if target >= 0 else [calls.TARGETS[name] for name in native.supported()]
+    return max(calls.saved_floats_a_row(cell, H, number, layer_norm) for number in targets)
 
 
 def _layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -83,7 +83,7 @@ def _layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     saved = buffers.prefer_large_pages(x.new_empty(call.directions, floats))
     y, after = ops.forward(call, x, state, weights, saved.unbind() if save else ())
     if save:
-        if (written := ops.saved_floats(call, x)) < floats - 1:
+        if (written := calls.saved_floats(call, x)) < floats - 1:
             saved[:, written:] = 0  # what absent steps and smaller vectors leave
         saved[:, -1] = call.target
     return y, after[0], after[1] if len(after) > 1 else x.new_empty(0), saved
@@ -187,11 +187,11 @@ def run_graph(
     target: int = -1,
     grad: bool = False,
 ) -> tuple[Tensor, State]:
-    """Run a stack of layers, one node each; arguments as in `ops.run_native`."""
+    """Run a stack of layers, one node each; arguments as in `native_backend.run_native`."""
     assert readings is None
     D = 2 if stack.bidirectional else 1
     layers, per_layer = stack.num_layers, len(weights) // stack.num_layers
-    cell = ops.cell_of(stack)
+    cell = calls.cell_of(stack)
     lstm = native.STATES[cell] == 2
     rows: tuple[Any, ...] = (None, None, 0, False)
     if sequences is not None:
@@ -199,7 +199,7 @@ def run_graph(
     h_n, c_n = [], []
     for layer in range(layers):
         having = options[layer * D : (layer + 1) * D]
-        own, vectors = ops.join_vectors(D, weights[layer * per_layer : (layer + 1) * per_layer], having)
+        own, vectors = native_backend.join_vectors(D, weights[layer * per_layer : (layer + 1) * per_layer], having)
         before = [None, None] if state is None else [tensor[layer * D : (layer + 1) * D] for tensor in state]
         x, h, c, _ = torch.ops.longshort.layer(
             x,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from longshort import kernels, ops
+from longshort import calls, kernels, ops
 from longshort.config import SHRINKAGE, adaptive_cutoffs
 from longshort.text.batches import IGNORED
 
@@ -109,6 +109,6 @@ class _LongshortCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
-        if not ops.is_readable(dloss) or float(dloss) != 1.0:
+        if not calls.is_readable(dloss) or float(dloss) != 1.0:
             gradients = [gradient * dloss for gradient in gradients]
         return (*gradients, None, None, None)

@@ -30,10 +30,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from longshort import backends, buffers, cells, graph, lookup, masks, native, ops, precision
+from longshort import backends, buffers, calls, cells, graph, lookup, masks, native, native_backend, precision
 from longshort.cells import LayerWeights, Options, Readings, Sequences, Stack, State
 from longshort.errors import UsageError
-from longshort.ops import invalidate as invalidate
+from longshort.packing import invalidate as invalidate
 
 _TORCH_CAN = frozenset({"packed", "lengths", "proj_size"})
 NATIVE = "native"
@@ -193,7 +193,7 @@ def choose(
 
 def _active_target() -> str:
     if torch.compiler.is_compiling():  # which cannot look into the library
-        return next(iter(ops.SUPPORTED))
+        return next(iter(calls.SUPPORTED))
     return native.active_target() or NATIVE
 
 
@@ -204,9 +204,9 @@ def _native_lacks(cell: str, needs: frozenset[str], x: Tensor | None, casts: boo
     """Return why the native kernels cannot run a call, as it is or with what it is given cast; empty if they can."""
     if cell not in native.CELLS:
         return f"they have no cell {cell!r}"
-    if not needs <= ops.CAN:
-        return f"they have no {', '.join(sorted(needs - ops.CAN))}"
-    if not (ops.TARGETS or native.ready()):
+    if not needs <= native_backend.CAN:
+        return f"they have no {', '.join(sorted(needs - native_backend.CAN))}"
+    if not (calls.TARGETS or native.ready()):
         return native.reason()
     if "return_gates" in needs and _graphed():
         return "as a node of a graph they do not give their gates"
@@ -259,12 +259,12 @@ def _graphed() -> bool:
 def _run_native(choice: Choice) -> Any:
     """Return what runs a stack of layers by the native kernels: as a node where a graph is made, else at once."""
     graphed = _graphed()
-    target = ops.TARGETS[choice.name]
+    target = calls.TARGETS[choice.name]
     if graphed and _forced is None:
         # A graph may run when the process has another target, or elsewhere. What it saves has the size of this
         # processor's best, so that compiled code that is kept on disk must not be that of another.
         target = -1 - target
-    return partial(graph.run_graph if graphed else ops.run_native, target=target, grad=choice.grad)
+    return partial(graph.run_graph if graphed else native_backend.run_native, target=target, grad=choice.grad)
 
 
 def explain(layer: Any, x: Any = None, **arguments: Any) -> Choice:
@@ -386,7 +386,7 @@ def layer_by_layer(
 
 def native_target(x: Tensor) -> int | None:
     """Return the number of the target that may run at once, on a tensor like `x`; None where none may."""
-    return quick_target() if ops.SUPPORTED and x.dtype is torch.float32 and x.is_cpu else None
+    return quick_target() if calls.SUPPORTED and x.dtype is torch.float32 and x.is_cpu else None
 
 
 def quick_target() -> int | None:
@@ -403,7 +403,7 @@ def quick_target() -> int | None:
         or transforming()
     ):
         return None
-    return -1 if _forced is None else ops.TARGETS.get(_forced)
+    return -1 if _forced is None else calls.TARGETS.get(_forced)
 
 
 def run_step(choice: Choice, cell: str, x_BI: Tensor, state: State, weights: Sequence[Tensor | None]) -> State:
@@ -417,7 +417,7 @@ def run_step(choice: Choice, cell: str, x_BI: Tensor, state: State, weights: Seq
         weights: weight_ih, weight_hh, bias_ih and bias_hh; the biases may be None.
     """
     if choice.name not in ("torch", "reference"):
-        return ops.step_native(_run_native(choice), cell, x_BI, state, weights)
+        return native_backend.step_native(_run_native(choice), cell, x_BI, state, weights)
     run = backends.step_torch if choice.name == "torch" else backends.step_reference
     return run(cell, x_BI, state, weights)
 
@@ -567,7 +567,7 @@ def run_tokens(
         table_VG = F.pad(table_VG, (0, 0, 0, 1))  # the unknown symbol's row is zero
         flat[0] = weight_ih.detach()[:, :0]
         grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (table_VG, *state, *flat))
-        return ops.run_native(
+        return native_backend.run_native(
             stack, table_VG, state, flat, dropout=dropout, training=training, target=target, grad=grad, ids=ids_TB
         )
     if identity is not None and not keep and (embedding_VE is None or ids_TB.is_cpu):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longshort import ops
+from longshort import calls
 from longshort.buffers import LARGE, Gradients
 
 
@@ -41,6 +41,6 @@ class _LongshortEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dx_NE: Tensor) -> tuple[None, Tensor]:
         (ids_N,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or not ops.is_readable(dx_NE):  # differentiated once more, or many at once
+        if torch.is_grad_enabled() or not calls.is_readable(dx_NE):  # differentiated once more, or many at once
             return None, dx_NE.new_zeros(ctx.like.shape).index_add(0, ids_N, dx_NE)
         return None, Gradients.like(ctx.like).zero_().index_add_(0, ids_N, dx_NE)

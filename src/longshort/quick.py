@@ -17,10 +17,10 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import Parameter
 
-from longshort import native, ops
+from longshort import calls, native, native_backend, packing
 from longshort.buffers import LARGE, Gradients, Saved, keep, kept, prefer_large_pages, release
+from longshort.calls import BACKWARD, FORWARD, Call, address, library
 from longshort.cells import Options, Stack
-from longshort.ops import BACKWARD, FORWARD, Call, address, library
 from longshort.options import LayerOptions
 
 
@@ -41,8 +41,8 @@ class Quick:
         self._stack, self.batch_first, self._options = stack, batch_first, options
         self._draws = training and bool(options.recurrent_dropout or options.zoneout)
         self._fixed = Options(zoneout=0.0 if training else options.zoneout, coupled=stack.coupled)
-        self._fixed_fields = (0, 0, self._fixed.zoneout, 0, 0, *ops.NO_VECTORS)
-        self._cell, self._I, self._H, self._bias = ops.cell_of(stack), stack.input_size, stack.hidden_size, stack.bias
+        self._fixed_fields = (0, 0, self._fixed.zoneout, 0, 0, *calls.NO_VECTORS)
+        self._cell, self._I, self._H, self._bias = calls.cell_of(stack), stack.input_size, stack.hidden_size, stack.bias
         self._code, self._lstm = native.LAYER_CELLS[self._cell], native.STATES[self._cell] == 2
         vectors = options.parameter_sizes(stack)
         self._P, self._projected = stack.output_size, stack.proj_size
@@ -90,13 +90,13 @@ class Quick:
         grad = torch.is_grad_enabled() and (
             weights[0].requires_grad or any(tensor.requires_grad for tensor in (x, *state, *weights))
         )
-        target = ops.resolved(target, T, B, H)
+        target = calls.resolved(target, T, B, H)
         packed = None
         if grad:
             if not all(weight.data_ptr() for weight in weights):  # they only stand for others; `pack` asks too
                 return None
         else:
-            packed = ops.pack(self._call if target < 0 else self._call._replace(target=target), weights, I)
+            packed = packing.pack(self._call if target < 0 else self._call._replace(target=target), weights, I)
             if packed is None:
                 return None
         having = self._fixed
@@ -114,7 +114,7 @@ class Quick:
         if having is self._fixed and not self._vectors:
             return *sizes, *self._fixed_fields
         masks = address(having.h_mask_BH), address(having.zoneout_mask_TBH)
-        vectors = ops.vector_fields(self._vectors, weights[self._num_plain :])
+        vectors = calls.vector_fields(self._vectors, weights[self._num_plain :])
         return *sizes, *masks, having.zoneout, 0, 0, *vectors
 
     def _places(self, tensor: Tensor) -> tuple[int, int, int]:
@@ -144,7 +144,7 @@ class Quick:
         fields = FORWARD.pack(
             *self._shape(target, having, T, B, weights),
             *self._places(x),
-            *ops.weight_fields(self._bias, [weight.data_ptr() for weight in weights[: self._num_plain]]),
+            *calls.weight_fields(self._bias, [weight.data_ptr() for weight in weights[: self._num_plain]]),
             address(packed),
             address(h_0),
             address(c_0),
@@ -154,7 +154,7 @@ class Quick:
             address(saved),
             *(0, 0, 0),
         )
-        ops.run(library.ls_forward, fields, self._cell)
+        calls.run(library.ls_forward, fields, self._cell)
         return y, h_n, c_n
 
     def backward(
@@ -181,8 +181,8 @@ class Quick:
         dh_0 = x.new_empty(1, B, self._P) if wanted[1] else None
         dc_0 = x.new_empty(1, B, self._H) if wanted[2] else None
         dweights = [Gradients.like(w) if want else None for w, want in zip(weights, wanted[3:], strict=True)]
-        dy = None if dy is None else ops.rows(dy)
-        dh_n, dc_n = (None if each is None else ops.dense(each) for each in (dh_n, dc_n))
+        dy = None if dy is None else calls.rows(dy)
+        dh_n, dc_n = (None if each is None else calls.dense(each) for each in (dh_n, dc_n))
         fields = BACKWARD.pack(
             *self._shape(target, having, T, B, weights),
             *self._places(x),
@@ -198,13 +198,13 @@ class Quick:
             address(dc_n),
             0,
             *((0, 0, 0) if dx is None else self._places(dx)),
-            *ops.weight_fields(self._bias, list(map(address, dweights[: self._num_plain]))),
+            *calls.weight_fields(self._bias, list(map(address, dweights[: self._num_plain]))),
             address(dh_0),
             address(dc_0),
-            *ops.vector_fields(self._vectors, dweights[self._num_plain :]),
+            *calls.vector_fields(self._vectors, dweights[self._num_plain :]),
             *(0, 0, 0, 0, 0, 0),
         )
-        ops.run(library.ls_backward, fields, self._cell, "_backward")
+        calls.run(library.ls_backward, fields, self._cell, "_backward")
         return dx, dh_0, dc_0, *dweights
 
     def by_equations(
@@ -222,12 +222,12 @@ class Quick:
         n = 1 + self._lstm
         asked = [*wanted[: 1 + n], *wanted[3:]]
         call = self._call._replace(target=target, options=(having,))
-        found = ops.by_equations(call, x, (h_0, c_0)[:n], weights, gradients[: 1 + n], asked)
+        found = native_backend.by_equations(call, x, (h_0, c_0)[:n], weights, gradients[: 1 + n], asked)
         return *found[: 1 + n], *[None] * (2 - n), *found[1 + n :]
 
     def saved_floats_a_row(self, target: int) -> int:
         """Return the floats that the forward pass saves for one row of one step."""
-        return ops.saved_floats_a_row(self._cell, self._H, target, self._call.layer_norm)
+        return calls.saved_floats_a_row(self._cell, self._H, target, self._call.layer_norm)
 
 
 class _LongshortQuickLayer(torch.autograd.Function):  # by its name `grad_fn` and anomalies show it
@@ -256,7 +256,7 @@ class _LongshortQuickLayer(torch.autograd.Function):  # by its name `grad_fn` an
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None = None) -> tuple[Any, ...]:
         (x, h_0, c_0, *weights), y, (saved,) = kept(ctx)
         quick, target, having, wanted = ctx.quick, ctx.target, ctx.having, ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled() or not all(map(ops.is_readable, (dy, dh_n, dc_n))):
+        if torch.is_grad_enabled() or not all(map(calls.is_readable, (dy, dh_n, dc_n))):
             found = quick.by_equations(target, having, x, h_0, c_0, weights, (dy, dh_n, dc_n), wanted)
         else:
             if y is None:

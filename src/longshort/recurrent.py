@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from longshort import backends, kernels, ops
+from longshort import backends, calls, kernels
 from longshort.cells import Options, Readings, Sequences, Stack, State
 from longshort.errors import UsageError
 from longshort.kernels import Choice
@@ -95,7 +95,7 @@ class RecurrentLayer(StandIn, nn.RNNBase):
         """The short way of the usual call to the native kernels, in evaluation and in training, where there is one."""
         options, given = self.options, self.options.given.keys()
         single = self.num_layers == 1 and not self.bidirectional
-        if not (single and ops.TARGETS and given <= options.needs(training=True) | {"forget_bias"}):
+        if not (single and calls.TARGETS and given <= options.needs(training=True) | {"forget_bias"}):
             return None, None
         names = [*self._flat_weights_names, *self._option_names[0].values()]
         quick = Quick(self._stack, names, self.batch_first, options, training=False)

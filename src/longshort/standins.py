@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from longshort import backends, ops
+from longshort import backends, packing
 from longshort.errors import UsageError
 
 OWN_ATTRIBUTES = ("options", "_stack", "_stock", "_needs", "_option_sizes", "_option_names", "_quick")
@@ -41,11 +41,11 @@ class StandIn(nn.Module):
         return frozenset()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        ops.unwatch(self.parameters(recurse=False))
+        packing.unwatch(self.parameters(recurse=False))
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        ops.unwatch(self.parameters(recurse=False))
+        packing.unwatch(self.parameters(recurse=False))
         super()._load_from_state_dict(*arguments)
 
     def as_torch(self) -> nn.Module:

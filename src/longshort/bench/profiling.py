@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.autograd.profiler_legacy import profile
 
-from longshort import kernels, ops
+from longshort import calls, kernels, ops
 from longshort.model import LanguageModel
 from longshort.text.batches import Batch
 from longshort.training import TextStepper
@@ -100,8 +100,8 @@ def _share_of_weights(model: LanguageModel, batch: Batch) -> float:
     weights = [weight_hh[:, :0], weight_hh, *biases]
     target = kernels.quick_target()
     assert target is not None
-    call = ops.Call(config.cell, config.hidden, 1, True, False, None, (), target, (), ids)
-    saved = [torch.empty(ops.saved_floats(call, table))]
+    call = calls.Call(config.cell, config.hidden, 1, True, False, None, (), target, (), ids)
+    saved = [torch.empty(calls.saved_floats(call, table))]
     with torch.no_grad():
         y, after = ops.forward(call, table, None, weights, saved)
         dy, nothing = torch.ones_like(y), [None] * len(after)
