@@ -7,6 +7,7 @@
                                                  a LanguageModel
     longshort.train(TrainConfig(...))            trains and yields events; longshort.resume(run) goes on
     longshort.evaluate, generate, score          free functions on any model
+    longshort.beam_search                        the most probable text, where `generate` samples
     longshort.neighbours, write_vectors          the vectors that a model has for its symbols
     longshort.evaluate_dynamically               the same for a model that learns while it reads
     longshort.SequenceClassifier, SequenceTagger a class for a sequence, a tag for each of its steps
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from longshort import kernels as kernels
     from longshort import scratch as scratch
+    from longshort.beams import beam_search as beam_search
     from longshort.cell_layers import GRUCell as GRUCell
     from longshort.cell_layers import LSTMCell as LSTMCell
     from longshort.cell_layers import RNNCell as RNNCell
@@ -95,6 +97,7 @@ _HOME = {
     "LabelModelConfig": "config",
     "Examples": "labels.examples",
     "TrainConfig": "config",
+    "beam_search": "beams",
     "convert": "conversion",
     "evaluate": "evaluation",
     "export_onnx": "onnx_files",

@@ -261,6 +261,14 @@ class Decoder:
         h_TBH, state = self._run(ids_T[:, None], state)
         return product(h_TBH[-1, 0], self._output) + self._weights["output.bias"], state
 
+    def step(self, ids_B: NDArray[np.int64], state: State) -> tuple[Array, State]:
+        """Read a symbol of each of B texts; return the logits (B, V) of the next ones, and the state after."""
+        if self._native:
+            after = self._start(len(ids_B), state)
+            return self._native.read(ids_B[None], after, threads=self.threads)[1], after
+        h_TBH, state = self._run(ids_B[None], state)
+        return product(h_TBH[-1], self._output) + self._weights["output.bias"], state
+
     def readings(self, ids_T: NDArray[np.int64]) -> list[Readings]:
         """Read `ids_T` from a zero state and return what each layer had at every step, in float32 weights.
 

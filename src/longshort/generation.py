@@ -273,7 +273,7 @@ class _Text:
         self._model, self._tokenizer, self._newline, self._goes_on = model, tokenizer, newline, goes_on
         after, prompt = request.after, request.prompt
         self.position = after.position if after else 0
-        self._prompted = _read(model, tokenizer, newline, prompt, after)
+        self._prompted = read_prompt(model, tokenizer, newline, prompt, after)
         self.logits_V, self.state = self._prompted.logits_V, self._prompted.state
         self._tail: list[int] = self._prompted.tail.tolist()
         self._writer = tokenizer.writer(prompt)
@@ -286,10 +286,10 @@ class _Text:
         """Return where the text ends, which is before a stop."""
         if self._stop:
             # The model has read on, how far depends on the time it took: what was given out is read once more.
-            read = _read(self._model, self._tokenizer, self._newline, self._given, self._prompted)
+            read = read_prompt(self._model, self._tokenizer, self._newline, self._given, self._prompted)
             position = read.position + len(self._tokenizer.encode(self._given + self._stop))
-            return replace(read, state=_arrays(read.state), position=position)
-        return Continuation(_arrays(self.state), np.array(self.logits_V), np.array(self._tail, np.int64), self.position)
+            return replace(read, state=arrays(read.state), position=position)
+        return Continuation(arrays(self.state), np.array(self.logits_V), np.array(self._tail, np.int64), self.position)
 
     @property
     def stopped(self) -> bool:
@@ -334,7 +334,7 @@ class _Text:
             yield self.number, text
 
 
-def _read(
+def read_prompt(
     model: Model, tokenizer: Tokenizer, newline: int | None, text: str, after: Continuation | None
 ) -> Continuation:
     """Return where a model is when it has read `text` after another, or from a zero state."""
@@ -350,7 +350,7 @@ def _read(
     return Continuation(state, np.array(logits_V), ids[-TAIL:], after.position if after else 0)
 
 
-def _arrays(state: Any) -> tuple[NDArray[np.float32], ...]:
+def arrays(state: Any) -> tuple[NDArray[np.float32], ...]:
     """Return a state, of a decoder or of PyTorch on any device, as arrays."""
     return tuple(np.array(tensor if isinstance(tensor, np.ndarray) else tensor.cpu().numpy()) for tensor in state)
 

@@ -1,4 +1,5 @@
-"""The command line: one function a verb (`compare` and `bench` are in `measuring.py`, `inspect` in `inspecting.py`).
+"""The command line: one function a verb (`generate` is in `writing.py`, `inspect` in
+`inspecting.py`, `compare` and `bench` in `measuring.py`).
 
 Exit status: 0 done, 1 failure, 2 usage, 130 interrupted, 143 terminated.
 """
@@ -15,7 +16,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,7 @@ from cyclopts import App, ArgumentCollection, Group, Parameter
 
 import longshort
 from longshort import durable
-from longshort.cli import console, inspecting, measuring, models
+from longshort.cli import console, inspecting, measuring, models, writing
 from longshort.cli.flags import Corpus, DataDir, Int, Json, OwnCell, TrainFlags
 from longshort.config import TrainConfig, flag_of
 from longshort.errors import LongshortError, MissingExtraError, UsageError
@@ -67,7 +68,7 @@ def demo(
     run = _train({"corpus": "builtin", "out": str(path)}, minutes)
     console.say("\nWhat it writes, given the first words:\n")
     for number, prompt in enumerate(("The ", "If the argument ", "class ")):
-        _generate_to_screen(run, prompt, 200, {"temperature": 0.7}, stream=number)
+        writing.to_screen(run, prompt, 200, {"temperature": 0.7}, stream=number)
         print(flush=True)
     place, me = shlex.quote(str(run)), console.program()
     console.say("Next:")
@@ -217,82 +218,6 @@ def evaluate(
 
 
 @app.command
-def generate(
-    model: Annotated[str, Parameter(help="A run or a model directory.")],
-    /,
-    *,
-    prompt: Annotated[
-        str | None, Parameter(help="What the model reads before it writes.", allow_leading_hyphen=True)
-    ] = None,
-    prompt_file: Annotated[
-        str | None,
-        Parameter(
-            help="UTF-8 file that is the prompt, every character of it, or gzip of it; - for standard input.",
-            allow_leading_hyphen=True,
-        ),
-    ] = None,
-    length: Annotated[Int, Parameter(help="Symbols to write.")] = 500,
-    temperature: Annotated[
-        float | None, Parameter(help="Below 1 more conservative, above 1 more random (default: 0.8).")
-    ] = None,
-    top_k: Annotated[Int | None, Parameter(help="Sample from the K most probable symbols only.")] = None,
-    top_p: Annotated[float | None, Parameter(help="Sample from the fewest symbols that hold this probability.")] = None,
-    greedy: Annotated[
-        bool, Parameter(help="Always the most probable symbol.", negative="", show_default=False)
-    ] = False,
-    seed: Annotated[Int, Parameter(help="Decides what is sampled.")] = 0,
-    stop: Annotated[
-        tuple[str, ...],
-        Parameter(help="End before this text; may be given several times.", negative="", allow_leading_hyphen=True),
-    ] = (),
-    state: Annotated[
-        str | None, Parameter(help="File to go on from, if it is there, and to leave the state in afterwards.")
-    ] = None,
-    samples: Annotated[Int, Parameter(help="Write so many texts, side by side.")] = 1,
-    weights: Annotated[
-        Literal["float32", "bfloat16", "int8"],
-        Parameter(help="int8 and, where the processor has it, bfloat16 are faster; says what they cost."),
-    ] = "float32",
-    cell: OwnCell = None,
-    json: Json = False,
-) -> None:
-    """Write text: warm the state on the prompt, then sample symbol by symbol."""
-    console.load_cell(cell)
-    if length < 0:
-        raise UsageError(f"--length must be at least 0, not {length}.")
-    if samples < 1:
-        raise UsageError(f"--samples must be at least 1, not {samples}.")
-    if state is not None and samples > 1:
-        raise UsageError("--state keeps one text; --samples does not go with it.")
-    if prompt is not None and prompt_file is not None:
-        raise UsageError("One prompt is wanted: --prompt or --prompt-file.")
-    from longshort import generation
-    from longshort.cli.screen import visible
-    from longshort.text import corpus
-
-    if greedy and not (temperature is None and top_k is None and top_p is None):
-        raise UsageError("--greedy takes the most probable symbol; temperature, top-k and top-p do not go with it.")
-    given = {"temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    prompt = prompt or "" if prompt_file is None else "".join(corpus.pieces(prompt_file))
-    if json or samples > 1:
-        texts = [""] * samples
-        for number, piece in _pieces(model, prompt, length, sampling, stop, range(samples), weights, state):
-            texts[number] += piece
-    if json:
-        written = {"text": texts[0]} if samples == 1 else {"texts": texts}
-        settings = generation.Sampling(**sampling).to_dict()
-        console.print_json(
-            {"model": model, "prompt": prompt, **written, "length": length, "stop": list(stop), **settings}
-        )
-    elif samples > 1:
-        for number, text in enumerate(texts, start=1):
-            print(f"--- {number}", visible(prompt + text), sep="\n")
-    else:
-        _generate_to_screen(model, prompt, length, sampling, stop, weights=weights, state=state)
-
-
-@app.command
 def score(
     model: Annotated[str, Parameter(help="A run or a model directory.")],
     file: Annotated[str, Parameter(help="A text file, or gzip of it; - for standard input.")] = "-",
@@ -401,6 +326,7 @@ def serve(
     raise Interrupted(interruption.signal or signal.SIGTERM, "stopped.")
 
 
+app.command(writing.generate)
 app.command(inspecting.inspect)
 app.command(measuring.compare)
 app.command(measuring.bench)
@@ -499,59 +425,6 @@ def _say_next(run: Path) -> None:
     use = f"score {place} FILE --top 5" if config.lines else f"generate {place}"
     more = f"    {me} eval {place} --split valid" if config.heldout else ""
     console.say(f"Next: {me} {use}{more}")
-
-
-def _pieces(
-    model: str | Path,
-    prompt: str,
-    length: int,
-    settings: Mapping[str, Any],
-    stop: tuple[str, ...] = (),
-    streams: Iterable[int] = (0,),
-    weights: str = "float32",
-    state: str | None = None,
-) -> Iterator[tuple[int, str]]:
-    """Yield (number, piece) of what `model` writes, a text for each of the streams."""
-    from longshort.continuation import Continuation
-    from longshort.generation import Request, Sampling, generate_many
-
-    rest: dict[str, Any] = {"prompt": prompt, "length": length, "sampling": Sampling(**settings), "stop": stop}
-    loaded = models.decoder(model, weights)
-    if state is not None:
-        durable.require_writable_directory(Path(state).parent)
-        rest["after"] = Continuation.load(state, loaded) if os.path.lexists(state) else None
-    requests = [Request(**rest, stream=stream) for stream in streams]
-    ends: dict[int, Continuation] = {}
-    unseen = loaded.tokenizer.unknown_symbols(prompt)
-    pieces = generate_many(loaded, loaded.tokenizer, requests, None if state is None else ends)
-    # Where all are, `generate_many` refuses the prompt.
-    if unseen and (loaded.tokenizer.encode(prompt) < loaded.tokenizer.size).any():
-        shown = ", ".join(repr(symbol) for symbol in unseen[:8])
-        console.say(f"longshort: the model never saw {shown}{' ...' if len(unseen) > 8 else ''}; read as <unk>.")
-    yield from pieces
-    if state is not None:
-        ends[0].save(state, loaded)
-
-
-def _generate_to_screen(
-    model: str | Path,
-    prompt: str,
-    length: int,
-    settings: Mapping[str, Any],
-    stop: tuple[str, ...] = (),
-    stream: int = 0,
-    weights: str = "float32",
-    state: str | None = None,
-) -> None:
-    from longshort.cli.screen import visible
-
-    started = False
-    pieces = _pieces(model, prompt, length, settings, stop, (stream,), weights, state)
-    for _, piece in itertools.chain(pieces, ((0, ""),)):
-        sys.stdout.write(visible(piece if started else prompt + piece))
-        sys.stdout.flush()
-        started = True
-    print(flush=True)
 
 
 _LONGEST_BLOCK = 2**31 - 1
