@@ -200,6 +200,27 @@ def test_generate_repeats_by_seed_and_continues_the_prompt(workplace: Path, caps
     assert out_of(capsys, "generate", run, "--prompt", "the ", "--length", "0") == "the \n"
 
 
+def test_beams_search_instead_of_sampling(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("generate", str(workplace / "run"), "--prompt", "the ", "--length", "20")
+    greedy, best = out_of(capsys, *words, "--greedy"), out_of(capsys, *words, "--beams", "9")
+    assert out_of(capsys, *words, "--beams", "1") == greedy
+    one = json.loads(out_of(capsys, *words, "--beams", "9", "--json"))
+    assert ("the " + one["text"] + "\n", one["beams"], one["length"]) == (best, 9, 20)
+    assert "seed" not in one
+    three = json.loads(out_of(capsys, *words, "--beams", "9", "--samples", "3", "--json"))
+    assert (three["texts"][0], three["nats"][0]) == (one["text"], one["nats"])
+    assert three["nats"] == sorted(three["nats"])
+    shown = out_of(capsys, *words, "--beams", "9", "--samples", "3")
+    assert shown.startswith(f"--- 1: {one['nats']:.2f} nats\nthe {one['text']}\n--- 2: ")
+    for more, named in (
+        (["--beams", "0"], "--beams must be from 1 to"),
+        (["--beams", "2", "--samples", "3"], "Give more --beams"),
+        (["--beams", "2", "--seed", "0", "--greedy"], "--beams does not go with --seed, --greedy"),
+        (["--beams", "2", "--state", "talk", "--top-k", "3"], "--beams does not go with --top-k, --state"),
+    ):
+        assert named in complaint(capsys, 2, *words, *more)
+
+
 def test_a_text_goes_on_from_a_state_file(workplace: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run, kept = str(workplace / "run"), str(tmp_path / "talk")
     whole = out_of(capsys, "generate", run, "--prompt", "the ", "--length", "90")

@@ -22,7 +22,7 @@ COMMANDS = [line[2:] for block in SESSIONS for line in block.splitlines() if lin
 COMMANDS += [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 THREE_MINUTES = ROOT / "benchmarks" / "results" / "2026-11-26-tinyshakespeare-3-minutes.json"
 LAYERS = ROOT / "benchmarks" / "results" / "2026-11-27-layers-marks-folds.json"
-LAYERS_ELSEWHERE = ROOT / "benchmarks" / "results" / "2026-11-27-layers-marks-epyc.json"
+LAYERS_ELSEWHERE = ROOT / "benchmarks" / "results" / "2026-11-28-layers-marks.json"
 LAYERS_ON_MATRIX_UNITS = ROOT / "benchmarks" / "results" / "2026-11-26-layers-marks-amx.json"
 LAYERS_IN_BFLOAT16 = ROOT / "benchmarks" / "results" / "2026-11-26-layers-marks-bfloat16.json"
 NATIVE = ROOT / "benchmarks" / "results" / "2026-11-24-lecture-native.json"
@@ -149,7 +149,7 @@ def test_the_layers_table_is_the_result_file() -> None:
 
 def test_the_table_of_workloads_is_the_result_files() -> None:
     for suffix in ("", "-bfloat16", "-int8"):
-        names = ["2026-11-28-generate", "2026-11-28-score", *(["2026-11-27-train"] if suffix != "-int8" else [])]
+        names = ["2026-11-28-generate", "2026-11-28-score", *(["2026-11-28-train"] if suffix != "-int8" else [])]
         paths = [f"benchmarks/results/{name}{suffix}.json" for name in names]
         script = [sys.executable, "benchmarks/workloads_table.py", *paths]
         assert subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True).stdout in PAGE

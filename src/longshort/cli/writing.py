@@ -44,7 +44,7 @@ def generate(
         bool, Parameter(help="Always the most probable symbol.", negative="", show_default=False)
     ] = False,
     beams: Annotated[
-        Int | None, Parameter(help="Do not sample: search the most probable text, this many side by side.")
+        Int | None, Parameter(help="Do not sample but search the most probable text, with so many kept at each step.")
     ] = None,
     seed: Annotated[Int | None, Parameter(help="Decides what is sampled (default: 0).")] = None,
     stop: Annotated[
@@ -117,7 +117,7 @@ def _check_beams(beams: int, samples: int, *, greedy: bool, state: str | None, c
     given = [f"--{name.replace('_', '-')}" for name, value in chances.items() if value is not None]
     given += ["--greedy"] * greedy + ["--state"] * (state is not None)
     if given:
-        raise UsageError(f"--beams searches the most probable text; {', '.join(given)} does not go with it.")
+        raise UsageError(f"--beams does not go with {', '.join(given)}: it searches the most probable text.")
     if not 1 <= beams <= MOST_BEAMS:
         raise UsageError(f"--beams must be from 1 to {MOST_BEAMS}, not {beams}.")
     if samples > beams:
