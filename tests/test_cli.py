@@ -26,7 +26,21 @@ from longshort.cli import main
 from longshort.errors import OutputError
 from longshort.text.corpus import SOURCES
 
-VERBS = ("demo", "train", "resume", "eval", "generate", "score", "inspect", "compare", "bench", "doctor")
+VERBS = (
+    "demo",
+    "train",
+    "resume",
+    "eval",
+    "generate",
+    "score",
+    "inspect",
+    "export",
+    "publish",
+    "serve",
+    "compare",
+    "bench",
+    "doctor",
+)
 TINY = ["--hidden", "12", "--embedding", "8", "--seq-len", "12", "--batch-size", "4", "--threads", "1"]
 
 

@@ -188,8 +188,10 @@ def test_the_page_and_the_example_run(
     (tmp_path / "my-text.txt").write_text(english, encoding="utf-8")
     assert main(["train", "my-text.txt", "--steps", "2", "--out", "my-text-run"]) == 0
     page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
-    (command,) = re.findall(r"^(longshort .*)$", page, re.MULTILINE)
-    assert main(shlex.split(command)[1:]) == 0
+    commands = re.findall(r"^longshort (.*)$", page, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["publish", "generate", "export"]
+    for command in commands:
+        assert main(shlex.split(command)) == 0
     decoder = longshort.load("my-text-run")
     by_runtime, by_torch = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     capsys.readouterr()

@@ -102,6 +102,7 @@ def test_every_command_of_the_readme_runs(
         "score",
         "inspect",
         "export",
+        "publish",
         "serve",
         "compare",
         "doctor",

@@ -13,6 +13,7 @@
     longshort.SequenceClassifier, SequenceTagger a class for a sequence, a tag for each of its steps
     longshort.train_labels(LabelTrainConfig(...), Examples(...))     trains them; resume_labels, evaluate_labels
     longshort.export_onnx(model, path)           a trained model as a file for other runtimes
+    longshort.publish(run, directory)            a trained model as a directory to hand on, with a card
     longshort.SequenceRegressor                  vectors in, vectors out: series of numbers
     longshort.kernels                            which implementation runs, and why
     longshort.scratch                            the textbook
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from longshort.layers import RNN as RNN
     from longshort.model import LanguageModel as LanguageModel
     from longshort.onnx_files import export_onnx as export_onnx
+    from longshort.publication import publish as publish
     from longshort.scoring import score as score
     from longshort.series import SequenceRegressor as SequenceRegressor
     from longshort.training import resume as resume
@@ -108,6 +110,7 @@ _HOME = {
     "inspect": "inspection",
     "Inspection": "inspection",
     "neighbours": "embeddings",
+    "publish": "publication",
     "score": "scoring",
     "to_torch": "conversion",
     "resume": "training",

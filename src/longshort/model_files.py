@@ -4,6 +4,7 @@ model.safetensors               weights by name, float32 or float16
 config.json, tokenizer.json     the model's sizes and figures; text to ids
 training.safetensors, .json     what only `resume` reads: optimizer, random numbers, position, logs' lengths
 MANIFEST.json                   size and SHA-256 of these
+README.md                       the card of a model that is handed on; for people, who may change it
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from longshort.errors import CheckpointError
 
 LOGS = METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 WEIGHTS, CONFIG, TOKENIZER, MANIFEST = "model.safetensors", "config.json", "tokenizer.json", "MANIFEST.json"
+CARD = "README.md"
 STATE, POSITION = "training.safetensors", "training.json"
 OF_MODELS = (WEIGHTS, CONFIG, TOKENIZER)
 LIMITS = {WEIGHTS: 1 << 40, CONFIG: JSON_LIMIT, TOKENIZER: 256 << 20, STATE: 1 << 40, POSITION: JSON_LIMIT}

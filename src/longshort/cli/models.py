@@ -34,12 +34,17 @@ def reader(model: str | Path) -> Any:
 
 
 def _rounded(exact: Any, weights: str) -> Any:
+    loaded = exact.rounded(weights)
+    tell_cost(exact, loaded, weights)
+    return loaded
+
+
+def tell_cost(exact: Any, other: Any, weights: str) -> None:
+    """Say what a decoder with other weights loses against the exact one."""
     from longshort.generation import cost_in_bits
 
-    loaded = exact.rounded(weights)
-    cost = cost_in_bits(exact, loaded)
+    cost = cost_in_bits(exact, other)
     console.say(f"longshort: {weights} weights cost {cost:.4f} bits a character (on 16 texts that the model wrote).")
-    return loaded
 
 
 def language_model(model: str | Path) -> Any:

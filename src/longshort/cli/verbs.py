@@ -288,6 +288,37 @@ def export(
 
 
 @app.command
+def publish(
+    model: Annotated[str, Parameter(help="A run or a model directory.")],
+    /,
+    *,
+    out: Annotated[
+        str | None, Parameter(help="Directory to make (default: the model's name with -model, here).")
+    ] = None,
+    weights: Annotated[
+        Literal["float32", "float16"], Parameter(help="As they are written; float16 is half as large.")
+    ] = "float32",
+    json: Json = False,
+) -> None:
+    """Write a model as a directory to hand on: weights, tokenizer, checksums, and a card that says what it is."""
+    from longshort import publication
+    from longshort.decoder import load_decoder
+
+    path = Path(out) if out is not None else Path(f"{Path(model).resolve().name}-model")
+    publication.publish(model, path, weights=weights)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    if json:
+        console.print_json({"model": model, "out": str(path), "weights": weights, "bytes": size})
+        return
+    print(f"{path}: {size / 1e6:.1f} MB; {path / 'README.md'} says what it is: read it, and add what is missing.")
+    if weights != "float32":
+        with contextlib.suppress(UsageError):  # of what only PyTorch can run, and of models that label, it is not known
+            exact = load_decoder(model)
+            if exact.writes:
+                models.tell_cost(exact, load_decoder(path), weights)
+
+
+@app.command
 def serve(
     model: Annotated[str, Parameter(help="A run or a model directory.")],
     /,
