@@ -1,8 +1,7 @@
 /* What forward and backward pass share: cells, sizes, steps, packing.
 
      unit block   W hidden units          U   unit blocks of a layer (H / W, rounded up)
-     panel        of the forward pass: all gates of kUnits unit blocks, N = gates * kUnits vectors wide
-     group rows   rows of the batch that one team runs */
+     panel        of the forward pass: all gates of kUnits unit blocks, N = gates * kUnits vectors wide */
 
 #ifndef LONGSHORT_LAYOUT_H
 #define LONGSHORT_LAYOUT_H

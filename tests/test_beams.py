@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from longshort import native
 from longshort.beams import MOST_BEAMS, Found, beam_search
-from longshort.config import TrainConfig
+from longshort.config import ModelConfig, TrainConfig
 from longshort.continuation import Continuation
 from longshort.decoder import Decoder
-from longshort.errors import ConfigError, VocabularyError
+from longshort.errors import CheckpointError, ConfigError, VocabularyError
 from longshort.generation import Request, Sampling, generate, generate_many
 from longshort.model import LanguageModel
 from longshort.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
@@ -177,3 +177,40 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(VocabularyError, match="never saw any character"):
         beam_search(model, TOKENIZER, "xyz")
     assert beam_search(model, TOKENIZER, "a", 0) == [Found("", 0.0, 0)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_is_damaged_is_refused(value: float) -> None:
+    healthy = model_of("torch")
+    assert isinstance(healthy, LanguageModel)
+    weights = {name: weight.copy() for name, weight in healthy.weights().items()}
+    weights["output.bias"][1] = value
+    with pytest.raises(CheckpointError, match="logits are not finite"):
+        beam_search(Decoder(healthy.config, weights, TOKENIZER), TOKENIZER, "a")
+
+
+@pytest.mark.parametrize(("stop", "symbols"), [("é☃", 5), ("ü", 12), ("\N{REPLACEMENT CHARACTER}", 13)])
+def test_a_stop_of_several_bytes_ends_a_text(stop: str, symbols: int) -> None:
+    """Beams look for a stop in their last symbols, which may begin inside a character."""
+    script = "é☃é☃ü".encode() + b"\xffu" * 9
+
+    class Scripted:
+        config = ModelConfig(vocab_size=256)
+
+        def logits(self, ids_T: Any, state: Any) -> Any:
+            return self._at(0), (np.zeros((1, 1, 1), np.float32),)
+
+        def step(self, ids_B: Any, state: Any) -> Any:
+            return np.stack([self._at(int(n)) for n in state[0][0, :, 0] + 1]), (state[0] + 1,)
+
+        def _at(self, position: int) -> Any:
+            logits_V = np.full(256, -50, np.float32)
+            logits_V[script[position]] = 0
+            return logits_V
+
+        def nats(self, *_: Any) -> Any:
+            raise AssertionError("a search does not score")
+
+    (found,) = beam_search(Scripted(), ByteTokenizer(), "a", len(script), 1, stop=(stop,))
+    whole = script.decode(errors="replace")
+    assert (found.text, found.symbols) == (whole[: whole.index(stop)], symbols)

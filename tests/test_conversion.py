@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.optim.swa_utils import AveragedModel
 
 import longshort
 from longshort.errors import UsageError
@@ -119,6 +120,22 @@ def test_hooks_go_on_and_can_be_removed() -> None:
     calls.clear()
     use()
     assert calls == []
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_parametrized_layers_are_copied_as_pytorchs_are(name: str, norm: Any) -> None:
+    layer = norm(getattr(longshort, name)(6, 9, num_layers=2, layer_norm=True), "weight_hh_l0").eval()
+    x = torch.randn(4, 3, 6)
+    for copied in (copy.deepcopy(layer), AveragedModel(layer).module):
+        same(copied(x), layer(x))
+        before = copied(x)[0]
+        with torch.no_grad():
+            next(layer.parametrizations.weight_hh_l0.parameters())[0].add_(1)
+        same(copied(x)[0], before)
+        assert (layer(x)[0] - before).abs().max() > 1e-3
+        with torch.no_grad():
+            next(layer.parametrizations.weight_hh_l0.parameters())[0].sub_(1)
 
 
 def test_parametrizations_and_weight_norm_go_on() -> None:

@@ -18,7 +18,8 @@ from longshort.decoder import Decoder
 from longshort.errors import ConfigError, UsageError
 from longshort.generation import Request, Sampling, choose, cost_in_bits, generate, generate_many, uniform
 from longshort.model import LanguageModel
-from longshort.native_model import DecodeArgs, Draw, NativeModel, SamplingStructure
+from longshort.native_model import Draw, NativeModel
+from longshort.structures import DecodeArgs, SamplingStructure
 from longshort.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 
 pytestmark = pytest.mark.skipif(not native.targets(), reason="there is no kernel library")

@@ -290,12 +290,12 @@ def test_every_protocol_counts_each_symbol_after_the_first_once(text: str, lanes
     p = [0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05]
     counted = [c for c in text[1:] if c != "?"]
     model = constant_model(p)
-    lanes = 1 if block else lanes
+    given: dict[str, Any] = {"block": block} if block else {"lanes": lanes}
     if not counted:
         with pytest.raises(TextError, match="no symbol that this model can predict"):
-            evaluate(model, TOKENIZER, text, lanes=lanes, block=block)
+            evaluate(model, TOKENIZER, text, **given)
         return
-    found = evaluate(model, TOKENIZER, text, lanes=lanes, block=block)
+    found = evaluate(model, TOKENIZER, text, **given)
     nats = -sum(math.log(p[SYMBOLS.index(c)]) for c in counted)
     assert found.tokens == found.characters == found.bytes == len(counted)
     assert found.skipped == len(text) - 1 - len(counted)
@@ -365,3 +365,15 @@ def test_wrong_protocols_are_refused() -> None:
     for arguments in wrong:
         with pytest.raises(ConfigError):
             evaluate(model_of(), TOKENIZER, "abc", **arguments)
+
+
+def test_looks_are_read_by_the_native_loop_also_where_its_target_is_forced() -> None:
+    if not native.targets():
+        pytest.skip("there are no native kernels")
+    model = LanguageModel(ModelConfig(vocab_size=TOKENIZER.size, hidden=4, embedding=3), TOKENIZER)
+    for name in ("auto", "native"):
+        with kernels.use(name):
+            assert isinstance(model.reader(), Decoder)
+    for name in ("reference", "torch"):
+        with kernels.use(name):
+            assert model.reader() is model

@@ -17,21 +17,10 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from longshort import native, native_layers, native_model
+from longshort import native, native_layers, structures
 from longshort.errors import NativeWarning, UsageError
-from longshort.native_layers import (
-    BackwardArgs,
-    ForwardArgs,
-    Gains,
-    LayerOptions,
-    LayerWeights,
-    Options,
-    Output,
-    Peepholes,
-    Sequences,
-    Shape,
-    Weights,
-)
+from longshort.native_layers import Gains, Options, Output, Peepholes, Sequences, Weights
+from longshort.structures import BackwardArgs, ForwardArgs, LayerOptionsStructure, LayerWeightsStructure, Shape
 from native_reference import CELLS, TARGETS, Array, Case
 
 EVERY_CELL = pytest.mark.parametrize("cell", CELLS)
@@ -148,7 +137,7 @@ def test_sizes_and_names_that_cannot_be_are_refused() -> None:
     for bad in ((5, 4, 5, 0, -1), *widths, (3, 4, 5, 0, 99)):
         assert library.ls_packed_floats(*bad) == -1
         code, I, H, P, target = bad
-        weights = LayerWeights(I, H, P, code, 0, *[place] * 5)
+        weights = LayerWeightsStructure(I, H, P, code, 0, *[place] * 5)
         assert library.ls_pack(ctypes.byref(weights), target, place) == native.BAD_ARGUMENT
         assert library.ls_sample(ctypes.byref(weights)) == 0 or target == 99
     fitting: dict[str, Any] = {
@@ -160,12 +149,12 @@ def test_sizes_and_names_that_cannot_be_are_refused() -> None:
         "weight_hh": place,
         "weight_hr": place,
     }
-    assert library.ls_sample(ctypes.byref(LayerWeights(**fitting))) > 0
+    assert library.ls_sample(ctypes.byref(LayerWeightsStructure(**fitting))) > 0
     for name in ("weight_ih", "weight_hh", "weight_hr"):
-        weights = LayerWeights(**{**fitting, name: None})
+        weights = LayerWeightsStructure(**{**fitting, name: None})
         assert library.ls_pack(ctypes.byref(weights), -1, place) == native.BAD_ARGUMENT
         assert library.ls_sample(ctypes.byref(weights)) == 0
-    assert library.ls_pack(ctypes.byref(LayerWeights(**fitting)), -1, None) == native.BAD_ARGUMENT
+    assert library.ls_pack(ctypes.byref(LayerWeightsStructure(**fitting)), -1, None) == native.BAD_ARGUMENT
     assert library.ls_pack(None, -1, place) == native.BAD_ARGUMENT
     assert library.ls_sample(None) == 0
     assert library.ls_apply(5, -1, 0, None, None) == native.BAD_ARGUMENT
@@ -251,21 +240,21 @@ def test_structures_are_those_of_the_header(tmp_path: Path) -> None:
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         pytest.skip("there is no C compiler")
-    structures = {
+    declared = {
         "ls_shape": Shape,
-        "ls_options": LayerOptions,
-        "ls_weights": LayerWeights,
+        "ls_options": LayerOptionsStructure,
+        "ls_weights": LayerWeightsStructure,
         "ls_forward_args": ForwardArgs,
         "ls_backward_args": BackwardArgs,
-        "ls_model": native_model.ModelStructure,
-        "ls_sampling": native_model.SamplingStructure,
-        "ls_decode_args": native_model.DecodeArgs,
-        "ls_read_args": native_model.ReadArgs,
-        "ls_tree_args": native_model.TreeArgs,
-        "ls_loss_args": native_model.LossArgs,
+        "ls_model": structures.ModelStructure,
+        "ls_sampling": structures.SamplingStructure,
+        "ls_decode_args": structures.DecodeArgs,
+        "ls_read_args": structures.ReadArgs,
+        "ls_tree_args": structures.TreeArgs,
+        "ls_loss_args": structures.LossArgs,
     }
     lines, wanted = [], []
-    for name, structure in structures.items():
+    for name, structure in declared.items():
         lines.append(f'printf("%zu\\n", sizeof({name}));')
         wanted.append(ctypes.sizeof(structure))
         for field, *_ in structure._fields_:
@@ -282,6 +271,22 @@ def test_structures_are_those_of_the_header(tmp_path: Path) -> None:
     subprocess.run([compiler, *flags, str(source), "-o", str(tmp_path / "sizes")], check=True)
     found = subprocess.run([str(tmp_path / "sizes")], check=True, capture_output=True, text=True).stdout
     assert [int(line) for line in found.split()] == wanted
+
+
+def codes(structure: Any) -> list[str]:
+    """Return the code that `struct` has for each field of a structure."""
+    kinds: dict[Any, str] = {ctypes.c_int64: "q", ctypes.c_int32: "i", ctypes.c_float: "f", ctypes.c_void_p: "P"}
+    return [code for _, kind, *_ in structure._fields_ for code in (kinds[kind] if kind in kinds else codes(kind))]
+
+
+def test_what_pytorchs_calls_are_packed_by_is_the_structures() -> None:
+    calls = pytest.importorskip("longshort.calls", exc_type=ImportError)
+    wanted = {"SHAPE": Shape, "WEIGHTS": LayerWeightsStructure, "FORWARD": ForwardArgs, "BACKWARD": BackwardArgs}
+    for name, structure in wanted.items():
+        packed = getattr(calls, name)
+        parts = re.findall(r"(\d*)(\w)", packed.format)
+        assert [code for count, code in parts for _ in range(int(count or 1))] == codes(structure), name
+        assert packed.size == ctypes.sizeof(structure)
 
 
 @needs_library

@@ -21,7 +21,8 @@ from longshort import evaluation, native, native_model, prefixes, training
 from longshort.config import TrainConfig
 from longshort.decoder import Decoder
 from longshort.errors import UsageError
-from longshort.native_model import ModelStructure, Tree, TreeArgs
+from longshort.native_model import Tree
+from longshort.structures import ModelStructure, TreeArgs
 from longshort.text.encoding import encode_text
 from longshort.text.tokenizers import CharTokenizer
 
@@ -261,11 +262,11 @@ def test_what_is_not_a_tree_is_refused() -> None:
     assert read(nodes=[2], reads=[0], ids=[1, 2], parents=[0, 0]).tolist() == [0, 0]
     assert read(nodes=[2], reads=[2], ids=[1, 2], parents=[0, 0]).tolist() == [0, 0]  # nobody asked what follows
     for changed, words in (
-        ({"nodes": [1, 2]}, "make no sense"),
-        ({"nodes": [9, -6, 1]}, "make no sense"),
-        ({"ids": [9, 1, 2]}, "make no sense"),
-        ({"parents": [0, 0, 0]}, "make no sense"),
-        ({"reads": [1, 1]}, "make no sense"),
+        ({"nodes": [1, 2]}, "must have an entry a level"),
+        ({"nodes": [9, -6, 1]}, "must have an entry a level"),
+        ({"ids": [9, 1, 2]}, "must have an entry a level"),
+        ({"parents": [0, 0, 0]}, "must have an entry a level"),
+        ({"reads": [1, 1]}, "must have an entry a level"),
         ({"reads": [2, 1, 0]}, "refused an argument"),
         ({"reads": [-1, 1, 0]}, "refused an argument"),
         ({"reads": [0, 1, 0]}, "refused an argument"),

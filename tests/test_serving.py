@@ -202,14 +202,14 @@ def test_the_model_and_the_counts_are_told(client: Any) -> None:
 def test_every_number_and_text_has_a_least_and_a_most(client: Any) -> None:
     right = {"prompt": "ab", "max_tokens": 3, "seed": 1}
     wrong: dict[str, list[Any]] = {
-        "max_tokens": [-1, 0, bodies.TOKENS + 1, 2**31, 2**63, 1.5, "3", True, None],
+        "max_tokens": [-1, 0, bodies.MOST_TOKENS + 1, 2**31, 2**63, 1.5, "3", True, None],
         "temperature": [-0.1, 100.1, "1", None],
         "top_p": [0, -1, 1.01, None],
         "top_k": [0, -1, 2**31, 2**63, 1.5],
-        "n": [0, -1, bodies.TEXTS + 1, 2**31],
+        "n": [0, -1, bodies.MOST_TEXTS + 1, 2**31],
         "seed": [-1, 2**64, 1.5],
-        "stop": [[""], "", ["a"] * (bodies.STOPS + 1), ["a" * (bodies.STOP + 1)], 3, [3]],
-        "prompt": ["a" * (bodies.PROMPT + 1), None, 3, ["ab"]],
+        "stop": [[""], "", ["a"] * (bodies.MOST_STOPS + 1), ["a" * (bodies.MOST_STOP + 1)], 3, [3]],
+        "prompt": ["a" * (bodies.MOST_PROMPT + 1), None, 3, ["ab"]],
         "model": ["other", 3, "x" * 257],
         "stream": [1, "yes"],
         "logprobs": [1],
@@ -228,17 +228,17 @@ def test_every_number_and_text_has_a_least_and_a_most(client: Any) -> None:
         "temperature": [0, 100],
         "top_p": [1e-9],
         "top_k": [1, 2**31 - 1],
-        "n": [bodies.TEXTS],
+        "n": [bodies.MOST_TEXTS],
         "seed": [0, 2**64 - 1],
-        "stop": [["a" * bodies.STOP] * bodies.STOPS, None],
+        "stop": [["a" * bodies.MOST_STOP] * bodies.MOST_STOPS, None],
         "model": ["tiny", None],
     }
     for field, value in ((field, value) for field, values in edges.items() for value in values):
         assert client.post("/v1/completions", json={**right, field: value}).status_code == 200, (field, value)
-    too_many, too_long = ["a"] * (bodies.LINES + 1), ["a" * (bodies.CHARACTERS + 1)]
+    too_many, too_long = ["a"] * (bodies.MOST_LINES + 1), ["a" * (bodies.MOST_CHARACTERS_OF_LINES + 1)]
     for lines in ([], ["a\nb"], too_many, too_long, "a", [3]):
         assert client.post("/v1/score", json={"lines": lines}).status_code == 400
-    long = "a" * (bodies.LOOKED_INTO + 1)
+    long = "a" * (bodies.MOST_INSPECTED + 1)
     for looked in ({"text": ""}, {"text": long}, {"text": "a", "layer": -1}, {"text": "a", "unit": -1}):
         assert client.post("/v1/inspect", json=looked).status_code == 400
 
@@ -270,7 +270,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=4,
 )
-fields = [*bodies.Completion.model_fields, "lines", "text", "layer", "unit", "suffix"]
+fields = [*bodies.CompletionRequest.model_fields, "lines", "text", "layer", "unit", "suffix"]
 
 
 @campaign.long
@@ -683,11 +683,11 @@ def test_a_folder_whose_name_is_no_text_is_served(tmp_path: Path, monkeypatch: p
 def test_the_description_names_what_is_answered(client: Any) -> None:
     described = client.get("/openapi.json").json()
     for path, body, wanted in (
-        ("/v1/completions", {"prompt": "ab"}, bodies.Completed),
-        ("/v1/completions", {"prompt": "ab", "stream": True, "n": 2}, bodies.Completed),
-        ("/v1/score", {"lines": ["ab", ""]}, bodies.Scored),
-        ("/v1/inspect", {"text": "ab" * 50, "unit": 1}, bodies.Inspected),
-        ("/v1/inspect", {"text": "a"}, bodies.Inspected),
+        ("/v1/completions", {"prompt": "ab"}, bodies.CompletionAnswer),
+        ("/v1/completions", {"prompt": "ab", "stream": True, "n": 2}, bodies.CompletionAnswer),
+        ("/v1/score", {"lines": ["ab", ""]}, bodies.ScoreAnswer),
+        ("/v1/inspect", {"text": "ab" * 50, "unit": 1}, bodies.InspectAnswer),
+        ("/v1/inspect", {"text": "a"}, bodies.InspectAnswer),
         ("/v1/models", None, bodies.Models),
         ("/healthz", None, bodies.Health),
         ("/metrics", None, None),
@@ -704,7 +704,7 @@ def test_the_description_names_what_is_answered(client: Any) -> None:
         schema = operation["responses"]["4XX"]["content"]["application/json"]["schema"]
         assert schema == {"$ref": "#/components/schemas/Problem"}
     bodies.Problem.model_validate(client.get("/v1/nothing").json())
-    lines = described["components"]["schemas"]["Lines"]["properties"]["lines"]["items"]
+    lines = described["components"]["schemas"]["ScoreRequest"]["properties"]["lines"]["items"]
     assert lines["pattern"] == r"^[^\n]*$"  # JSON Schema's expressions are JavaScript's, which has no \A
 
 
@@ -718,7 +718,7 @@ def test_the_page_about_it_is_true(client: Any) -> None:
     described = client.get("/openapi.json").json()["paths"]
     for path in [*described, "/openapi.json"]:
         assert f"{path}` |" in page, path
-    fields = bodies.Completion.model_fields
+    fields = bodies.CompletionRequest.model_fields
     assert {*re.findall(r"`(\w+)`(?: \(\d+\))?[,;] ", page.partition("/v1/completions` |")[2].partition("\n")[0])} >= {
         *fields
     } - {"model"}

@@ -18,9 +18,8 @@ from conftest import need_target
 from longshort import calls, head, kernels, native, native_backend, ops, training
 from longshort.cells import Stack
 from longshort.config import TrainConfig
-from longshort.native_layers import ForwardArgs, Shape, Tokens
-from longshort.native_model import LossArgs
 from longshort.options import read_lengths
+from longshort.structures import ForwardArgs, LossArgs, Shape, Tokens
 from longshort.text.tokenizers import CharTokenizer
 from recurrent import same
 

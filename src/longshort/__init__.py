@@ -7,9 +7,9 @@
                                                  a LanguageModel
     longshort.train(TrainConfig(...))            trains and yields events; longshort.resume(run) goes on
     longshort.evaluate, generate, score          free functions on any model
+    longshort.evaluate_dynamically               evaluation of a model that learns while it reads
     longshort.beam_search                        the most probable text, where `generate` samples
     longshort.neighbours, write_vectors          the vectors that a model has for its symbols
-    longshort.evaluate_dynamically               the same for a model that learns while it reads
     longshort.SequenceClassifier, SequenceTagger a class for a sequence, a tag for each of its steps
     longshort.train_labels(LabelTrainConfig(...), Examples(...))     trains them; resume_labels, evaluate_labels
     longshort.export_onnx(model, path)           a trained model as a file for other runtimes

@@ -11,18 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longshort.continuation import Continuation
-from longshort.decoder import Decoder
-from longshort.errors import ConfigError
+from longshort.errors import CheckpointError, ConfigError
 from longshort.evaluation import Model
-from longshort.generation import Request, arrays, read_prompt
+from longshort.generation import Request, arrays, first_stop, newline_of, read_prompt, writer_after
 from longshort.text.tokenizers import Tokenizer
 
 MOST_BEAMS = 1024
+
+
+class Stepping(Model, Protocol):
+    """What a search asks of a model: the torch-free decoder and `LanguageModel` both have it."""
+
+    def step(self, ids_B: NDArray[np.int64], state: Any) -> tuple[Any, Any]:
+        """Read a symbol of each of B texts; return the logits (B, V) of the next ones, and the state after."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +53,7 @@ class _Beam:
 
 
 def beam_search(
-    model: Model,
+    model: Stepping,
     tokenizer: Tokenizer,
     prompt: str = "",
     length: int = 80,
@@ -62,8 +69,7 @@ def beam_search(
     They are ordered by nats / symbols ** `length_penalty`.
 
     Args:
-        model: a decoder, which on the native kernels reads its weights once a step for all texts; or a
-            `LanguageModel`, which reads one text after the other.
+        model: a decoder or a `LanguageModel`.
         tokenizer: the model's.
         prompt: as of `generation.generate`.
         length: number of symbols to find.
@@ -76,13 +82,14 @@ def beam_search(
     Raises:
         ConfigError: a value outside its range.
         VocabularyError: the prompt holds a symbol that the model never saw, and none that it did.
+        CheckpointError: what the model computes is not finite.
     """
     request = Request(prompt=prompt, length=length, stop=tuple(stop), after=after)
     if not 1 <= beams <= MOST_BEAMS:
         raise ConfigError(f"beams must be from 1 to {MOST_BEAMS}, not {beams}.")
     if not 0 <= length_penalty <= 1:
         raise ConfigError(f"length_penalty must be from 0 to 1, not {length_penalty}.")
-    newline = tokenizer.newline if model.config.lines else None
+    newline = newline_of(model, tokenizer)
     begun = read_prompt(model, tokenizer, newline, prompt, after)
     live, ended = [_Beam()], list[Found]()
     logits_KV, state = begun.logits_V[None], arrays(begun.state)
@@ -99,13 +106,20 @@ def beam_search(
         if not live or step + 1 == length:
             break
         state = tuple(np.ascontiguousarray(tensor[:, parents]) for tensor in state)
-        logits_KV, state = _read(model, np.array([beam.ids[-1] for beam in live]), state, newline)
+        ids_K = np.array([beam.ids[-1] for beam in live])
+        if newline is not None:
+            for tensor in state:
+                tensor[:, ids_K == newline] = 0
+        logits_KV, after_K = model.step(ids_K, state)
+        state = arrays(after_K)
     whole = [Found(_text(request, tokenizer, beam.ids), beam.nats, len(beam.ids)) for beam in live]
     return sorted(ended + whole, key=lambda found: found.nats / max(found.symbols, 1) ** length_penalty)
 
 
 def _continued(live: list[_Beam], logits_KV: NDArray[np.float32], most: int) -> tuple[list[_Beam], NDArray[np.intp]]:
     """Return the `most` most probable texts that are one symbol longer, and which of `live` each of them continues."""
+    if not np.isfinite(logits_KV).all():
+        raise CheckpointError("The model's logits are not finite.", "Its weights are damaged, or its training failed.")
     logits_KV = logits_KV.astype(np.float64)
     largest_K1 = logits_KV.max(axis=-1, keepdims=True)
     log_sum_K1 = np.log(np.exp(logits_KV - largest_K1).sum(axis=-1, keepdims=True)) + largest_K1
@@ -120,35 +134,19 @@ def _continued(live: list[_Beam], logits_KV: NDArray[np.float32], most: int) -> 
     return [_Beam((*live[parent].ids, symbol), nats) for parent, symbol, nats in pairs], parents
 
 
-def _read(
-    model: Model, ids_K: NDArray[np.int64], state: tuple[NDArray[np.float32], ...], newline: int | None
-) -> tuple[NDArray[np.float32], tuple[NDArray[np.float32], ...]]:
-    """Read a symbol of each text; return the logits (K, V) of the next ones, and the state after."""
-    if newline is not None:
-        for tensor in state:
-            tensor[:, ids_K == newline] = 0
-    if isinstance(model, Decoder):
-        return model.step(ids_K, state)
-    rows = [tuple(tensor[:, k : k + 1] for tensor in state) for k in range(len(ids_K))]
-    found = [model.logits(ids_K[k : k + 1], row) for k, row in enumerate(rows)]
-    after = zip(*(arrays(row) for _, row in found), strict=True)
-    return np.stack([logits_V for logits_V, _ in found]), tuple(np.concatenate(tensors, axis=1) for tensors in after)
-
-
 def _text(request: Request, tokenizer: Tokenizer, ids: Sequence[int], *, whole: bool = True) -> str:
     """Return what symbols after the prompt stand for; if not `whole`, without a character that has only begun."""
-    writer = tokenizer.writer(request.prompt)
-    if request.after and not request.prompt:
-        for symbol in request.after.tail.tolist():
-            writer.write(symbol)
+    writer = writer_after(tokenizer, request.prompt, request.after)
     text = "".join(map(writer.write, ids))
     return text + writer.close() if whole else text
 
 
 def _ended(request: Request, tokenizer: Tokenizer, beam: _Beam) -> Found | None:
     """Return a text that its last symbol has ended, by a stop; None of one that goes on."""
-    if not request.stop:
+    # A stop that is complete now is in the last symbols, of four to a character at most, and one that has begun before.
+    last = 4 * (max(map(len, request.stop), default=0) + 1)
+    if first_stop("".join(map(tokenizer.writer().write, beam.ids[-last:])), request.stop) is None:
         return None
     text = _text(request, tokenizer, beam.ids, whole=False)
-    places = [(place + len(word), place) for word in request.stop if (place := text.find(word)) >= 0]
-    return Found(text[: min(places)[1]], beam.nats, len(beam.ids)) if places else None
+    place = first_stop(text, request.stop)
+    return None if place is None else Found(text[: place[0]], beam.nats, len(beam.ids))

@@ -23,7 +23,7 @@ from longshort.cells import VECTORS, Options, Sequences, Stack
 _SHAPE, _OPTIONS = "5q3P4i", "PPfi8P"
 FORWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq9Pqq3PPPq")
 BACKWARD = struct.Struct(f"@{_SHAPE}{_OPTIONS}Pqq6PqqPPqq4Pqq14PiiPPqP")
-_WEIGHTS = struct.Struct("@3q2i5P")
+WEIGHTS = struct.Struct("@3q2i5P")
 SHAPE = struct.Struct(f"@{_SHAPE}")
 
 

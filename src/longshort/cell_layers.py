@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from longshort import kernels
+from longshort import kernels, native
 from longshort.cells import State
 from longshort.kernels import Choice
 from longshort.standins import StandIn
@@ -66,7 +66,7 @@ class _CellLayer(StandIn, nn.RNNCellBase):
     def _fits(self, x: Tensor, state: State, weights: tuple[Tensor | None, ...]) -> bool:
         """Whether all shapes and types are right; where they are not, PyTorch's cell is to say what is wrong."""
         I, H, dims, dtype, cpu = self.input_size, self.hidden_size, x.dim(), x.dtype, x.is_cpu
-        G = (3 if self.cell == "gru" else 4 if self.cell == "lstm" else 1) * H
+        G = native.GATES[self.cell] * H
         if dims not in (1, 2) or x.shape[-1] != I or (state and len(state) != self._num_states):
             return False
         casts = torch._C._is_any_autocast_enabled()

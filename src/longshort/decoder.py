@@ -113,7 +113,7 @@ class Decoder:
 
     Raises:
         UsageError: a cell that only PyTorch can run, or a precision that cannot be had.
-        CheckpointError: a weight is missing or has another shape than `config` says.
+        CheckpointError: a weight is missing, is one too many, or has another shape than `config` says.
     """
 
     def __init__(
@@ -244,6 +244,9 @@ class Decoder:
 
         Each symbol has the bits that `nats` gives it, and 0 where it is outside the vocabulary; order and arguments are
         those of `prefixes.nats_of_lines`.
+
+        Raises:
+            UsageError: there are no native kernels.
         """
         if self._native is None:
             raise UsageError("Without native kernels there is no `nats_of_lines`; evaluation.read works.")
@@ -262,7 +265,12 @@ class Decoder:
         return product(h_TBH[-1, 0], self._output) + self._weights["output.bias"], state
 
     def step(self, ids_B: NDArray[np.int64], state: State) -> tuple[Array, State]:
-        """Read a symbol of each of B texts; return the logits (B, V) of the next ones, and the state after."""
+        """Read a symbol of each of B texts; return the logits (B, V) of the next ones, and the state after.
+
+        Args:
+            ids_B: the symbols; V for one outside the vocabulary.
+            state: each tensor (L, B, H), which stays as it is.
+        """
         if self._native:
             after = self._start(len(ids_B), state)
             return self._native.read(ids_B[None], after, threads=self.threads)[1], after
@@ -318,6 +326,9 @@ class Decoder:
             draws: how each text's symbols are chosen.
             steps: how many are chosen.
             newline: a symbol before which the state becomes zero, for models of lines.
+
+        Raises:
+            UsageError: there are no native kernels.
         """
         if self._native is None:
             raise UsageError("Without native kernels there is no `write`; generation.generate works.")

@@ -30,14 +30,14 @@ from longshort.text.tokenizers import Tokenizer
 
 OVERLAP = 256
 """Tokens that a lane reads before those it counts. docs/log.md has what lanes without them lose."""
-_TOKENS_A_LANE = 4096
-_MOST_LANES = 64
-_TOKENS_A_CALL = 4096
-_LOGITS_A_CALL = 2**22
+_TOKENS_A_LANE, _MOST_LANES = 4096, 64
+"""A text has a lane for every so many tokens, and at most so many lanes."""
+_TOKENS_A_CALL, _LOGITS_A_CALL = 4096, 2**22
+"""The most that one call of a model reads, in all rows together; so much waits between two calls of `pause`."""
 LONG = 4096
 """A line of more symbols is read alone: beside it, short ones would be padding."""
-_LINES_AT_A_TIME = 4096
-_SYMBOLS_OF_LINES = 1 << 20
+_LINES_AT_A_TIME, _SYMBOLS_OF_LINES = 4096, 1 << 20
+"""The most lines, and the most symbols of them unless one line has more, that are in memory at a time."""
 _LINES_A_BATCH = 64
 
 
@@ -124,12 +124,14 @@ def evaluate(
         TextError: nothing in the text can be predicted.
         ConfigError: `lanes` or `block` is below one, or several protocols are asked for.
     """
-    asked = 1 if lanes is None else lanes
-    if asked < 1 or (block is not None and (block < 1 or asked > 1)):
-        raise ConfigError(f"lanes and block must be at least 1 and not both be given; not {lanes} and {block}.")
-    carried = block is not None or asked > 1
-    part = part_of(model.config, tokenizer, text, False if carried and lines is None else lines)
-    if part.breaks is not None and carried:
+    for name, given in (("lanes", lanes), ("block", block)):
+        if given is not None and given < 1:
+            raise ConfigError(f"{name} must be at least 1, not {given}.")
+    if block is not None and lanes is not None:
+        raise ConfigError("Blocks begin from a zero state: lanes do not go with them.", "Give lanes or block.")
+    cut = block is not None or (lanes or 1) > 1
+    part = part_of(model.config, tokenizer, text, False if cut and lines is None else lines)
+    if part.breaks is not None and cut:
         raise ConfigError("Lines are read from a zero state each: lanes and block do not go with them.")
     size = tokenizer.size
     if part.breaks is not None:
@@ -218,15 +220,18 @@ def read_lines(
     stops_B: NDArray[np.int64],
     pause: Callable[[], None] = lambda: None,
 ) -> NDArray[np.float64]:
-    """Return -log p in nats of the symbols of lines but each one's first, line after line.
+    """Return -log p in nats of every symbol of each line except its first, line after line.
 
     Args:
         model: reads.
         size: of the vocabulary.
-        ids: symbols; those outside the vocabulary have any number.
+        ids: symbols; those outside the vocabulary are `size`, and what they are given means nothing.
         starts_B: place of each line's first symbol, which is only read, from a zero state.
         stops_B: place of its last, which is only predicted.
         pause: called every few thousand symbols; it may raise.
+
+    Returns:
+        One number for each of `stops_B - starts_B` symbols of each line.
     """
     lengths_B = stops_B - starts_B
     places_B = np.cumsum(lengths_B) - lengths_B

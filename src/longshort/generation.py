@@ -22,7 +22,7 @@ from longshort.decoder import Decoder
 from longshort.errors import ConfigError, VocabularyError
 from longshort.evaluation import Model
 from longshort.native_model import Draw
-from longshort.text.tokenizers import Tokenizer
+from longshort.text.tokenizers import Tokenizer, Writer
 
 _MASK = 0xFFFFFFFF
 
@@ -140,7 +140,7 @@ class Writing:
 
     def __init__(self, model: Model, tokenizer: Tokenizer, *, goes_on: bool = False) -> None:
         self._model, self._tokenizer, self._goes_on = model, tokenizer, goes_on
-        self._newline = tokenizer.newline if model.config.lines else None
+        self._newline = newline_of(model, tokenizer)
         self._native = model if isinstance(model, Decoder) and model.writes else None
         self._texts: dict[int, _Text] = {}
         self._rows: list[_Text] = []  # whose states lie side by side, in `_logits_BV` and `_state`
@@ -233,12 +233,15 @@ def cost_in_bits(exact: Decoder, other: Decoder, *, texts: int = 16, length: int
     r - 1 - log r, where r is the ratio of both probabilities: of the same mean as -log r, never negative, hardly noisy.
 
     Args:
-        exact: with float32 weights.
+        exact: with float32 weights, on native kernels.
         other: the same model with others.
         texts: how many are written.
         length: symbols of each.
+
+    Raises:
+        UsageError: `exact` has no native kernels.
     """
-    newline = exact.tokenizer.newline if exact.config.lines else None
+    newline = newline_of(exact, exact.tokenizer)
     first = int(prompt_ids(exact.tokenizer, "\n" if newline is not None else "")[0])
     logits_V, state = exact.logits(np.array([first]), None)
     logits_BV = np.repeat(logits_V[None], texts, axis=0)
@@ -276,10 +279,7 @@ class _Text:
         self._prompted = read_prompt(model, tokenizer, newline, prompt, after)
         self.logits_V, self.state = self._prompted.logits_V, self._prompted.state
         self._tail: list[int] = self._prompted.tail.tolist()
-        self._writer = tokenizer.writer(prompt)
-        if after and not prompt:
-            for symbol in self._tail:
-                self._writer.write(symbol)
+        self._writer = writer_after(tokenizer, prompt, after)
         self._held = self._given = self._stop = ""
 
     def end(self) -> Continuation:
@@ -306,14 +306,12 @@ class _Text:
         self.position += len(ids)
         self.left -= len(ids)
         self._tail = (self._tail + ids)[-TAIL:]
-        text = self._held + "".join(self._writer.write(chosen) or "" for chosen in ids)
+        text = self._held + "".join(map(self._writer.write, ids))
         if not self.left and not self._goes_on:
-            text += self._writer.close() or ""
-        # (end, beginning) of each: what counts is which is complete first, however many symbols came at once.
-        places = [(place + len(stop), place) for stop in self.request.stop if (place := text.find(stop)) >= 0]
-        if places:
-            end, place = min(places)
-            self._stop, self.left, text, self._held = text[place:end], 0, text[:place], ""
+            text += self._writer.close()
+        if place := first_stop(text, self.request.stop):
+            begin, end = place
+            self._stop, self.left, text, self._held = text[begin:end], 0, text[:begin], ""
         elif self.left and self.request.stop:
             # The beginning of a stop may stand at the end.
             longest = max(map(len, self.request.stop)) - 1
@@ -332,6 +330,29 @@ class _Text:
             if self._goes_on:
                 self._given += text
             yield self.number, text
+
+
+def newline_of(model: Model, tokenizer: Tokenizer) -> int | None:
+    """Return the symbol before which the state is zero, of a model of lines; None of any other."""
+    return tokenizer.newline if model.config.lines else None
+
+
+def writer_after(tokenizer: Tokenizer, prompt: str, after: Continuation | None) -> Writer:
+    """Return what writes symbols as text that goes on where the prompt ends, or the text before it."""
+    writer = tokenizer.writer(prompt)
+    if after and not prompt:
+        for symbol in after.tail.tolist():
+            writer.write(symbol)
+    return writer
+
+
+def first_stop(text: str, stops: Sequence[str]) -> tuple[int, int] | None:
+    """Return beginning and end of the stop that is complete first in `text`, however many came at once."""
+    places = [(place + len(stop), place) for stop in stops if (place := text.find(stop)) >= 0]
+    if not places:
+        return None
+    end, begin = min(places)
+    return begin, end
 
 
 def read_prompt(

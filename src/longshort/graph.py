@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,45 @@ _LAYER = (
     "bool batch_first, Tensor? counts, Tensor? order, SymInt batch_size, bool packed, Tensor[]? h_masks, "
     "Tensor[]? zoneout_masks, float zoneout, Tensor[]? resets, int target, str[]? vectors, int projected"
 )
-_NUM_LAYER = 20
+
+
+class _Layer(NamedTuple):
+    """Those arguments, which both operations begin with."""
+
+    x: Tensor
+    h_0: Tensor | None
+    c_0: Tensor | None
+    weights: list[Tensor]
+    cell: str
+    hidden_size: int
+    directions: int
+    bias: bool
+    batch_first: bool
+    counts: Tensor | None
+    order: Tensor | None
+    batch_size: int
+    packed: bool
+    h_masks: list[Tensor] | None
+    zoneout_masks: list[Tensor] | None
+    zoneout: float
+    resets: list[Tensor] | None
+    target: int
+    vectors: list[str] | None
+    projected: int
+
+    def size(self) -> tuple[int, int]:
+        """Return T and B."""
+        if self.counts is not None:
+            return self.counts.shape[0], self.batch_size
+        return (self.x.shape[1], self.x.shape[0]) if self.batch_first else (self.x.shape[0], self.x.shape[1])
+
+    @property
+    def state_sizes(self) -> list[int]:
+        """The widths of h and, of an LSTM, c."""
+        return [self.projected or self.hidden_size, self.hidden_size][: native.STATES[self.cell]]
+
+
+_NUM_LAYER = len(_Layer._fields)
 _library: Any = torch.library.Library("longshort", "DEF")  # type: ignore[no-untyped-call]
 _library.define(f"layer({_LAYER}, bool save) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
@@ -35,30 +73,26 @@ _library.define(
 )
 
 
-def _call(arguments: Sequence[Any]) -> tuple[Tensor, State | None, list[Tensor], calls.Call]:
+def _call(given: _Layer) -> tuple[Tensor, State | None, list[Tensor], calls.Call]:
     """Return x, state, weights and the rest, from the arguments that both operations share."""
-    x, h_0, c_0, weights, cell, hidden_size, directions, bias, batch_first, counts, order, batch_size = arguments[:12]
-    packed, h_masks, zoneout_masks, zoneout, resets, target, vectors, projected = arguments[12:_NUM_LAYER]
-    state: State | None = None if h_0 is None else (h_0,) if c_0 is None else (h_0, c_0)
-    order = None if order is None else order.contiguous()
-    sequences = None if counts is None else Sequences(counts.contiguous(), order, batch_size, packed)
-    options: tuple[Options, ...] = ()
-    if h_masks or zoneout_masks or zoneout or resets:
-        h_masks, zoneout_masks, resets = (each or [None] * directions for each in (h_masks, zoneout_masks, resets))
+    sequences, options = None, tuple[Options, ...]()
+    if given.counts is not None:
+        order = None if given.order is None else given.order.contiguous()
+        sequences = Sequences(given.counts.contiguous(), order, given.batch_size, given.packed)
+    masks: tuple[list[Any] | None, ...] = (given.h_masks, given.zoneout_masks, given.resets)
+    if any(masks) or given.zoneout:
+        of_directions = zip(*(each or [None] * given.directions for each in masks), strict=True)
         options = tuple(
-            Options(h_mask_BH=h_mask, zoneout_mask_TBH=zoneout_mask, zoneout=zoneout, resets_TB=reset).contiguous()
-            for h_mask, zoneout_mask, reset in zip(h_masks, zoneout_masks, resets, strict=True)
+            Options(h_mask_BH=h, zoneout_mask_TBH=zoneout, zoneout=given.zoneout, resets_TB=resets).contiguous()
+            for h, zoneout, resets in of_directions
         )
-    plain = (cell, hidden_size, directions, bias, batch_first, sequences, options, target)
-    call = calls.Call(*plain, tuple(vectors or ()), projected=projected).resolved(x)
-    state = None if state is None else tuple(map(calls.dense, state))
-    return calls.rows(x), state, list(map(calls.dense, weights)), call
-
-
-def _size(x: Tensor, batch_first: bool, counts: Tensor | None, batch_size: int) -> tuple[int, int]:
-    if counts is not None:
-        return counts.shape[0], batch_size
-    return (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
+    plain = (given.cell, given.hidden_size, given.directions, given.bias, given.batch_first, sequences, options)
+    vectors = tuple(given.vectors or ())
+    call = calls.Call(*plain, given.target, vectors, projected=given.projected).resolved(given.x)
+    state = None
+    if given.h_0 is not None:
+        state = tuple(calls.dense(tensor) for tensor in (given.h_0, given.c_0) if tensor is not None)
+    return calls.rows(given.x), state, list(map(calls.dense, given.weights)), call
 
 
 def _saved_floats(cell: str, H: int, T: int, B: int, target: int, layer_norm: bool) -> int:
@@ -77,9 +111,9 @@ def _floats_a_row(cell: str, H: int, target: int, layer_norm: bool) -> int:
 
 
 def _layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    target, save = arguments[_NUM_LAYER - 3], arguments[_NUM_LAYER]
-    x, state, weights, call = _call(arguments)
-    floats = _saved_floats(call.cell, call.H, *call.size(x), target, call.layer_norm) if save else 0
+    given, (save,) = _Layer(*arguments[:_NUM_LAYER]), arguments[_NUM_LAYER:]
+    x, state, weights, call = _call(given)
+    floats = _saved_floats(call.cell, call.H, *call.size(x), given.target, call.layer_norm) if save else 0
     saved = buffers.prefer_large_pages(x.new_empty(call.directions, floats))
     y, after = ops.forward(call, x, state, weights, saved.unbind() if save else ())
     if save:
@@ -90,19 +124,20 @@ def _layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _layer_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, _, _, _, cell, H, D, _, batch_first, counts, _, batch_size = arguments[:12]
-    target, vectors, projected, save = arguments[_NUM_LAYER - 3 : _NUM_LAYER + 1]
-    P = projected or H
-    T, B = _size(x, batch_first, counts, batch_size)
-    state = x.new_empty(D, B, P)
-    floats = _saved_floats(cell, H, T, B, target, "gamma_ih" in (vectors or ())) if save else 0
-    c_n = state.new_empty(D, B, H) if native.STATES[cell] == 2 else x.new_empty(0)
-    return x.new_empty(*x.shape[:-1], D * P), state, c_n, x.new_empty(D, floats)
+    given, (save,) = _Layer(*arguments[:_NUM_LAYER]), arguments[_NUM_LAYER:]
+    (T, B), D, x = given.size(), given.directions, given.x
+    floats = 0
+    if save:
+        layer_norm = "gamma_ih" in (given.vectors or ())
+        floats = _saved_floats(given.cell, given.hidden_size, T, B, given.target, layer_norm)
+    P, *rest = given.state_sizes
+    c_n = x.new_empty(D, B, *rest) if rest else x.new_empty(0)
+    return x.new_empty(*x.shape[:-1], D * P), x.new_empty(D, B, P), c_n, x.new_empty(D, floats)
 
 
 def _layer_backward(*arguments: Any) -> list[Tensor]:
     y, saved, dy, dh_n, dc_n, wanted = arguments[_NUM_LAYER:]
-    x, state, weights, call = _call(arguments)
+    x, state, weights, call = _call(_Layer(*arguments[:_NUM_LAYER]))
     call = call._replace(target=int(saved[0, -1]))  # it alone knows how what it has saved lies
     dstate = (dh_n, dc_n)[: call.num_states]
     parts = saved.unbind()
@@ -111,19 +146,17 @@ def _layer_backward(*arguments: Any) -> list[Tensor]:
 
 
 def _layer_backward_fake(*arguments: Any) -> list[Tensor]:
-    x, _, _, weights, cell, H, D, _, batch_first, counts, _, batch_size = arguments[:12]
-    projected, wanted = arguments[_NUM_LAYER - 1], arguments[-1]
-    _, B = _size(x, batch_first, counts, batch_size)
-    states = [(D, B, projected or H), (D, B, H)][: native.STATES[cell]]
-    shapes = [x.shape, *states, *[weight.shape for weight in weights]]
-    return [x.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True)]
+    given, wanted = _Layer(*arguments[:_NUM_LAYER]), arguments[-1]
+    _, B = given.size()
+    states = [(given.directions, B, width) for width in given.state_sizes]
+    shapes = [given.x.shape, *states, *[weight.shape for weight in given.weights]]
+    return [given.x.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True)]
 
 
 def _setup(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     y, _, _, saved = output
-    x, h_0, c_0, weights = inputs[:4]
-    ctx.num_weights, ctx.rest = len(weights), inputs[4:_NUM_LAYER]
-    ctx.counts, ctx.order = ctx.rest[5], ctx.rest[6]
+    x, h_0, c_0, weights, *rest = inputs[:_NUM_LAYER]
+    ctx.rest = rest
     ctx.save_for_backward(x, h_0, c_0, *weights, y, saved)
     ctx.set_materialize_grads(False)
 

@@ -104,7 +104,7 @@ def use(name: str) -> Iterator[None]:
     if name == NATIVE:
         if not native.targets():
             raise UsageError(f"There are no native kernels here: {native.reason()}")
-        name = native.active_target() or name
+        name = _active_target()
     before, _forced = _forced, None if name == "auto" else name
     try:
         yield
@@ -194,7 +194,9 @@ def choose(
 def _active_target() -> str:
     if torch.compiler.is_compiling():  # which cannot look into the library
         return next(iter(calls.SUPPORTED))
-    return native.active_target() or NATIVE
+    name = native.active_target()
+    assert name is not None  # asked where there are native kernels alone
+    return name
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)

@@ -15,21 +15,20 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from longshort import checkpoint, durable, model_files, snapshot
-from longshort.config import Schedule, TrainConfig
+from longshort.config import Schedule
 from longshort.errors import CheckpointError, TrainingError, UsageError
-from longshort.model import LanguageModel
 from longshort.snapshot import Position
-from longshort.text.encoding import Survey
-from longshort.text.tokenizers import Tokenizer
 from longshort.updates import Stepper, Stop, Trainable
+
+S = TypeVar("S", bound=Schedule)
 
 SECONDS_BETWEEN_SAVES = 300.0
 _CHECKPOINTS_AT_ONCE = 4
@@ -75,26 +74,6 @@ class Task(Protocol):
 
     def description(self) -> tuple[dict[str, Any], str, dict[str, Any]]:
         """Return what a checkpoint holds beside weights: the model's configuration, `tokenizer.json`, other values."""
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """Everything is settled and the run directory exists."""
-
-    config: TrainConfig
-    run: Path
-    model: LanguageModel
-    tokenizer: Tokenizer
-    text: Survey
-    train_tokens: int
-    steps_per_epoch: float
-    unknown_tokens: int = 0
-    """Training tokens outside the vocabulary of the model that training starts from: read, never predicted."""
-    resumed_at: int | None = None
-    """The step that training goes on from; None in a new run."""
-    processes: int = 1
-    vectors: int | None = None
-    """How many symbols began with a vector of the file that `config.vectors` names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +132,7 @@ class Stopped:
     run: Path
 
 
-Event = Started | Progress | Skipped | Looked | Finished | Stopped
+Event = Progress | Skipped | Looked | Finished | Stopped
 
 
 class Loop:
@@ -395,11 +374,22 @@ def further_legs(legs: Legs, position: Position, steps: int | None) -> list[list
     return [leg for leg in kept if leg[0] < position.step] + [[position.step, steps]]
 
 
-def settled_steps(config: Schedule, steps_per_epoch: float) -> int:
-    """Return the number of steps that `config` asks for, ten epochs if it asks for none; UsageError where for two."""
+def settled(config: S, steps_per_epoch: float) -> S:
+    """Return `config` with the number of steps, of looks and of threads that it leaves open.
+
+    Raises:
+        UsageError: it asks for steps and epochs.
+    """
     if config.steps is not None and config.epochs is not None:
         raise UsageError("Give steps or epochs, not both.")
-    return config.steps or max(1, round((config.epochs or 10.0) * steps_per_epoch))
+    steps = config.steps or max(1, round((config.epochs or 10.0) * steps_per_epoch))
+    return replace(
+        config,
+        steps=steps,
+        epochs=None,
+        validate_every=config.validate_every or max(1, -(-steps // 10)),
+        threads=config.threads or torch.get_num_threads(),
+    )
 
 
 def are_legs(legs: Any) -> bool:

@@ -179,7 +179,7 @@ class LanguageModel(nn.Module):
 
     def reader(self) -> LanguageModel | Decoder:
         """Return what reads texts quickest with the weights as they are now: a decoder, where native kernels run it."""
-        native_kernels = kernels.active() in ("auto", "native") and native.ready()
+        native_kernels = kernels.active() in ("auto", native.active_target()) and native.ready()
         if self.tokenizer is None or self.device.type == "cuda" or not (native_kernels and runs_natively(self.config)):
             return self
         decoder = Decoder(self.config, self.weights(), self.tokenizer)
@@ -229,6 +229,13 @@ class LanguageModel(nn.Module):
         with masks.evaluating(self):
             logits_TBV, state = self(torch.from_numpy(ids_T).to(device).unsqueeze(1), self._state_of(state))
         return logits_TBV[-1, 0].cpu().float().numpy(), state
+
+    @torch.no_grad()
+    def step(self, ids_B: NDArray[np.int64], state: State | None) -> tuple[NDArray[np.float32], State]:
+        """Read a symbol of each of B texts; return the logits (B, V) of the next ones, and the state after."""
+        with masks.evaluating(self):
+            logits_TBV, state = self(torch.from_numpy(ids_B).to(self.device).unsqueeze(0), self._state_of(state))
+        return logits_TBV[0].cpu().float().numpy(), state
 
 
 def load_language_model(path: str | Path) -> LanguageModel:

@@ -3,8 +3,8 @@
     T  steps   B  rows   N  rows in all   I  input width   H  hidden units   P  width of h: H, unless it is projected
     G  gates: rnn and rnn_relu 1, gru and lstm_coupled 3, lstm 4
 
-What the functions mean is written in `csrc/longshort.h`; here the structures are declared once more, and every shape
-and type is checked before a pointer is passed.
+What the functions mean is written in `csrc/longshort.h`; here every shape and type is checked before a pointer is
+passed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from longshort.native import (
     COUPLED,
@@ -30,107 +33,10 @@ from longshort.native import (
     need,
     require_shape,
 )
+from longshort.structures import BackwardArgs, ForwardArgs, LayerOptionsStructure, LayerWeightsStructure, Shape
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from longshort.native import Array
-
-    Ints = NDArray[np.int64]
-
-_i32, _i64, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-
-
-class Shape(ctypes.Structure):
-    """`ls_shape`."""
-
-    _fields_ = (
-        *((name, _i64) for name in ("T", "B", "I", "H", "P")),
-        *((name, _pointer) for name in ("counts", "starts", "order")),
-        *((name, _i32) for name in ("cell", "reverse", "num_threads", "target")),
-    )
-
-
-class LayerWeights(ctypes.Structure):
-    """`ls_weights`."""
-
-    _fields_ = (
-        *((name, _i64) for name in ("I", "H", "P")),
-        *((name, _i32) for name in ("cell", "reserved")),
-        *((name, _pointer) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")),
-    )
-
-
-class LayerOptions(ctypes.Structure):
-    """`ls_options`."""
-
-    _fields_ = (
-        ("h_mask", _pointer),
-        ("zoneout_mask", _pointer),
-        ("zoneout", ctypes.c_float),
-        ("reserved", _i32),
-        *((name, _pointer) for name in ("resets", "gamma_ih", "gamma_hh", "gamma_c", "beta_c")),
-        *((name, _pointer) for name in ("weight_ci", "weight_cf", "weight_co")),
-    )
-
-
-class Tokens(ctypes.Structure):
-    """`ls_tokens`."""
-
-    _fields_ = (("table", _pointer), ("ids", _pointer), ("V", _i64))
-
-
-class ForwardArgs(ctypes.Structure):
-    """`ls_forward_args`."""
-
-    _fields_ = (
-        ("shape", Shape),
-        ("options", LayerOptions),
-        ("x", _pointer),
-        ("x_step", _i64),
-        ("x_row", _i64),
-        *((name, _pointer) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")),
-        *((name, _pointer) for name in ("packed", "h0", "c0", "y")),
-        ("y_step", _i64),
-        ("y_row", _i64),
-        *((name, _pointer) for name in ("h_n", "c_n", "saved")),
-        ("tokens", Tokens),
-    )
-
-
-class BackwardArgs(ctypes.Structure):
-    """`ls_backward_args`."""
-
-    _fields_ = (
-        ("shape", Shape),
-        ("options", LayerOptions),
-        ("x", _pointer),
-        ("x_step", _i64),
-        ("x_row", _i64),
-        *((name, _pointer) for name in ("weight_ih", "weight_hh", "weight_hr", "h0", "c0", "y")),
-        ("y_step", _i64),
-        ("y_row", _i64),
-        ("saved", _pointer),
-        ("dy", _pointer),
-        ("dy_step", _i64),
-        ("dy_row", _i64),
-        *((name, _pointer) for name in ("dh_n", "dc_n", "dgates")),
-        ("dx", _pointer),
-        ("dx_step", _i64),
-        ("dx_row", _i64),
-        *(
-            (name, _pointer)
-            for name in ("dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh", "dweight_hr", "dh0", "dc0")
-        ),
-        *((name, _pointer) for name in ("dgamma_ih", "dgamma_hh", "dgamma_c", "dbeta_c")),
-        *((name, _pointer) for name in ("dweight_ci", "dweight_cf", "dweight_co")),
-        ("accumulate_dx", _i32),
-        ("reserved", _i32),
-        ("tokens", Tokens),
-        ("dtable", _pointer),
-    )
-
+Array = NDArray[np.float32]
+Ints = NDArray[np.int64]
 
 # ------------------------------------------------------------------------------------------------- layers
 
@@ -278,20 +184,24 @@ def pack(cell: str, weights: Weights, target: str | None = None) -> Array:
     found = need()
     checked, I, H, projected = _check_weights(cell, weights)
     packed = aligned(packed_floats(cell, I, H, target, projected))
-    places = LayerWeights(I, H, projected, _cell(cell), 0, *map(address, checked))
+    places = LayerWeightsStructure(I, H, projected, _cell(cell), 0, *map(address, checked))
     check_status(found.ls_pack(ctypes.byref(places), index_of(found, target), address(packed)))
     return packed
 
 
 def apply(function: str, x: Array, target: str | None = None) -> Array:
-    """Return exp, tanh or sigmoid of every element, as the kernels compute it.
+    """Return a function of every element, as the kernels compute it.
+
+    Args:
+        function: `exp`, `tanh`, `sigmoid`; `weight`, which is exp in double of what is at most 0, as symbols are chosen
+            by, rounded to float; or `rest of weight`, what that rounding leaves.
+        x: float32.
+        target: whose; of the active one if None.
 
     Raises:
         ValueError: `x` is not float32, or there is no such function.
         UsageError: there is no such target.
     """
-    import numpy as np
-
     found = need()
     if function not in FUNCTIONS:
         raise ValueError(f"function must be one of {', '.join(FUNCTIONS)}, not {function!r}")
@@ -335,8 +245,6 @@ def forward(
         ValueError: shapes or types that do not fit.
         UsageError: there is no such target, or no library.
     """
-    import numpy as np
-
     found = need()
     call = _Call(cell, x, weights, state, sequences, options, threads, index_of(found, target))
     y = np.empty(call.y_shape, dtype=np.float32) if out is None else _writable("out", out, call.y_shape)
@@ -382,8 +290,6 @@ def gates(
         ValueError: shapes or types that do not fit.
         UsageError: there is no such target, or no library.
     """
-    import numpy as np
-
     found = need()
     call = _Call(cell, x, weights, (), sequences, options, 1, index_of(found, target))
     layer_norm = options.gains is not None
@@ -430,8 +336,6 @@ def backward(
         ValueError: shapes or types that do not fit, or nothing was saved.
         UsageError: there is no such target, or no library.
     """
-    import numpy as np
-
     found = need()
     call = _Call(cell, x, weights, state, sequences, options, threads, index_of(found, target))
     y = _rows("output.y", output.y, call.y_shape)
@@ -509,15 +413,13 @@ class _Call:
         self.peepholes = self._check_peepholes(options.peepholes)
         h_mask, zoneout_mask, resets = map(address, self._masks)
         vectors = (*self.gains, *self.peepholes)
-        self.options = LayerOptions(h_mask, zoneout_mask, options.zoneout, 0, resets, *map(address, vectors))
+        self.options = LayerOptionsStructure(h_mask, zoneout_mask, options.zoneout, 0, resets, *map(address, vectors))
         sizes = (self.T, B, self.I, self.H, projected)
         self.shape = Shape(*sizes, *map(address, self._indices), _cell(cell), sequences.reverse)
         self.shape.num_threads, self.shape.target = min(threads, 2**31 - 1), target
 
     def _place(self, x: Array, sequences: Sequences) -> None:
         """Find T, B and the shape of y, and check that every row of every step lies inside of x."""
-        import numpy as np
-
         counts, order, starts = (
             None if given is None else _integers(name, given)
             for name, given in (("counts", sequences.counts), ("order", sequences.order), ("starts", sequences.starts))
@@ -599,8 +501,6 @@ def _cell(name: str) -> int:
 
 def _like(array: Any) -> Any:
     """Return a new array for its gradient; of None None."""
-    import numpy as np
-
     return None if array is None else np.empty_like(array)
 
 
@@ -633,8 +533,6 @@ def _rows(name: str, array: Array, shape: tuple[int | None, ...]) -> Array:
 
 def _writable(name: str, array: Array, shape: tuple[int, ...]) -> Array:
     """Return the same array, into whose rows the library may write."""
-    import numpy as np
-
     require_shape(name, float32(name, array), shape)
     if not _is_rows(array) or not array.flags.writeable:
         raise ValueError(f"{name} must be writable and contiguous in its last axis: strides {array.strides}")
@@ -655,8 +553,6 @@ def _is_rows(array: Array) -> bool:
 
 
 def _integers(name: str, array: Ints) -> Ints:
-    import numpy as np
-
     found = np.asarray(array)
     if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
         raise ValueError(f"{name} must be a list of integers, not {found.dtype} {found.shape}")
@@ -664,8 +560,6 @@ def _integers(name: str, array: Ints) -> Ints:
 
 
 def _resets(array: NDArray[np.bool_], shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    import numpy as np
-
     found = np.asarray(array)
     if found.dtype != np.bool_:
         raise ValueError(f"resets must be a bool array, not {found.dtype}")

@@ -18,6 +18,7 @@ from longshort import native, native_layers
 from longshort.errors import UsageError
 from longshort.native import GATES, address
 from longshort.native_layers import Weights
+from longshort.structures import DecodeArgs, ModelStructure, ReadArgs, SamplingStructure, TreeArgs
 
 Array = NDArray[np.float32]
 
@@ -25,73 +26,6 @@ DEEPEST_BYTES = 1 << 17
 """Most products in a sum of 32 bits."""
 TABLE_BYTES = 64 << 20
 """The first layer reads a table of its gates for each symbol where the table is no larger, else the embedding."""
-
-
-class ModelStructure(ctypes.Structure):
-    """`ls_model`."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("V", "E", "H", "layers")),
-        *((name, ctypes.c_int32) for name in ("cell", "target", "int8", "residual")),
-        *((name, ctypes.c_void_p) for name in ("table", "embedding", "packed", "head", "gains")),
-    )
-
-
-class SamplingStructure(ctypes.Structure):
-    """`ls_sampling`."""
-
-    _fields_ = (
-        *((name, ctypes.c_double) for name in ("temperature", "top_p")),
-        ("top_k", ctypes.c_int64),
-        *((name, ctypes.c_uint64) for name in ("seed", "stream")),
-        ("position", ctypes.c_int64),
-    )
-
-
-class DecodeArgs(ctypes.Structure):
-    """`ls_decode_args`."""
-
-    _fields_ = (
-        ("model", ModelStructure),
-        *((name, ctypes.c_int64) for name in ("B", "steps")),
-        *((name, ctypes.c_void_p) for name in ("sampling", "logits", "h", "c", "ids")),
-        ("newline", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("num_threads", "reserved")),
-    )
-
-
-class ReadArgs(ctypes.Structure):
-    """`ls_read_args`."""
-
-    _fields_ = (
-        ("model", ModelStructure),
-        *((name, ctypes.c_int64) for name in ("T", "B")),
-        *((name, ctypes.c_void_p) for name in ("ids", "targets", "h", "c", "nats", "logits")),
-        *((name, ctypes.c_int32) for name in ("num_threads", "reserved")),
-    )
-
-
-class TreeArgs(ctypes.Structure):
-    """`ls_tree_args`."""
-
-    _fields_ = (
-        ("model", ModelStructure),
-        ("levels", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("nodes", "reads", "ids", "parents", "nats")),
-        *((name, ctypes.c_int32) for name in ("num_threads", "reserved")),
-    )
-
-
-class LossArgs(ctypes.Structure):
-    """`ls_loss_args`."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("N", "V", "H")),
-        *((name, ctypes.c_int32) for name in ("target", "num_threads")),
-        *((name, ctypes.c_void_p) for name in ("h", "weight", "bias", "targets", "nats", "dh", "dweight", "dbias")),
-        ("scale", ctypes.c_float),
-        ("reserved", ctypes.c_int32),
-    )
 
 
 class Draw(NamedTuple):
@@ -235,10 +169,15 @@ class NativeModel:
             steps: how many.
             newline: a symbol before which the state is zero.
             threads: at most so many.
+
+        Raises:
+            ValueError: an argument of another shape or type, or outside its range.
+            MemoryError: there is not enough for the texts' scratch.
         """
         B = len(draws)
-        if steps < 0 or threads < 1:
-            raise ValueError(f"{steps} steps and {threads} threads make no sense")
+        if steps < 0:
+            raise ValueError(f"steps must be at least 0, not {steps}")
+        _require_threads(threads)
         self._check_state(state, B)
         _require_writable("logits", logits_BV, (B, self.V))
         ids = np.empty((steps, B), np.int64)
@@ -270,10 +209,14 @@ class NativeModel:
             state: as of `write`.
             targets_TB: the symbol that followed each; where negative, the result is 0. None: no nats are wanted.
             threads: at most so many.
+
+        Raises:
+            ValueError, MemoryError: as of `write`.
         """
         ids_TB = np.require(ids_TB, np.int64, ("C", "A"))
-        if ids_TB.ndim != 2 or not len(ids_TB) or threads < 1:
+        if ids_TB.ndim != 2 or not len(ids_TB):
             raise ValueError(f"ids must have the shape (T, B) with T of at least 1, not {ids_TB.shape}")
+        _require_threads(threads)
         T, B = ids_TB.shape
         self._check_state(state, B)
         logits_BV, nats_TB = np.empty((B, self.V), np.float32), None
@@ -294,12 +237,18 @@ class NativeModel:
         Args:
             tree: the texts; a symbol outside the vocabulary is V. Its nats are 0, as those of the first level.
             threads: at most so many.
+
+        Raises:
+            ValueError, MemoryError: as of `write`.
         """
         nodes, reads, ids, parents = (np.require(array, np.int64, ("C", "A")) for array in tree)
         count = -1 if (nodes < 0).any() else int(nodes.sum())
-        if nodes.shape != reads.shape or not ids.shape == parents.shape == (count,) or threads < 1:
+        if nodes.shape != reads.shape or not ids.shape == parents.shape == (count,):
             shapes = ", ".join(f"{name} {array.shape}" for name, array in zip(tree._fields, tree, strict=True))
-            raise ValueError(f"{shapes} and {threads} threads make no sense")
+            raise ValueError(
+                f"nodes and reads must have an entry a level, ids and parents one a node, {count}, not {shapes}"
+            )
+        _require_threads(threads)
         nats = np.empty(len(ids), np.float64)
         args = TreeArgs(model=self._structure, levels=len(nodes), num_threads=min(threads, 2**31 - 1))
         args.nodes, args.reads, args.ids, args.parents, args.nats = map(address, (nodes, reads, ids, parents, nats))
@@ -312,6 +261,11 @@ class NativeModel:
             raise ValueError(f"a {self.cell} has {wanted} states, not {len(state)}")
         for tensor in state:
             _require_writable("state", tensor, (self.num_layers, B, self.H))
+
+
+def _require_threads(threads: int) -> None:
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
 
 
 def _require_writable(name: str, array: Array, shape: tuple[int, ...]) -> None:

@@ -32,8 +32,8 @@ from longshort.calls import (
     weight_fields,
 )
 from longshort.cells import State
-from longshort.native_model import LossArgs
 from longshort.packing import pack
+from longshort.structures import LossArgs
 
 
 def forward(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -11,9 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from longshort import buffers, native
-from longshort.calls import Call, check, library, weight_fields
-
-_WEIGHTS = struct.Struct("@3q2i5P")
+from longshort.calls import WEIGHTS, Call, check, library, weight_fields
 
 
 class _Packed(NamedTuple):
@@ -50,8 +47,8 @@ def invalidate() -> None:
     """Forget all packed weights.
 
     Calls without gradients keep the weights as the kernels read them, until a weight is changed. PyTorch tells of
-    changes by its operations, also in place, and of steps of its optimizers. Of what changes behind its back, through
-    `.data` or NumPy, samples of the values are looked at: whoever changes less than all so calls this afterwards.
+    changes by its operations, also in place, and of steps of its optimizers. A change behind its back, through `.data`
+    or NumPy, is noticed by a sample of the values alone: call this after changing some of them that way.
     """
     _packed.clear()
 
@@ -79,7 +76,7 @@ def pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
     if found is not None and found.key == key and library.ls_sample(found.weights) == found.sample:
         return found.tensor
     code, places_of_all = native.LAYER_CELLS[call.cell], weight_fields(call.bias, places)
-    given = _WEIGHTS.pack(I, call.H, call.projected, code, 0, *places_of_all)
+    given = WEIGHTS.pack(I, call.H, call.projected, code, 0, *places_of_all)
     packed = buffers.large(library.ls_packed_floats(code, I, call.H, call.projected, target))
     sample = library.ls_sample(given)
     check(library.ls_pack(given, target, packed.data_ptr()))

@@ -93,7 +93,7 @@ class Quick:
         target = calls.resolved(target, T, B, H)
         packed = None
         if grad:
-            if not all(weight.data_ptr() for weight in weights):  # they only stand for others; `pack` asks too
+            if not all(map(Tensor.data_ptr, weights)):  # they only stand for others; `pack` asks too
                 return None
         else:
             packed = packing.pack(self._call if target < 0 else self._call._replace(target=target), weights, I)
@@ -144,7 +144,7 @@ class Quick:
         fields = FORWARD.pack(
             *self._shape(target, having, T, B, weights),
             *self._places(x),
-            *calls.weight_fields(self._bias, [weight.data_ptr() for weight in weights[: self._num_plain]]),
+            *calls.weight_fields(self._bias, list(map(Tensor.data_ptr, weights[: self._num_plain]))),
             address(packed),
             address(h_0),
             address(c_0),
@@ -182,7 +182,8 @@ class Quick:
         dc_0 = x.new_empty(1, B, self._H) if wanted[2] else None
         dweights = [Gradients.like(w) if want else None for w, want in zip(weights, wanted[3:], strict=True)]
         dy = None if dy is None else calls.rows(dy)
-        dh_n, dc_n = (None if each is None else calls.dense(each) for each in (dh_n, dc_n))
+        dh_n = None if dh_n is None else calls.dense(dh_n)
+        dc_n = None if dc_n is None else calls.dense(dc_n)
         fields = BACKWARD.pack(
             *self._shape(target, having, T, B, weights),
             *self._places(x),

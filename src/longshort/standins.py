@@ -14,13 +14,17 @@ from longshort.errors import UsageError
 OWN_ATTRIBUTES = ("options", "_stack", "_stock", "_needs", "_option_sizes", "_option_names", "_quick")
 """What our modules hold beside what PyTorch's hold; all but `options` are caches, made when first asked for."""
 CACHES = OWN_ATTRIBUTES[1:]
+_REFERENCES = "_flat_weight_refs"
+"""What PyTorch's layers hold that refers weakly to their weights, and that they make anew."""
 
 
 def deep_copy(module: Any, memo: dict[int, Any]) -> Any:
     """Return a copy of a module whose weights lie in one piece, as cuDNN reads them, if its own could."""
     kind: Any = type(module)
     copied = memo[id(module)] = kind.__new__(kind)
-    copied.__setstate__(copy.deepcopy(module.__getstate__(), memo))
+    # Not by `__getstate__`: of a module with parametrizations it raises, and PyTorch's own are copied without it.
+    state = {name: value for name, value in module.__dict__.items() if name not in CACHES and name != _REFERENCES}
+    copied.__setstate__(copy.deepcopy(state, memo))
     copied.flatten_parameters()
     return copied
 

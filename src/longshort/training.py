@@ -1,4 +1,4 @@
-"""The training loop: truncated backpropagation through time. It yields events and prints nothing.
+"""A language model's run from its configuration: text, model; started or resumed. It yields events, prints nothing.
 
     for event in train(TrainConfig(corpus="builtin", steps=500, out="my-run")):
         ...
@@ -18,6 +18,7 @@ import dataclasses
 import platform
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,16 @@ import numpy as np
 import torch
 
 import longshort
-from longshort import checkpoint, documents, durable, embeddings, machine, memory, model_files
+from longshort import checkpoint, documents, durable, embeddings, loop, machine, memory, model_files
 from longshort.cells import State
 from longshort.config import MODEL_OPTIONS, ModelConfig, TrainConfig
 from longshort.errors import CheckpointError, TextError, TrainingError, UsageError
 from longshort.evaluation import Evaluation, evaluate, lanes_for
-from longshort.loop import Event as Event
 from longshort.loop import Finished as Finished
-from longshort.loop import Legs, Loop, are_legs, free_directory, further_legs, keeping, recover, settled_steps
+from longshort.loop import Legs, Loop, are_legs, free_directory, further_legs, keeping, recover, settled
 from longshort.loop import Looked as Looked
 from longshort.loop import Progress as Progress
 from longshort.loop import Skipped as Skipped
-from longshort.loop import Started as Started
 from longshort.loop import Stopped as Stopped
 from longshort.model import LanguageModel
 from longshort.processes import COLLECT, END, START, STEP, Team
@@ -112,19 +111,35 @@ class Prepared:
         return SAMPLERS[config.sampler](ids, *rest, unknown=unknown)
 
 
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Everything is settled and the run directory exists."""
+
+    config: TrainConfig
+    run: Path
+    model: LanguageModel
+    tokenizer: Tokenizer
+    text: Survey
+    train_tokens: int
+    steps_per_epoch: float
+    unknown_tokens: int = 0
+    """Training tokens outside the vocabulary of the model that training starts from: read, never predicted."""
+    resumed_at: int | None = None
+    """The step that training goes on from; None in a new run."""
+    processes: int = 1
+    vectors: int | None = None
+    """How many symbols began with a vector of the file that `config.vectors` names."""
+
+
+Event = Started | loop.Event
+
+
 def settle(config: TrainConfig, steps_per_epoch: int, heldout_tokens: int) -> TrainConfig:
     """Return `config` with the number of steps, looks, threads and lanes that it leaves open."""
     if not heldout_tokens and (config.patience or config.eval_lanes):
         raise UsageError("patience and eval_lanes need held-out text, but heldout is 0.", "Leave them out.")
-    steps = settled_steps(config, steps_per_epoch)
-    return dataclasses.replace(
-        config,
-        steps=steps,
-        epochs=None,
-        validate_every=config.validate_every or max(1, -(-steps // 10)),
-        threads=config.threads or torch.get_num_threads(),
-        eval_lanes=None if config.lines or not heldout_tokens else config.eval_lanes or lanes_for(heldout_tokens),
-    )
+    lanes = None if config.lines or not heldout_tokens else config.eval_lanes or lanes_for(heldout_tokens)
+    return dataclasses.replace(settled(config, steps_per_epoch), eval_lanes=lanes)
 
 
 _SURELY = 1.25
@@ -305,7 +320,7 @@ def train(
     config = _with_absolute_paths(dataclasses.replace(config, out=str(path)))
     legs = [[0, config.steps or 1]]
     stepper = TextStepper(model, config, config.steps or 1, team, stop)
-    run = checkpoint.create_run(path, _run_config(config, prepared.text, legs), tokenizer.to_json())
+    run = checkpoint.create_run(path, _config_content(config, prepared.text, legs), tokenizer.to_json())
     with keeping(run, checkpoint_size(stepper)):
         _lead(team, config, prepared, model)
         task = TextTask(config, prepared, sampler, model)
@@ -361,7 +376,7 @@ def resume(
         sampler, stepper = prepared.sampler(config, team), TextStepper(model, config, legs[-1][1], team, stop)
         durable.require_space(run.path / "checkpoints", checkpoint_size(stepper))
         run.rewind(saved, training, position.best_step)
-        content = _run_config(config, prepared.text, legs)
+        content = _config_content(config, prepared.text, legs)
         if content != {**saved_config, "longshort_version": longshort.__version__}:
             run.write_config(content)
         stepper.put_back(training)
@@ -411,7 +426,8 @@ def follow(team: Team, stop: Stop = lambda: False) -> int:
     prepared = Prepared(config, tokenizer, brief["sha256"])
     torch.set_num_threads(config.threads or 1)
     model, sampler = make_model(config, tokenizer), prepared.sampler(config, team)
-    model.load_weights({name.removeprefix(_WEIGHT): arrays.pop(name) for name in list(arrays) if _WEIGHT in name[:7]})
+    names = [name for name in arrays if name.startswith(_WEIGHT)]
+    model.load_weights({name.removeprefix(_WEIGHT): arrays.pop(name) for name in names})
     stepper = TextStepper(model, config, 1, team, stop)
     # Other rows must not lose the same units by dropout.
     torch.manual_seed(int(np.random.SeedSequence([config.seed, team.rank]).generate_state(1, np.uint64)[0]))
@@ -460,7 +476,7 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, texts=texts, **paths)
 
 
-def _run_config(config: TrainConfig, text: Survey, legs: Legs) -> dict[str, Any]:
+def _config_content(config: TrainConfig, text: Survey, legs: Legs) -> dict[str, Any]:
     """Return what a run's config.json holds."""
     content = {"longshort_version": longshort.__version__, "text_name": text.name, "text_sha256": text.sha256}
     return {**content, "legs": [list(leg) for leg in legs], "train": config.to_dict()}

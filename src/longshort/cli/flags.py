@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import cyclopts
 from cyclopts import Parameter
@@ -50,5 +50,9 @@ Json = Annotated[bool, Parameter(help="Print one JSON object and nothing else.",
 Corpus = Annotated[str | None, Parameter(help="A named corpus instead of TEXT: builtin, timemachine, tinyshakespeare.")]
 OwnCell = Annotated[
     str | None, Parameter(help="FILE.py:NAME of the model's cell, if it is one of your own: that file is run.")
+]
+Weights = Annotated[
+    Literal["float32", "bfloat16", "int8"],
+    Parameter(help="int8 and, where the processor has it, bfloat16 are faster; says what they cost."),
 ]
 DataDir = Annotated[str | None, Parameter(help="Directory that holds the named corpora, instead of a download.")]

@@ -26,7 +26,7 @@ from cyclopts import App, ArgumentCollection, Group, Parameter
 import longshort
 from longshort import durable
 from longshort.cli import console, inspecting, measuring, models, writing
-from longshort.cli.flags import Corpus, DataDir, Int, Json, OwnCell, TrainFlags
+from longshort.cli.flags import Corpus, DataDir, Int, Json, OwnCell, TrainFlags, Weights
 from longshort.config import TrainConfig, flag_of
 from longshort.errors import LongshortError, MissingExtraError, UsageError
 from longshort.interruption import Interrupted, Interruption
@@ -227,10 +227,7 @@ def score(
         Int | None, Parameter(help="Show only the N oddest lines, the oddest first, the odd part marked.")
     ] = None,
     ahead: Annotated[Int, Parameter(help="Most lines read before the first is answered; 1 for a live log.")] = 2048,
-    weights: Annotated[
-        Literal["float32", "bfloat16", "int8"],
-        Parameter(help="int8 and, where the processor has it, bfloat16 are faster; says what they cost."),
-    ] = "float32",
+    weights: Weights = "float32",
     cell: OwnCell = None,
     json: Annotated[
         bool, Parameter(help="Print a JSON object a line and nothing else.", negative="", show_default=False)
@@ -330,10 +327,7 @@ def serve(
     allow_host: Annotated[
         tuple[str, ...], Parameter(help="A name under which it is asked; may be given several times.", negative="")
     ] = (),
-    weights: Annotated[
-        Literal["float32", "bfloat16", "int8"],
-        Parameter(help="int8 and, where the processor has it, bfloat16 are faster; says what they cost."),
-    ] = "float32",
+    weights: Weights = "float32",
     cell: OwnCell = None,
 ) -> None:
     """Answer over HTTP, in the shape of OpenAI's completions, and with a page that writes and looks inside."""

@@ -7,13 +7,13 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from longshort import durable
 from longshort.cli import console, models
-from longshort.cli.flags import Int, Json, OwnCell
+from longshort.cli.flags import Int, Json, OwnCell, Weights
 from longshort.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def generate(
         bool, Parameter(help="Always the most probable symbol.", negative="", show_default=False)
     ] = False,
     beams: Annotated[
-        Int | None, Parameter(help="Do not sample but search the most probable text, with so many kept at each step.")
+        Int | None, Parameter(help="Search for the most probable text instead of sampling; keep so many at each step.")
     ] = None,
     seed: Annotated[Int | None, Parameter(help="Decides what is sampled (default: 0).")] = None,
     stop: Annotated[
@@ -55,10 +55,7 @@ def generate(
         str | None, Parameter(help="File to go on from, if it is there, and to leave the state in afterwards.")
     ] = None,
     samples: Annotated[Int, Parameter(help="Write so many texts, side by side.")] = 1,
-    weights: Annotated[
-        Literal["float32", "bfloat16", "int8"],
-        Parameter(help="int8 and, where the processor has it, bfloat16 are faster; says what they cost."),
-    ] = "float32",
+    weights: Weights = "float32",
     cell: OwnCell = None,
     json: Json = False,
 ) -> None:
@@ -117,7 +114,7 @@ def _check_beams(beams: int, samples: int, *, greedy: bool, state: str | None, c
     given = [f"--{name.replace('_', '-')}" for name, value in chances.items() if value is not None]
     given += ["--greedy"] * greedy + ["--state"] * (state is not None)
     if given:
-        raise UsageError(f"--beams does not go with {', '.join(given)}: it searches the most probable text.")
+        raise UsageError(f"--beams does not go with {', '.join(given)}: it searches for the most probable text.")
     if not 1 <= beams <= MOST_BEAMS:
         raise UsageError(f"--beams must be from 1 to {MOST_BEAMS}, not {beams}.")
     if samples > beams:

@@ -35,7 +35,7 @@ from longshort.loop import (
     further_legs,
     keeping,
     recover,
-    settled_steps,
+    settled,
 )
 from longshort.text.batches import of_similar_length
 from longshort.updates import Stepper, Stop, checkpoint_size, device
@@ -148,19 +148,13 @@ def train_labels(
     torch.manual_seed(config.seed)
     model = make_labeller(model_config, tokenizer).to(device(config.device))
     task = LabelTask(config, model, encode(model, examples), encode(model, heldout) if heldout else None)
-    steps = settled_steps(config, task.steps_per_epoch)
     path = Path(config.out) if config.out else free_directory("labels-run")
-    config = task.config = dataclasses.replace(
-        config,
-        steps=steps,
-        epochs=None,
-        validate_every=config.validate_every or max(1, -(-steps // 10)),
-        threads=config.threads or torch.get_num_threads(),
-        out=str(path),
-    )
+    config = task.config = dataclasses.replace(settled(config, task.steps_per_epoch), out=str(path))
+    assert config.steps is not None
+    steps = config.steps
     torch.set_num_threads(config.threads or 1)
     legs = [[0, steps]]
-    content = _run_config(config, examples, heldout, legs)
+    content = _config_content(config, examples, heldout, legs)
     stepper = LabelStepper(model, config, steps, stop)
     run = checkpoint.create_run(path, content, task.description()[1])
     with keeping(run, checkpoint_size(stepper)):
@@ -209,7 +203,7 @@ def resume_labels(
         stepper = LabelStepper(model, config, legs[-1][1], stop)
         durable.require_space(run.path / "checkpoints", checkpoint_size(stepper))
         run.rewind(saved, training, position.best_step)
-        changed = _run_config(config, examples, heldout, legs)
+        changed = _config_content(config, examples, heldout, legs)
         if changed != {**content, "longshort_version": longshort.__version__}:
             run.write_config(changed)
         stepper.put_back(training)
@@ -218,7 +212,9 @@ def resume_labels(
         yield from Loop(config, legs, task, stepper, run, stop, position).events(started)
 
 
-def _run_config(config: LabelTrainConfig, examples: Examples, heldout: Examples | None, legs: Legs) -> dict[str, Any]:
+def _config_content(
+    config: LabelTrainConfig, examples: Examples, heldout: Examples | None, legs: Legs
+) -> dict[str, Any]:
     """Return what a run's config.json holds."""
     hashes = {"examples_sha256": examples.sha256, "heldout_sha256": heldout.sha256 if heldout else None}
     content = {"longshort_version": longshort.__version__, **hashes}

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-PROMPT, LINES, CHARACTERS, LOOKED_INTO = 32_768, 1_024, 65_536, 4_096
-TOKENS, TEXTS, STOPS, STOP = 16_384, 8, 4, 256
+MOST_PROMPT, MOST_TOKENS, MOST_TEXTS, MOST_STOPS, MOST_STOP = 32_768, 16_384, 8, 4, 256
+"""Of a completion: characters of its prompt, symbols to write, texts, stops, characters of a stop."""
+MOST_LINES, MOST_CHARACTERS_OF_LINES = 1_024, 65_536
+"""Of a request for scores: lines, and characters of all of them together."""
+MOST_INSPECTED = 4_096
+"""Characters of a text that is looked into."""
 
 
 class _Body(BaseModel):
@@ -19,34 +24,34 @@ class _Body(BaseModel):
     model: str | None = Field(None, max_length=256, description="The name of the model, if it is given at all.")
 
 
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=STOP)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=MOST_STOP)]
 
 
-class Completion(_Body):
+class CompletionRequest(_Body):
     """What `POST /v1/completions` takes; defaults are OpenAI's."""
 
-    prompt: str = Field(max_length=PROMPT)
-    max_tokens: int = Field(16, ge=1, le=TOKENS, description="Symbols to write.")
+    prompt: str = Field(max_length=MOST_PROMPT)
+    max_tokens: int = Field(16, ge=1, le=MOST_TOKENS, description="Symbols to write.")
     temperature: float = Field(1.0, ge=0, le=100)
     top_k: int | None = Field(None, ge=1, le=2**31 - 1)
     top_p: float = Field(1.0, gt=0, le=1)
-    n: int = Field(1, ge=1, le=TEXTS, description="Texts.")
-    stop: Stop | Annotated[list[Stop], Field(max_length=STOPS)] | None = None
+    n: int = Field(1, ge=1, le=MOST_TEXTS, description="Texts.")
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     seed: int | None = Field(None, ge=0, le=2**64 - 1, description="If not given one is drawn, and told.")
     stream: bool = False
     echo: bool = Field(False, description="Begin the text with the prompt.")
 
 
-class Lines(_Body):
+class ScoreRequest(_Body):
     """What `POST /v1/score` takes."""
 
-    lines: list[Annotated[str, StringConstraints(pattern=r"^[^\n]*$")]] = Field(min_length=1, max_length=LINES)
+    lines: list[Annotated[str, StringConstraints(pattern=r"^[^\n]*$")]] = Field(min_length=1, max_length=MOST_LINES)
 
 
-class Looked(_Body):
+class InspectRequest(_Body):
     """What `POST /v1/inspect` takes."""
 
-    text: str = Field(min_length=1, max_length=LOOKED_INTO)
+    text: str = Field(min_length=1, max_length=MOST_INSPECTED)
     layer: int = Field(0, ge=0, le=1_000)
     unit: int | None = Field(None, ge=0, le=1_000_000, description="Tell what this unit had at every symbol.")
 
@@ -87,7 +92,7 @@ class Usage(_Answer):
     total_tokens: int
 
 
-class Completed(_Answer):
+class CompletionAnswer(_Answer):
     """What `POST /v1/completions` gives; each event of a stream is the same without `usage`."""
 
     id: str
@@ -110,7 +115,7 @@ class ScoredLine(_Answer):
     symbol_bits: list[float] = Field(description="Bits of each symbol; the closing newline's come last.")
 
 
-class Scored(_Answer):
+class ScoreAnswer(_Answer):
     """What `POST /v1/score` gives."""
 
     object: Literal["list"]
@@ -147,7 +152,7 @@ class Following(_Answer):
     correlation: float = Field(description="On the second half.")
 
 
-class Inspected(_Answer):
+class InspectAnswer(_Answer):
     """What `POST /v1/inspect` gives."""
 
     model: str
@@ -195,3 +200,12 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": Problem, "description": "What was asked for cannot be; the message says why."},
     "5XX": {"model": Problem, "description": "The server is at fault, or has too much to do."},
 }
+
+
+def problem(status: int, message: str, field: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
+    """Return an error in the shape that OpenAI's clients read."""
+    kind: Literal["invalid_request_error", "server_error"] = "invalid_request_error"
+    if status >= 500:
+        kind = "server_error"
+    error = Failure(message=message, type=kind, param=field, code=None)
+    return JSONResponse(Problem(error=error).model_dump(), status, headers)

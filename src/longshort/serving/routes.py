@@ -22,7 +22,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -36,18 +36,17 @@ from longshort.generation import Sampling
 from longshort.inspection import Readable, inspect
 from longshort.scoring import LineModel, score
 from longshort.serving.bodies import (
-    CHARACTERS,
+    MOST_CHARACTERS_OF_LINES,
     REFUSALS,
-    Completed,
-    Completion,
-    Failure,
+    CompletionAnswer,
+    CompletionRequest,
     Health,
-    Inspected,
-    Lines,
-    Looked,
+    InspectAnswer,
+    InspectRequest,
     Models,
-    Problem,
-    Scored,
+    ScoreAnswer,
+    ScoreRequest,
+    problem,
 )
 from longshort.serving.scheduler import Piece, Scheduler
 
@@ -107,7 +106,8 @@ def application(model: Served, name: str) -> FastAPI:
         counts.failed += 1
         return problem(500, "Something is wrong in the server; its log says what.")
 
-    def require_known(given: str | None) -> None:
+    def accept(given: str | None) -> None:
+        """Count a request that has been understood; refuse it if it is for another model."""
         counts.requests += 1
         if given is not None and given != name:
             raise HTTPException(404, f"There is no model {given!r} here, only {name!r}.")
@@ -118,9 +118,9 @@ def application(model: Served, name: str) -> FastAPI:
         scheduler.call(function, tell)
         return _result(await queue.get())
 
-    @app.post("/v1/completions", responses={200: {"model": Completed, "content": {"text/event-stream": {}}}})
-    async def completions(body: Completion, request: Request) -> Response:
-        require_known(body.model)
+    @app.post("/v1/completions", responses={200: {"model": CompletionAnswer, "content": {"text/event-stream": {}}}})
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        accept(body.model)
         seed = secrets.randbits(53) if body.seed is None else body.seed
         top_p = None if body.top_p == 1 else body.top_p
         sampling = Sampling(temperature=body.temperature, top_k=body.top_k, top_p=top_p, seed=seed)
@@ -146,11 +146,11 @@ def application(model: Served, name: str) -> FastAPI:
         usage = {"prompt_tokens": prompted, "completion_tokens": written, "total_tokens": prompted + written}
         return JSONResponse({**head, "choices": choices, "usage": usage})
 
-    @app.post("/v1/score", responses={200: {"model": Scored}})
-    async def score_lines(body: Lines) -> JSONResponse:
-        require_known(body.model)
-        if sum(map(len, body.lines)) > CHARACTERS:
-            raise HTTPException(400, f"lines: at most {CHARACTERS} characters in all.")
+    @app.post("/v1/score", responses={200: {"model": ScoreAnswer}})
+    async def score_lines(body: ScoreRequest) -> JSONResponse:
+        accept(body.model)
+        if sum(map(len, body.lines)) > MOST_CHARACTERS_OF_LINES:
+            raise HTTPException(400, f"lines: at most {MOST_CHARACTERS_OF_LINES} characters in all.")
         found = await between(lambda: list(score(model, body.lines)))
         lines = [
             {
@@ -162,12 +162,14 @@ def application(model: Served, name: str) -> FastAPI:
         ]
         return JSONResponse({"object": "list", "model": name, "lines": lines})
 
-    @app.post("/v1/inspect", responses={200: {"model": Inspected}})
-    async def look_inside(body: Looked) -> JSONResponse:
-        require_known(body.model)
+    @app.post("/v1/inspect", responses={200: {"model": InspectAnswer}})
+    async def look_inside(body: InspectRequest) -> JSONResponse:
+        accept(body.model)
         layers, hidden = model.config.layers, model.config.hidden
         if body.layer >= layers or (body.unit or 0) >= hidden:
-            raise HTTPException(400, f"The model has {layers} layer(s) of {hidden} units, counted from 0.")
+            asked = f"layer {body.layer}" + ("" if body.unit is None else f", unit {body.unit}")
+            what = f"{layers} layer{'s' if layers > 1 else ''} of {hidden} units"
+            raise HTTPException(400, f"The model has {what}, counted from 0; there is no {asked}.")
         found = await between(lambda: inspect(model, model.tokenizer, body.text))
         values = None
         if body.unit is not None:
@@ -227,7 +229,7 @@ def _result(found: Any) -> Any:
 
 
 async def _pieces(scheduler: Scheduler, requests: list[generation.Request]) -> AsyncIterator[list[Piece]]:
-    """Yield what the texts grow by, until all have ended; nothing where for a while there was nothing."""
+    """Yield what the texts grow by, until all have ended; an empty list after `PING` seconds without news."""
     queue, tell = _queue()
     job, left = scheduler.write(requests, tell, SECONDS), len(requests)
     try:
@@ -291,15 +293,6 @@ async def _unless_gone(work: Coroutine[Any, Any, Any], request: Request) -> Any:
 
 def _choice(number: int, text: str, reason: str | None) -> dict[str, Any]:
     return {"index": number, "text": text, "logprobs": None, "finish_reason": reason}
-
-
-def problem(status: int, message: str, field: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
-    """Return an error in the shape that OpenAI's clients read."""
-    kind: Literal["invalid_request_error", "server_error"] = (
-        "server_error" if status >= 500 else "invalid_request_error"
-    )
-    error = Failure(message=message, type=kind, param=field, code=None)
-    return JSONResponse(Problem(error=error).model_dump(), status, headers)
 
 
 def _fixed(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:

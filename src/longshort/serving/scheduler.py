@@ -119,7 +119,7 @@ class Scheduler:
             self._advance()
 
     def _answer(self) -> None:
-        """Begin with what was asked; with a part of it, where all would make the texts that are written wait."""
+        """Start what has been asked for; of many prompts a part, so that texts that are being written do not wait."""
         read = 0
         while self._asked and read < READ_AT_ONCE:
             what = self._asked.popleft()
