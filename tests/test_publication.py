@@ -97,7 +97,25 @@ def test_half_the_size(tmp_path: Path, english: str) -> None:
     sizes = [(each / "model.safetensors").stat().st_size for each in (out, whole)]
     assert sizes[0] < 0.6 * sizes[1]
     assert facts(out)["weights"].endswith(", float16")
-    assert facts(publish(out, tmp_path / "again"))["weights"].endswith(", float32")
+    again = facts(publish(out, tmp_path / "again"))  # what is known travels with the model
+    assert again == facts(out) | {"weights": facts(whole)["weights"], "rounded": "to float16"}
+    assert again.keys() == {*facts(whole), "rounded"}
+
+
+def test_what_a_figure_leaves_out_is_said(tmp_path: Path, english: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run(tmp_path, english, "--tokenizer", "word", "--min-freq", "3")
+    skipped = json.loads((path / "result.json").read_text())["heldout"]["skipped"]
+    assert skipped
+    assert f" tokens, without {skipped} outside the vocabulary; " in capsys.readouterr().err
+    card = facts(publish(path, tmp_path / "model"))
+    assert card["held out"].endswith(f"; {skipped} symbols outside its vocabulary are left out")
+    assert "sampler" in card["with"]
+
+
+def test_a_model_of_lines_says_so(tmp_path: Path, english: str) -> None:
+    card = facts(publish(run(tmp_path, english.replace(" (", "\n"), "--lines"), tmp_path / "model"))
+    assert card["reads"] == "lines, each from a zero state"
+    assert "sampler" not in card["with"]
 
 
 def test_figures_of_other_weights_are_left_out(tmp_path: Path, english: str, untrained: Path) -> None:
@@ -150,7 +168,7 @@ def test_what_needs_pytorch_is_said(tmp_path: Path, english: str) -> None:
     ):
         config: dict[str, Any] = {**TrainConfig(hidden=16, embedding=4).model(TOKENIZER.size).to_dict(), **options}
         saved = Saved(tmp_path, {}, config, TOKENIZER.to_json(), None, {})
-        card = publication.card(saved, "it")
+        card = publication.card(saved, "it", {})
         assert words in card
         assert "```python" not in card
     assert "--cell mine.py:MyCell it --prompt" in card

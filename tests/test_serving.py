@@ -179,7 +179,10 @@ def test_what_is_inside_is_what_inspect_finds(client: Any) -> None:
     assert client.post("/v1/inspect", json={"text": "ab"}).json()["values"] is None
     for beyond in ({"layer": 1}, {"unit": 24}):
         answer = client.post("/v1/inspect", json={"text": "ab", **beyond})
-        assert (answer.status_code, "1 layer(s) of 24 units" in answer.json()["error"]["message"]) == (400, True)
+        assert (
+            answer.status_code,
+            "1 layer of 24 units, counted from 0; there is no layer" in answer.json()["error"]["message"],
+        ) == (400, True)
 
 
 def test_the_model_and_the_counts_are_told(client: Any) -> None:
@@ -775,3 +778,25 @@ def test_texts_that_join_and_leave_are_those_that_they_are_alone(data: st.DataOb
         )
         alone = "".join(pieces)
         assert alone.startswith(texts[number]) if number in dropped else alone == texts[number]
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "words"),
+    [
+        ({"prompt": "a", "stop": ["a"] * (bodies.MOST_STOPS + 1)}, "stop", "stop: List should have at most 4 items"),
+        ({"prompt": "a", "stop": [""]}, "stop.0", "stop.0: String should have at least 1 character"),
+        ({"prompt": "a", "stop": ""}, "stop", "stop: String should have at least 1 character"),
+        ({"prompt": "a", "logprobs": 1}, "logprobs", "logprobs: the server does not have this field"),
+        ({"prompt": 3}, "prompt", "prompt: Input should be a valid string"),
+    ],
+)
+def test_what_is_wrong_is_said_of_its_field(client: Any, body: dict[str, Any], field: str, words: str) -> None:
+    error = client.post("/v1/completions", json=body).json()["error"]
+    assert error["param"] == field
+    assert error["message"].startswith(words)
+
+
+def test_what_is_no_json_has_no_field(client: Any) -> None:
+    answer = client.post("/v1/completions", content=b"{", headers={"content-type": "application/json"})
+    assert answer.json()["error"]["param"] is None
+    assert answer.json()["error"]["message"].startswith("body: JSON decode error")

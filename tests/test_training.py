@@ -123,7 +123,7 @@ def test_nothing_held_out_is_possible(text_file: Path, tmp_path: Path) -> None:
     assert finished.heldout is None
     assert finished.best_step == 12
     for changes in ({"patience": 2}, {"eval_lanes": 2}):
-        with pytest.raises(UsageError, match="need held-out text"):
+        with pytest.raises(UsageError, match="needs held-out text"):
             run(text_file, tmp_path / "other", heldout=0.0, **changes)
     with pytest.raises(UsageError, match="held nothing out"):
         training.heldout_part(tmp_path / "run", ByteTokenizer())

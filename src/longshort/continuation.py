@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longshort import documents, durable
-from longshort.errors import UsageError
+from longshort.errors import CheckpointError, UsageError
 from longshort.model_files import decode_arrays, encode_arrays
 
 _LIMIT = 1 << 30
@@ -59,7 +59,13 @@ class Continuation:
             CheckpointError: the file is damaged, or cannot be read.
             UsageError: it is of another model.
         """
-        path = Path(path)
+        try:
+            return cls._load(Path(path), model)
+        except CheckpointError as error:
+            raise CheckpointError(error.what, "Name a file that was left by a text, or a new one.") from error
+
+    @classmethod
+    def _load(cls, path: Path, model: Any) -> Continuation:
         kinds = (np.float32, np.int64, np.uint8)
         arrays = decode_arrays(documents.read(path, _LIMIT), path, kinds)
         sealed = arrays.pop("sha256", None)

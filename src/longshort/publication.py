@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from longshort.errors import ConfigError, OutputError, UsageError
 from longshort.model_files import CARD, Saved, pack
 from longshort.text import tokenizers
 
+_KNOWN = "card"
+"""The key of the configuration that keeps what a card says beside what the files tell."""
 _SYMBOLS = {"char": "characters", "byte": "bytes", "word": "words", "bpe": "pieces of words"}
 _READS = {"text": "texts", "words": "lists of words", "ids": "sequences of symbols", "vectors": "series of vectors"}
 
@@ -51,24 +54,27 @@ def publish(path: str | Path, out: str | Path, *, weights: str = "float32") -> P
                 raise UsageError(f"A weight of {name} is beyond 65,504, the largest of float16.", "Write float32.")
             arrays[name] = array.astype(np.float16)
     run = checkpoint.open_run(path) if checkpoint.is_run(Path(path)) else None
-    text = card(saved, out.resolve().name, run, weights)
-    files = pack(arrays, saved.model, saved.tokenizer_json, saved.extra, saved.step)
+    known = _known(saved) if run is None else _training(saved, run)
+    if weights == "float16":
+        known["rounded"] = "to float16"
+    text = card(saved, out.resolve().name, known, weights)
+    files = pack(arrays, saved.model, saved.tokenizer_json, {**saved.extra, _KNOWN: known}, saved.step)
     durable.write_directory(out, {CARD: text.encode(), **files})
     return out
 
 
-def card(saved: Saved, name: str, run: checkpoint.Run | None = None, weights: str = "float32") -> str:
+def card(saved: Saved, name: str, known: Mapping[str, str], weights: str = "float32") -> str:
     """Return the card of a model: Markdown below the few lines of YAML that model hubs read.
 
     Args:
         saved: the model.
         name: of the directory that the card lies in.
-        run: where it was trained. Without it, and where the run's figures are of other weights, there are none.
+        known: what its files do not tell: how it was trained, how well it does.
         weights: the type in which they are written.
     """
     labels = "labels" in saved.model
     config: ModelConfig | LabelModelConfig = (LabelModelConfig if labels else ModelConfig).from_dict(saved.model)
-    facts = _facts(saved, config, weights) | ({} if run is None else _training(saved, run))
+    facts = {**_facts(saved, config, weights), **known}
     table = "\n".join(f"| {fact} | {_cell(value)} |" for fact, value in facts.items())
     task = "text-classification" if labels else "text-generation"
     return f"""---
@@ -116,6 +122,7 @@ def _facts(saved: Saved, config: ModelConfig | LabelModelConfig, weights: str) -
     if isinstance(config, ModelConfig):
         tokenizer = tokenizers.from_json(saved.tokenizer_json)
         facts["symbols"] = f"{config.vocab_size:,} {_SYMBOLS[tokenizer.name]}"
+        facts |= {"reads": "lines, each from a zero state"} if config.lines else {}
     else:
         facts["labels"] = ", ".join(config.labels)
     if "text_name" in saved.extra:
@@ -123,13 +130,20 @@ def _facts(saved: Saved, config: ModelConfig | LabelModelConfig, weights: str) -
     return facts
 
 
+def _known(saved: Saved) -> dict[str, str]:
+    """Return what was known of a model when it was published before."""
+    known = saved.extra.get(_KNOWN)
+    return {str(fact): str(value) for fact, value in known.items()} if isinstance(known, dict) else {}
+
+
 def _training(saved: Saved, run: checkpoint.Run) -> dict[str, str]:
-    """Return how a model was trained, and how well it does, if that is of these weights."""
+    """Return how a model was trained, and how well it does, if the run's figures are of these weights."""
     content = run.config()
     how: dict[str, Any] = content.get("train") or content.get("train_labels") or {}
     steps = f"{saved.step or 0:,} steps of {how.get('batch_size')} rows"
     steps += f" x {how['seq_len']} symbols" if "seq_len" in how else ""
-    settings = ("optimizer", "lr", "dropout", "weight_decay", "clip", "precision", "sampler")
+    settings = ["optimizer", "lr", "dropout", "weight_decay", "clip", "precision"]
+    settings += [] if how.get("lines") else ["sampler"]
     given = [*(f"{name} {how[name]}" for name in settings if how.get(name)), f"seed {how.get('seed')}"]
     facts = {"trained for": steps, "with": ", ".join(given)}
     if how.get("from_model"):  # a path of who trained it, and of no use to others
@@ -145,6 +159,7 @@ def _training(saved: Saved, run: checkpoint.Run) -> dict[str, str]:
     bits, nats = found["bits_per_character"], found["nats_per_token"]
     figures = f"{bits:.4f} bits a character, {nats:.4f} nats a symbol, perplexity {found['perplexity']:.4f}"
     where = f"of {found['characters']:,} characters that it was not trained on: {found['protocol']}"
+    where += f"; {found['skipped']:,} symbols outside its vocabulary are left out" if found.get("skipped") else ""
     return {**facts, "held out": f"{figures}, {where}"}
 
 

@@ -136,8 +136,9 @@ Event = Started | loop.Event
 
 def settle(config: TrainConfig, steps_per_epoch: int, heldout_tokens: int) -> TrainConfig:
     """Return `config` with the number of steps, looks, threads and lanes that it leaves open."""
-    if not heldout_tokens and (config.patience or config.eval_lanes):
-        raise UsageError("patience and eval_lanes need held-out text, but heldout is 0.", "Leave them out.")
+    for name in ("patience", "eval_lanes"):
+        if getattr(config, name) and not heldout_tokens:
+            raise UsageError(f"{name} needs held-out text, but heldout is 0.", "Leave it out.")
     lanes = None if config.lines or not heldout_tokens else config.eval_lanes or lanes_for(heldout_tokens)
     return dataclasses.replace(settled(config, steps_per_epoch), eval_lanes=lanes)
 

@@ -52,6 +52,17 @@ def launcher() -> str:
     return program() if number == "1" else f"torchrun --nproc-per-node {number} -m longshort"
 
 
+def load_own_cell(given: str | None) -> None:
+    """Load the cell that a model needs, if one is given.
+
+    Raises:
+        UsageError: it is none of the user's own.
+    """
+    if given is not None and not is_own_cell(given):
+        raise UsageError(f"--cell is for a cell of your own, FILE.py:NAME, not {given!r}.", "Leave it out.")
+    load_cell(given)
+
+
 def load_cell(given: str | None) -> str:
     """Return the name of a cell, which if it is one of the user's own is loaded from its file."""
     if given is None or not is_own_cell(given):

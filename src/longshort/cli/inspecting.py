@@ -61,7 +61,7 @@ def inspect(
     """Show what a model has inside while it reads: gates, how long it remembers, what its units follow."""
     from longshort.inspection import inspect
 
-    console.load_cell(cell)
+    console.load_own_cell(cell)
     if length < 1:
         raise UsageError(f"--length must be at least 1, not {length}.")
     if value is not None and unit is None:
@@ -109,6 +109,8 @@ def _text(
 
     if sum(given is not None for given in (file, prompt, corpus)) != 1:
         raise UsageError("One text is wanted: FILE, --prompt or --corpus.")
+    if data_dir is not None and corpus is None:
+        raise UsageError("--data-dir holds named corpora.", "Give --corpus, or leave it out.")
     if prompt is not None:
         return "the prompt", prompt[:length]
     if file is not None:

@@ -191,8 +191,10 @@ def bench(
     if shapes is not None and what != "kernels":
         raise UsageError(f"--shapes goes with bench kernels, not with bench {what}.", "Leave it out.")
     if profile:
-        if what != "train" or out is not None:
-            raise UsageError("--profile is for bench train, and prints a table: --out does not go with it.")
+        if what != "train":
+            raise UsageError(f"--profile goes with bench train, not with bench {what}.")
+        if out is not None:
+            raise UsageError("--profile prints a table: --out does not go with it.")
         rest = (cells, modes, options, isa, worst, neighbour, autocast)
         if any(rest) or (grid, kernel, matmul_precision) != ("quick", "auto", "highest"):
             raise UsageError("--profile goes with --threads, --precision and --json only.")

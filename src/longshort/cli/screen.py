@@ -208,9 +208,14 @@ class TrainView:
             h = event.heldout
             words += (
                 f"\nheld-out: {h.nats_per_token:.4f} nats a token, {h.bits_per_character:.4f} bits a character, "
-                f"perplexity {h.perplexity:.4f}\n({h.tokens:,} tokens; {h.protocol})"
+                f"perplexity {h.perplexity:.4f}\n({h.tokens:,} tokens{left_out(h.skipped)}; {h.protocol})"
             )
         return words
+
+
+def left_out(skipped: int) -> str:
+    """Return what is said of symbols that a figure leaves out, as the model cannot predict them."""
+    return f", without {skipped:,} outside the vocabulary" if skipped else ""
 
 
 def _skipped(event: Skipped) -> str:

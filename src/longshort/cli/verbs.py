@@ -106,6 +106,8 @@ def train(
         if source.get("cell") is not None:
             source["cell"] = console.load_cell(str(source["cell"]))
     settings = recipes.combine(given, toml, recipe)
+    if recipe is not None and minutes is not None:
+        raise UsageError(f"--recipe {recipe} says how long it trains: --minutes does not go with it.")
     _say_next(_train(settings, minutes))
 
 
@@ -121,7 +123,7 @@ def resume(
     cell: OwnCell = None,
 ) -> None:
     """Go on with a run that was stopped, bit for bit; with --steps also with one that was finished."""
-    console.load_cell(cell)
+    console.load_own_cell(cell)
     if steps is not None and steps < 1:
         raise UsageError(f"--steps must be at least 1, not {steps}.")
     console.need_torch("resume")
@@ -166,7 +168,7 @@ def evaluate(
     from longshort.text import corpus as corpora
     from longshort.text import encoding
 
-    console.load_cell(cell)
+    console.load_own_cell(cell)
     if lanes is not None and lanes < 1:
         raise UsageError(f"--lanes must be at least 1, not {lanes}.")
     if block is not None and not 1 <= block <= _LONGEST_BLOCK:
@@ -208,13 +210,14 @@ def evaluate(
         found = evaluate_dynamically(reader, part, Learning() if rate is None else Learning(rate=rate))
     else:
         found = evaluate(reader, reader.tokenizer, part, lanes=lanes, block=block)
+    from longshort.cli import screen
+
     if json:
         console.print_json({"model": model, "text": name, "text_sha256": sha256, **found.to_dict()})
         return
     print(f"{found.nats_per_token:.4f} nats a token   {found.bits_per_character:.4f} bits a character   ", end="")
     print(f"{found.bits_per_byte:.4f} bits a byte   perplexity {found.perplexity:.4f}")
-    print(f"{found.tokens:,} tokens of {name}; {found.protocol}", end="")
-    print(f"; {found.skipped:,} outside the vocabulary skipped" if found.skipped else "")
+    print(f"{found.tokens:,} tokens of {name}{screen.left_out(found.skipped)}; {found.protocol}")
 
 
 @app.command
@@ -238,7 +241,7 @@ def score(
     from longshort.cli import screen
     from longshort.text import corpus
 
-    console.load_cell(cell)
+    console.load_own_cell(cell)
     if top is not None and top < 1:
         raise UsageError(f"--top must be at least 1, not {top}.")
 
@@ -338,7 +341,7 @@ def serve(
             raise MissingExtraError(package, "serve", "longshort serve")
     if not 0 <= port <= 65535:
         raise UsageError(f"--port must be from 0 to 65535, not {port}.")
-    console.load_cell(cell)
+    console.load_own_cell(cell)
     from longshort.serving import server
 
     rules = server.rules(host, allow_host)
@@ -501,7 +504,8 @@ def main(arguments: list[str] | None = None) -> int:
         app(given, exit_on_error=False, print_error=False)
         sys.stdout.flush()  # here, where a reader that has gone is no error
     except cyclopts.CycloptsError as error:
-        console.complain(f"{error}\nSee: longshort --help")
+        known = [*verb, ""][0] if verb and verb[0] in app else ""
+        console.complain(f"{error}\nSee: {' '.join(filter(None, ('longshort', known, '--help')))}")
         return 2
     except LongshortError as error:
         console.complain(str(error))

@@ -44,7 +44,11 @@ def generate(
         bool, Parameter(help="Always the most probable symbol.", negative="", show_default=False)
     ] = False,
     beams: Annotated[
-        Int | None, Parameter(help="Search for the most probable text instead of sampling; keep so many at each step.")
+        Int | None,
+        Parameter(
+            help="Search for the most probable text instead of sampling; keep so many (1 to 1024) at each step. "
+            "--samples shows the best of them."
+        ),
     ] = None,
     seed: Annotated[Int | None, Parameter(help="Decides what is sampled (default: 0).")] = None,
     stop: Annotated[
@@ -60,7 +64,7 @@ def generate(
     json: Json = False,
 ) -> None:
     """Write text: warm the state on the prompt, then sample symbol by symbol."""
-    console.load_cell(cell)
+    console.load_own_cell(cell)
     if length < 0:
         raise UsageError(f"--length must be at least 0, not {length}.")
     if samples < 1:
@@ -69,11 +73,15 @@ def generate(
         raise UsageError("--state keeps one text; --samples does not go with it.")
     if prompt is not None and prompt_file is not None:
         raise UsageError("One prompt is wanted: --prompt or --prompt-file.")
-    if greedy and not (temperature is None and top_k is None and top_p is None):
-        raise UsageError("--greedy takes the most probable symbol; temperature, top-k and top-p do not go with it.")
     chances: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     if beams is not None:
         _check_beams(beams, samples, greedy=greedy, state=state, chances=chances)
+    elif greedy:
+        given = [f"--{name.replace('_', '-')}" for name, value in chances.items() if value is not None]
+        if given or samples > 1:
+            raise UsageError(
+                f"--greedy leaves nothing to chance: {', '.join(given or ['--samples'])} does not go with it."
+            )
     from longshort import generation
     from longshort.cli.screen import visible
     from longshort.text import corpus

@@ -19,7 +19,7 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Protocol
@@ -89,9 +89,7 @@ def application(model: Served, name: str) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def refuse(_request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:])
-        return problem(400, f"{place or 'body'}: {first['msg']}", place or None)
+        return problem(400, *_said_of(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def refuse_by_number(_request: Request, error: HTTPException) -> JSONResponse:
@@ -293,6 +291,19 @@ async def _unless_gone(work: Coroutine[Any, Any, Any], request: Request) -> Any:
 
 def _choice(number: int, text: str, reason: str | None) -> dict[str, Any]:
     return {"index": number, "text": text, "logprobs": None, "finish_reason": reason}
+
+
+def _said_of(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
+    """Return what is wrong with a body, in words, and the field.
+
+    Of a field that may be of two types there is an error for each: what fits one of them in type comes first.
+    """
+    first = next((each for each in errors if not each["type"].endswith("_type")), errors[0])
+    # Pydantic names the type that was tried among the places.
+    parts = [part for part in first["loc"][1:] if isinstance(part, int) or part.isidentifier()]
+    place = "" if first["type"] == "json_invalid" else ".".join(map(str, parts))
+    words = "the server does not have this field" if first["type"] == "extra_forbidden" else first["msg"]
+    return f"{place or 'body'}: {words}", place or None
 
 
 def _fixed(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
