@@ -1,5 +1,5 @@
-"""The command line: one function a verb (`generate` is in `writing.py`, `inspect` in
-`inspecting.py`, `compare` and `bench` in `measuring.py`).
+"""The command line: one function a verb (`generate` is in `writing.py`, `inspect` in `inspecting.py`, `compare` and
+`bench` in `measuring.py`).
 
 Exit status: 0 done, 1 failure, 2 usage, 130 interrupted, 143 terminated.
 """
@@ -504,8 +504,8 @@ def main(arguments: list[str] | None = None) -> int:
         app(given, exit_on_error=False, print_error=False)
         sys.stdout.flush()  # here, where a reader that has gone is no error
     except cyclopts.CycloptsError as error:
-        known = [*verb, ""][0] if verb and verb[0] in app else ""
-        console.complain(f"{error}\nSee: {' '.join(filter(None, ('longshort', known, '--help')))}")
+        page = ["longshort", *(verb if verb and verb[0] in app else ()), "--help"]
+        console.complain(f"{error}\nSee: {' '.join(page)}")
         return 2
     except LongshortError as error:
         console.complain(str(error))

@@ -74,22 +74,20 @@ def generate(
     if prompt is not None and prompt_file is not None:
         raise UsageError("One prompt is wanted: --prompt or --prompt-file.")
     chances: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    settings = {name: value for name, value in chances.items() if value is not None}
+    given = [f"--{name.replace('_', '-')}" for name in settings]
     if beams is not None:
-        _check_beams(beams, samples, greedy=greedy, state=state, chances=chances)
+        _check_beams(beams, samples, [*given, *["--greedy"] * greedy, *["--state"] * (state is not None)])
     elif greedy:
-        given = [f"--{name.replace('_', '-')}" for name, value in chances.items() if value is not None]
-        if given or samples > 1:
-            raise UsageError(
-                f"--greedy leaves nothing to chance: {', '.join(given or ['--samples'])} does not go with it."
-            )
+        given += ["--samples"] * (samples > 1)
+        if given:
+            raise UsageError(f"--greedy leaves nothing to chance: {', '.join(given)} does not go with it.")
+        settings["temperature"] = 0.0
     from longshort import generation
     from longshort.cli.screen import visible
     from longshort.text import corpus
 
     prompt = prompt or "" if prompt_file is None else "".join(corpus.pieces(prompt_file))
-    settings = {name: value for name, value in chances.items() if value is not None} | (
-        {"temperature": 0.0} if greedy else {}
-    )
     asked: dict[str, Any] = {"length": length, "stop": list(stop)}
     found: list[Found] = []
     if beams is not None:
@@ -115,12 +113,10 @@ def generate(
         print(visible(prompt + texts[0]))
 
 
-def _check_beams(beams: int, samples: int, *, greedy: bool, state: str | None, chances: Mapping[str, Any]) -> None:
-    """Refuse what does not go with a search."""
+def _check_beams(beams: int, samples: int, given: list[str]) -> None:
+    """Refuse a number of beams that cannot be, and flags of sampling beside it."""
     from longshort.beams import MOST_BEAMS
 
-    given = [f"--{name.replace('_', '-')}" for name, value in chances.items() if value is not None]
-    given += ["--greedy"] * greedy + ["--state"] * (state is not None)
     if given:
         raise UsageError(f"--beams does not go with {', '.join(given)}: it searches for the most probable text.")
     if not 1 <= beams <= MOST_BEAMS:
