@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longshort import buffers, kernels, lookup
+from longshort import buffers, kernels, lookup, symbols
 
 V, E = 4096, 256
 
@@ -65,7 +65,7 @@ def test_the_gradients_memory_is_that_of_the_last_one_and_clean(weight: Tensor) 
 
 def test_unknown_symbols_and_transforms(weight: Tensor) -> None:
     ids = torch.tensor([[3, V], [V - 1, 3]])
-    x = kernels.embed(ids, weight)
+    x = symbols.embed(ids, weight)
     assert type(x.grad_fn).__name__ == "MaskedFillBackward0"
     assert not x[0, 1].any()
     wanted = gradient(weight, x)
@@ -73,9 +73,9 @@ def test_unknown_symbols_and_transforms(weight: Tensor) -> None:
     assert not wanted[V - 2].any()
 
     def loss(weight: Tensor) -> Tensor:
-        x = kernels.embed(ids, weight)
+        x = symbols.embed(ids, weight)
         return (x * torch.arange(x.numel()).view(x.shape)).sum() / 1000
 
     torch.testing.assert_close(torch.func.grad(loss)(weight.detach()), wanted)
     with kernels.use("reference"):
-        torch.testing.assert_close(gradient(weight, kernels.embed(ids, weight)), wanted)
+        torch.testing.assert_close(gradient(weight, symbols.embed(ids, weight)), wanted)

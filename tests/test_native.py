@@ -463,7 +463,7 @@ def test_gradients_have_the_same_bits_where_one_thread_does_the_work_of_two() ->
     pytest.importorskip("torch")
     program = """
 import os, sys, signal, numpy as np, torch
-from longshort import native, native_layers
+from longshort import calls, native, native_layers  # with calls, the threads are PyTorch's
 rng = np.random.default_rng(0)
 draw = lambda *shape: rng.normal(size=shape).astype("f4")
 x, weights, dy = draw(20, 34, 24), native_layers.Weights(draw(156, 24), draw(156, 39)), draw(20, 34, 39)

@@ -161,8 +161,7 @@ class Decoder:
 
     def _gains(self, layer: int) -> list[Array]:
         """Return a layer's gains of layer normalisation, as `NativeModel` takes them."""
-        names = ("gamma_ih", "gamma_hh", *(("gamma_c", "beta_c") if self.config.cell == "lstm" else ()))
-        return [self._weights[f"recurrent.{name}_l{layer}"] for name in names]
+        return [self._weights[f"recurrent.{name}_l{layer}"] for name in native.gain_sizes(self.config.cell, 0, 0)]
 
     @cached_property
     def _table(self) -> Array:
@@ -380,8 +379,8 @@ def weight_shapes(config: ModelConfig, num_gates: int, vectors: Sequence[str] = 
             **{f"recurrent.{name}_l{layer}": (H,) for name in vectors},
         }
         if config.layer_norm:
-            gains = {"gamma_ih": (G,), "gamma_hh": (G,)} | ({"gamma_c": (H,), "beta_c": (H,)} if cell == "lstm" else {})
-            shapes |= {f"recurrent.{name}_l{layer}": shape for name, shape in gains.items()}
+            gains = native.gain_sizes(cell, G, H)
+            shapes |= {f"recurrent.{name}_l{layer}": (size,) for name, size in gains.items()}
     if config.adaptive_softmax:
         cutoffs = adaptive_cutoffs(V)
         size = cutoffs[0] + len(cutoffs)

@@ -25,12 +25,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from longshort import backends, buffers, calls, cells, graph, lookup, masks, native, native_backend, precision
+from longshort import backends, buffers, calls, cells, graph, native, native_backend, precision
 from longshort.cells import LayerWeights, Options, Readings, Sequences, Stack, State
 from longshort.errors import UsageError
 from longshort.packing import invalidate as invalidate
@@ -453,7 +452,7 @@ def run(
     """
     stack = Stack(cell, x_TBI.shape[-1], weights[0][1].shape[-1], len(weights))
     flat = [tensor for layer_weights in weights for tensor in layer_weights]
-    _check(stack, x_TBI.shape[1], state, flat, options)
+    check(stack, x_TBI.shape[1], state, flat, options)
     inputs = (x_TBI, *state, *flat, *(tensor for each in options for tensor in each.vectors.values()))
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     needs = frozenset({"layer_norm"} if options else ())
@@ -462,11 +461,22 @@ def run(
     return run_layers(choice, stack, x_TBI, state, flat, dropout=dropout, training=training, options=options)
 
 
-def _check(stack: Stack, rows: int, state: State, weights: Sequence[Tensor], options: Sequence[Options]) -> None:
-    """Refuse what does not fit: the native kernels would read beyond its end, PyTorch's equations repeat it."""
+def check(stack: Stack, rows: int, state: State, weights: Sequence[Tensor], options: Sequence[Options]) -> None:
+    """Refuse what does not fit: the native kernels would read beyond its end, PyTorch's equations repeat it.
+
+    Args:
+        stack: what runs.
+        rows: B.
+        state: as of `run`.
+        weights: of all layers, in their order.
+        options: as of `run`.
+
+    Raises:
+        UsageError: one has another shape, type or device.
+    """
     like, casts = weights[0], torch._C._is_any_autocast_enabled()
 
-    def check(name: str, tensor: Tensor, shape: tuple[int, ...], casts: bool = False) -> None:
+    def require(name: str, tensor: Tensor, shape: tuple[int, ...], casts: bool = False) -> None:
         typed = casts or tensor.dtype is like.dtype
         if tensor.shape != shape or tensor.device != like.device or not typed:
             raise UsageError(
@@ -477,106 +487,10 @@ def _check(stack: Stack, rows: int, state: State, weights: Sequence[Tensor], opt
     if len(state) != len(stack.state_sizes):
         raise UsageError(f"The state of {stack.cell} is {len(stack.state_sizes)} tensors, not {len(state)}.")
     for number, (tensor, width) in enumerate(zip(state, stack.state_sizes, strict=True)):
-        check(f"Tensor {number} of the state", tensor, (stack.num_layers, rows, width), casts)
+        require(f"Tensor {number} of the state", tensor, (stack.num_layers, rows, width), casts)
     for number, (tensor, shape) in enumerate(zip(weights, stack.weight_shapes, strict=True)):
-        check(f"Weight {number}", tensor, shape)
+        require(f"Weight {number}", tensor, shape)
     for layer, each in enumerate(options):
         for name, vector in each.vectors.items():
             size = stack.gate_size if name in ("gamma_ih", "gamma_hh") else stack.hidden_size
-            check(f"{name} of layer {layer}", vector, (size,))
-
-
-def embed(ids: Tensor, embedding_VE: Tensor) -> Tensor:
-    """Return the embedding's row of each symbol; of V, which is unknown, zeros. The embedding is not copied."""
-    V = len(embedding_VE)
-    look_up = F.embedding if native_target(embedding_VE) is None else lookup.rows
-    return look_up(ids.clamp(max=V - 1), embedding_VE).masked_fill((ids == V).unsqueeze(-1), 0)
-
-
-def run_tokens(
-    cell: str,
-    ids_TB: Tensor,
-    embedding_VE: Tensor | None,
-    identity: Tensor | None,
-    state: State,
-    weights: Sequence[LayerWeights],
-    *,
-    dropout: float = 0.0,
-    training: bool = False,
-    residual: bool = False,
-    options: Sequence[Options] = (),
-) -> tuple[Tensor, State]:
-    """Run a stack of layers over a sequence of symbols.
-
-    The first layer's product of embedding and input weights is taken once a symbol of the vocabulary, not once a
-    token: a table from which the gates' input share is gathered, where there are fewer symbols than tokens. PyTorch's
-    kernels cannot start from a gathered share; where V is below E they get one-hot rows and the table as input
-    weights, the same product, V wide; on a GPU the embedding's rows, since cuDNN copies weights that are made anew.
-    Without gradients the native kernels get those too: packed weights are kept then.
-
-    Args:
-        cell: name of the cell.
-        ids_TB: symbols; the id V is unknown and embedded as zero.
-        embedding_VE: the embedding, or None for one-hot input.
-        identity: (V + 1, V), the identity with a row of zeros below it; None where V is above E.
-        state: each tensor (layers, B, H).
-        weights: of each layer, with biases; the first input weights are (G, E), or (G, V) for one-hot input.
-        dropout: between layers, in training.
-        training: whether dropout acts.
-        residual: whether each layer but the first adds what it reads to what it puts out.
-        options: of each layer, if it has any: layer normalisation.
-
-    Returns:
-        Outputs (T, B, H) and the state after the last step.
-
-    Raises:
-        UsageError: as of `run`.
-    """
-    if residual:
-
-        def run_layer(layer: int, x_TBI: Tensor) -> tuple[Tensor, State]:
-            at = slice(layer, layer + 1)
-            before, own = tuple(tensor[at] for tensor in state), weights[at]
-            if layer:
-                return run(cell, x_TBI, before, own, options=options[at])
-            return run_tokens(cell, ids_TB, embedding_VE, identity, before, own, options=options[at])
-
-        between = partial(masks.dropout, share=dropout, training=training)
-        return layer_by_layer(run_layer, between, len(weights), ids_TB, residual)
-    weight_ih, bias_ih = weights[0][0], weights[0][2]
-    stack = Stack(cell, weight_ih.shape[1], weights[0][1].shape[-1], len(weights))
-    flat = [tensor for layer_weights in weights for tensor in layer_weights]
-    _check(stack, ids_TB.shape[1], state, flat, options)
-    if options:  # a row of the table is not what the layer normalises
-        if embedding_VE is None:
-            assert identity is not None
-            x_TBI = F.embedding(ids_TB, identity)
-        else:
-            x_TBI = embed(ids_TB, embedding_VE)
-        return run(cell, x_TBI, state, weights, dropout=dropout, training=training, options=options)
-    if choose(cell).name == "reference":
-        table_VG = weight_ih.T if embedding_VE is None else embedding_VE @ weight_ih.T
-        first = F.embedding(ids_TB, F.pad(table_VG, (0, 0, 0, 1)) + bias_ih)
-        drop = dropout if training else 0.0
-        return cells.run_stack(
-            cells.get_cell(cell), first, state, weights, bias=True, dropout=drop, first_is_gates=True
-        )
-    keep = embedding_VE is not None and not torch.is_grad_enabled()
-    few = embedding_VE is None or len(embedding_VE) < ids_TB.numel()
-    target = native_target(state[0]) if few and not keep and cell in native.CELLS else None
-    if target is not None:
-        table_VG = weight_ih.T if embedding_VE is None else embedding_VE @ weight_ih.T
-        table_VG = F.pad(table_VG, (0, 0, 0, 1))  # the unknown symbol's row is zero
-        flat[0] = weight_ih.detach()[:, :0]
-        grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (table_VG, *state, *flat))
-        return native_backend.run_native(
-            stack, table_VG, state, flat, dropout=dropout, training=training, target=target, grad=grad, ids=ids_TB
-        )
-    if identity is not None and not keep and (embedding_VE is None or ids_TB.is_cpu):
-        x_TBI = F.embedding(ids_TB, identity)
-        if embedding_VE is not None:
-            weights = [[weight_ih @ embedding_VE.T, *weights[0][1:]], *weights[1:]]
-    else:
-        assert embedding_VE is not None
-        x_TBI = embed(ids_TB, embedding_VE)
-    return run(cell, x_TBI, state, weights, dropout=dropout, training=training)
+            require(f"{name} of layer {layer}", vector, (size,))

@@ -131,7 +131,7 @@ def _refuse_projection(proj_size: int) -> None:
 class CellStack(nn.Module):
     """The parameters of a stack of any cell in `cells.CELLS`, named, shaped and drawn as PyTorch does.
 
-    `LanguageModel` runs it through `kernels.run_tokens`, as it runs the weights of RNN, GRU and LSTM.
+    `LanguageModel` runs it through `symbols.run`, as it runs the weights of RNN, GRU and LSTM.
     """
 
     apart = False

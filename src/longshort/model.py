@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from longshort import cells, checkpoint, kernels, masks, native
+from longshort import cells, checkpoint, kernels, masks, native, symbols
 from longshort.cells import Readings, Stack, State
 from longshort.config import ModelConfig
 from longshort.decoder import Decoder, check_weights, runs_natively
@@ -111,7 +110,7 @@ class LanguageModel(nn.Module):
         state = self.zero_state(ids_TB.shape[1]) if state is None else state
         if not ids_TB.numel():
             return state[0].new_zeros(*ids_TB.shape, config.hidden), state
-        h_TBH, state = kernels.run_tokens(
+        h_TBH, state = symbols.run(
             config.cell,
             ids_TB,
             None if self.embedding is None else self.embedding.weight,
@@ -208,18 +207,15 @@ class LanguageModel(nn.Module):
         """Read `ids_T` from a zero state and return what each layer had at every step, as `Decoder.readings`."""
         config, device = self.config, self.device
         ids_TB = self._checked(torch.from_numpy(ids_T).to(device).unsqueeze(1), 0, config.vocab_size)
-        if self.embedding is not None:
-            x_TBE = kernels.embed(ids_TB, self.embedding.weight)
-        else:
-            assert self.identity is not None
-            x_TBE = F.embedding(ids_TB, self.identity)
+        embedding_VE = None if self.embedding is None else self.embedding.weight
+        x_TBI = symbols.vectors(ids_TB, embedding_VE, self.identity)
         weights = [weight for own in self.recurrent.all_weights for weight in own]
-        stack = Stack(config.cell, x_TBE.shape[-1], config.hidden, config.layers, residual=config.residual)
+        stack = Stack(config.cell, x_TBI.shape[-1], config.hidden, config.layers, residual=config.residual)
         needs = frozenset({"return_gates", *(("layer_norm",) if config.layer_norm else ())})
-        choice = kernels.choose(config.cell, needs, x=x_TBE, size=(len(ids_T), 1, config.hidden))
+        choice = kernels.choose(config.cell, needs, x=x_TBI, size=(len(ids_T), 1, config.hidden))
         found: list[Readings] = []
         options, state = self.recurrent.options, self.zero_state(1)
-        kernels.run_layers(choice, stack, x_TBE, state, weights, options=options, readings=found)
+        kernels.run_layers(choice, stack, x_TBI, state, weights, options=options, readings=found)
         return [{name: value[:, 0].cpu().float().numpy() for name, value in each.items()} for each in found]
 
     @torch.no_grad()

@@ -46,6 +46,7 @@ SHOWN = {
     COUPLED: ("f", "g", "o", "c"),
 }
 """What a forward pass can show beside h, in the library's order."""
+
 BFLOAT16 = ("amx_bf16", "avx512_bf16")
 """The targets whose products have factors of bfloat16, best first: about 3 digits; sums and all else are float32."""
 HALVES = "amx_bf16x3"
@@ -55,6 +56,13 @@ LOWER = (HALVES, *BFLOAT16)
 FUNCTIONS = {"exp": 0, "tanh": 1, "sigmoid": 2, "weight": 3, "rest of weight": 4}
 PATH = Path(__file__).parent / "_lib" / "liblongshort.so"
 """Where the build puts the library."""
+
+
+def gain_sizes(cell: str, G: int, H: int) -> dict[str, int]:
+    """Return the vectors that layer normalisation adds to a direction of a layer, G gates wide: names and sizes."""
+    of_state = {"gamma_c": H, "beta_c": H} if STATES.get(cell) == 2 else {}  # a cell of a user's own is not here
+    return {"gamma_ih": G, "gamma_hh": G, **of_state}
+
 
 _i32, _i64, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 

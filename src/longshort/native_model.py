@@ -95,7 +95,7 @@ class NativeModel:
         for layer, weights in enumerate(layers):
             native.require_shape(f"weight_ih of layer {layer}", weights.weight_ih, (G, H if layer else E))
             native.require_shape(f"weight_hh of layer {layer}", weights.weight_hh, (G, H))
-        of_gains = (G, G, H, H)[: 2 * native.STATES[cell]]
+        of_gains = native.gain_sizes(cell, G, H).values()
         if gains and [len(own) for own in gains] != [len(of_gains)] * len(layers):
             raise ValueError(f"gains must be {len(of_gains)} arrays of each layer")
         self._table = self._embedding = None

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from longshort import masks
+from longshort import masks, native
 from longshort.cells import Options, Sequences, Stack
 from longshort.errors import ConfigError
 
@@ -112,8 +112,7 @@ class LayerOptions:
         G, H = stack.gate_size, stack.hidden_size
         sizes: dict[str, int] = {}
         if self.layer_norm:
-            sizes |= {"gamma_ih": G, "gamma_hh": G}
-            sizes |= {"gamma_c": H, "beta_c": H} if stack.cell == "lstm" else {}
+            sizes |= native.gain_sizes(stack.cell, G, H)
         if self.peephole:
             sizes |= {} if self.coupled_gates else {"weight_ci": H}
             sizes |= {"weight_cf": H, "weight_co": H}

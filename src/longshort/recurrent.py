@@ -181,6 +181,11 @@ class RecurrentLayer(StandIn, nn.RNNBase):
                 return found
         return self._call(input, hx, **arguments)
 
+    def _steps_and_rows(self, x: Tensor) -> tuple[int, int]:
+        """Return T and B of batched input."""
+        first, second = x.shape[:2]
+        return (second, first) if self.batch_first else (first, second)
+
     def _are_whole(self, input: Any, arguments: CallArguments) -> bool:
         """Whether a call has `lengths` alone, by which all rows have all steps: seen quickly, or not at all."""
         lengths: Any = arguments.get("lengths")
@@ -188,7 +193,7 @@ class RecurrentLayer(StandIn, nn.RNNBase):
             return False
         if type(lengths) is Tensor and lengths.dtype is torch.int64 and lengths.dim() == 1 and lengths.is_cpu:
             lengths = lengths.tolist()
-        rows, steps = input.shape[:2] if self.batch_first else input.shape[1::-1]
+        steps, rows = self._steps_and_rows(input)
         whole = type(lengths) is list and len(lengths) == rows and lengths.count(steps) == rows
         return whole and all(type(length) is int for length in lengths)
 
@@ -212,10 +217,11 @@ class RecurrentLayer(StandIn, nn.RNNBase):
             return self._forward_packed(input, hx)
         weights, state = self._weights(), self._state(hx)
         dims, batch_first = input.dim(), self.batch_first
+        rows: Any = None  # unbatched input has none
         if dims == 3:
-            rows, steps = input.shape[:2] if batch_first else input.shape[1::-1]
+            steps, rows = self._steps_and_rows(input)
         else:
-            rows, steps = None, len(input) if dims == 2 else 0
+            steps = len(input) if dims == 2 else 0
         if dims in (2, 3) and not steps and not (plain and self._stock):
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # PyTorch's words
         if not (steps and self._fits(input, rows, state, weights)):
@@ -397,7 +403,7 @@ class RecurrentLayer(StandIn, nn.RNNBase):
             size = len(x.batch_sizes), int(x.batch_sizes[0]), self.hidden_size
             x = x.data
         elif x is not None and x.dim() in (2, 3):
-            steps, rows = (len(x), 1) if x.dim() == 2 else x.shape[1::-1] if self.batch_first else x.shape[:2]
+            steps, rows = (len(x), 1) if x.dim() == 2 else self._steps_and_rows(x)
             size = steps, rows, self.hidden_size
         grad = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
         return kernels.choose(self.cell, needs, x=x, size=size, grad=grad, casts=True)

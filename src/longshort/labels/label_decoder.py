@@ -124,8 +124,7 @@ def suffixes(config: LabelModelConfig) -> tuple[str, ...]:
 
 def _gains(config: LabelModelConfig, of: str) -> list[str]:
     """Return the names of a layer's gains of layer normalisation, as `native_layers.Gains` takes them."""
-    names = ("gamma_ih", "gamma_hh", *(("gamma_c", "beta_c") if config.cell == "lstm" else ()))
-    return [f"recurrent.{name}_{of}" for name in names]
+    return [f"recurrent.{name}_{of}" for name in native.gain_sizes(config.cell, 0, 0)]
 
 
 def _weight_shapes(config: LabelModelConfig) -> dict[str, tuple[int, ...]]:
@@ -140,7 +139,8 @@ def _weight_shapes(config: LabelModelConfig) -> dict[str, tuple[int, ...]]:
             plain = {"weight_ih": (G, width), "weight_hh": (G, H), "bias_ih": (G,), "bias_hh": (G,)}
             shapes |= {f"recurrent.{name}_{of}": shape for name, shape in plain.items()}
             if config.layer_norm:
-                shapes |= dict(zip(_gains(config, of), ((G,), (G,), (H,), (H,)), strict=False))
+                gains = native.gain_sizes(config.cell, G, H)
+                shapes |= {f"recurrent.{name}_{of}": (size,) for name, size in gains.items()}
     return {**shapes, "output.weight": (C, D * H), "output.bias": (C,)}
 
 

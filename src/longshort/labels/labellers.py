@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from longshort import kernels, masks
+from longshort import masks, symbols
 from longshort.config import LabelModelConfig
 from longshort.errors import CheckpointError, ConfigError
 from longshort.labels.examples import Batch
@@ -74,7 +74,7 @@ class Labeller(nn.Module, LabelModel):
     def _read(self, inputs: Tensor, lengths: Tensor | Sequence[int] | None) -> tuple[Tensor, Tensor]:
         """Return the last layer's output (T, B, D * H), and what each direction has after its last step (B, D * H)."""
         if self.embedding is not None:
-            inputs = kernels.embed(inputs, self.embedding.weight)
+            inputs = symbols.embed(inputs, self.embedding.weight)
         elif self.identity is not None:
             inputs = F.embedding(inputs, self.identity)
         h_TBH, state = self.recurrent(inputs, lengths=lengths)
