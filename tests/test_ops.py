@@ -392,3 +392,10 @@ assert os.waitpid(child, 0)[1] == 0
 """
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=60)
+
+
+def test_the_operations_begin_with_the_arguments_that_are_read() -> None:
+    fields = list(graph._Layer._fields)
+    for operation in (torch.ops.longshort.layer, torch.ops.longshort.layer_backward):
+        names = [argument.name for argument in operation.default._schema.arguments]
+        assert names[: len(fields)] == fields
