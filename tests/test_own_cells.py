@@ -266,7 +266,9 @@ def test_a_file_may_have_dataclasses(future: str, tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--corpus", "builtin", "--cell", "nowhere.py:cell", "--steps", "1"]) == 2
-    assert "There is no file or folder 'nowhere.py'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "There is no file or folder 'nowhere.py'" in said
+    assert "Give the file of your cell" in said
     assert own_cells.digest() == "none"
 
 

@@ -42,7 +42,7 @@ def load_cell(place: str) -> str:
     """
     path_name, _, name = place.rpartition(":")
     path = Path(path_name)
-    with open_file(path) as stream:
+    with open_file(path, "Give the file of your cell, FILE.py:NAME.") as stream:
         source = stream.read()
     module = ModuleType(f"_longshort_own_cell_{next(_numbers)}_{path.stem}")
     module.__file__ = str(path)

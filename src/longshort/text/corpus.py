@@ -49,6 +49,7 @@ TIMEOUT = 20.0  # seconds to wait for a connection, and for each next piece of t
 PIECE = 1 << 20  # bytes of a file that are read at a time
 STDIN = ("-", "/dev/stdin")
 _GZIP = b"\x1f\x8b"
+_TEXTS = "Give a text file, or a folder with *.txt files."
 _ENDINGS = (".txt", ".txt.gz")  # of the files that a folder stands for
 
 # English text in an encoding of wide characters: which of four neighbouring bytes are mostly zero.
@@ -359,12 +360,11 @@ def _quoted(path: str | Path) -> str:
     return repr(str(path))
 
 
-def _refusal(path: Path, error: Exception) -> LongshortError:
+def _refusal(path: Path, error: Exception, hint: str = _TEXTS) -> LongshortError:
     """The error to raise for a path that the system refused."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         reason = error.strerror if isinstance(error, OSError) else error
         return TextError(f"Cannot read {_quoted(path)}: {reason}.", "Check the path and its permissions.")
-    hint = "Give a text file, or a folder with *.txt files."
     if str(path) in CORPORA:
         hint = f"For the corpus of that name: --corpus {path}"
     elif path.is_symlink():
@@ -375,12 +375,12 @@ def _refusal(path: Path, error: Exception) -> LongshortError:
     return UsageError(f"There is no file or folder {_quoted(path)}.", hint)
 
 
-def _kind(path: Path) -> int:
+def _kind(path: Path, hint: str = _TEXTS) -> int:
     """What `path` is, as one of `stat.S_IFREG`, `stat.S_IFDIR` and so on."""
     try:
         return stat.S_IFMT(path.stat().st_mode)
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        raise _refusal(path, error) from error
+        raise _refusal(path, error, hint) from error
 
 
 def _files(path: Path) -> list[Path]:
@@ -399,10 +399,19 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def open_file(path: Path) -> BinaryIO:
-    """Open a regular file, unpacked if it is gzip."""
+def open_file(path: Path, hint: str = _TEXTS) -> BinaryIO:
+    """Open a regular file, unpacked if it is gzip.
+
+    Args:
+        path: of the file.
+        hint: what to give where there is none.
+
+    Raises:
+        UsageError: there is none.
+        TextError: it is no regular file, or cannot be read.
+    """
     # Opening a pipe would wait for ever and a device may never end, so the kind is looked at first.
-    if _kind(path) != stat.S_IFREG:
+    if _kind(path, hint) != stat.S_IFREG:
         raise TextError(
             f"{_quoted(path)} is no regular file but a pipe, a socket or a device.",
             "Save the text to a file first, or pipe it in and give - as its name.",

@@ -24,6 +24,7 @@ from longshort.text.corpus import open_file
 
 MOST_VALUES = 65_536
 """Of a vector; the widest that an embedding can be."""
+_HINT = "Give a file of word vectors: word2vec's, GloVe's or fastText's."
 _LONGEST_LINE = 1 << 24
 _LONGEST_WORD = 1 << 16
 
@@ -50,7 +51,7 @@ def read(path: str | Path, wanted: Collection[str] | None = None) -> Vectors:
         TextError: it cannot be read, or is no file of vectors.
     """
     path = Path(path)
-    with open_file(path) as stream:
+    with open_file(path, _HINT) as stream:
         source = _Source(stream, path)
         kept: dict[str, NDArray[np.float32]] = {}
         width = 0
@@ -69,7 +70,7 @@ def width(path: str | Path) -> int:
         UsageError, TextError: as `read`.
     """
     path = Path(path)
-    with open_file(path) as stream:
+    with open_file(path, _HINT) as stream:
         for _, _, found in _Source(stream, path).vectors():
             return found
     raise AssertionError  # a file without vectors has been refused
