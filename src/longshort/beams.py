@@ -105,7 +105,7 @@ def beam_search(
         live, parents = [live[number] for number in going], parents[going]
         if not live or step + 1 == length:
             break
-        state = tuple(np.ascontiguousarray(tensor[:, parents]) for tensor in state)
+        state = tuple(tensor[:, parents] for tensor in state)
         ids_K = np.array([beam.ids[-1] for beam in live])
         if newline is not None:
             for tensor in state:
@@ -143,8 +143,10 @@ def _text(request: Request, tokenizer: Tokenizer, ids: Sequence[int], *, whole: 
 
 def _ended(request: Request, tokenizer: Tokenizer, beam: _Beam) -> Found | None:
     """Return a text that its last symbol has ended, by a stop; None of one that goes on."""
+    if not request.stop:
+        return None
     # A stop that is complete now is in the last symbols, of four to a character at most, and one that has begun before.
-    last = 4 * (max(map(len, request.stop), default=0) + 1)
+    last = 4 * (max(map(len, request.stop)) + 1)
     if first_stop("".join(map(tokenizer.writer().write, beam.ids[-last:])), request.stop) is None:
         return None
     text = _text(request, tokenizer, beam.ids, whole=False)

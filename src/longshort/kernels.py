@@ -452,7 +452,7 @@ def run(
     """
     stack = Stack(cell, x_TBI.shape[-1], weights[0][1].shape[-1], len(weights))
     flat = [tensor for layer_weights in weights for tensor in layer_weights]
-    check(stack, x_TBI.shape[1], state, flat, options)
+    require_fit(stack, x_TBI.shape[1], state, flat, options)
     inputs = (x_TBI, *state, *flat, *(tensor for each in options for tensor in each.vectors.values()))
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     needs = frozenset({"layer_norm"} if options else ())
@@ -461,7 +461,7 @@ def run(
     return run_layers(choice, stack, x_TBI, state, flat, dropout=dropout, training=training, options=options)
 
 
-def check(stack: Stack, rows: int, state: State, weights: Sequence[Tensor], options: Sequence[Options]) -> None:
+def require_fit(stack: Stack, rows: int, state: State, weights: Sequence[Tensor], options: Sequence[Options]) -> None:
     """Refuse what does not fit: the native kernels would read beyond its end, PyTorch's equations repeat it.
 
     Args:

@@ -90,7 +90,7 @@ def run(
     weight_ih, bias_ih = weights[0][0], weights[0][2]
     stack = Stack(cell, weight_ih.shape[1], weights[0][1].shape[-1], len(weights))
     flat = [tensor for layer_weights in weights for tensor in layer_weights]
-    kernels.check(stack, ids_TB.shape[1], state, flat, options)
+    kernels.require_fit(stack, ids_TB.shape[1], state, flat, options)
     if options:  # a row of the table is not what the layer normalises
         x_TBI = vectors(ids_TB, embedding_VE, identity)
         return kernels.run(cell, x_TBI, state, weights, dropout=dropout, training=training, options=options)
