@@ -37,7 +37,7 @@ struct Backward {
   const Steps steps;
   const Sizes<Cell> sizes;
   int64_t T, B, I, H, P;
-  int64_t Bp;             /* rows that a blocked array of states has room for */
+  int64_t Bp;             /* rows that a team's blocked array of states has room for */
   int threads, teams, team_size;
   int64_t chunk_rows;     /* of a team */
   int64_t U;              /* unit blocks, without those that are all padding */
@@ -45,7 +45,7 @@ struct Backward {
   int64_t unit_panels, hidden_panels, input_panels; /* of units, and of columns of h and of x */
   bool options;           /* whether there is anything beside the plain layer; gradients of gates too */
   bool has_direct, normal, peeps, projects;
-  int64_t saved_row; /* floats that a row of a unit block has saved */
+  const Saved<Cell> saving;
   bool direct_weights;    /* they are read as they lie; `recurrent` has its rows one after the other then */
   bool passing;           /* a single step: each thread packs its panels one after the other into the same place */
   int64_t r_row, m_row, r_block;
@@ -55,17 +55,18 @@ struct Backward {
   float* packed_hidden;   /* [panel][(unit block, gate, unit)][kColumns W] */
   float* packed_inputs;
   float* packed_projection; /* [panel of units][column of h][kColumns W] */
+  float* parts;           /* sums for gradients of vectors, one a thread that was planned, [.][kParts][U][W]; NULL: none */
+  float* of_teams;        /* what each has of its own */
+  float* sums;            /* of each team but the first, which has the gradients themselves */
+  int64_t team_floats, sum_floats;
+  Team::Shared* shared;
+
+  /* A team's, for the rows [row0, row1) of the batch. */
+  int64_t row0, row1;
   float* recurrent;       /* dgates W_hh, blocked [unit block][row][W] */
   float* direct;          /* what reaches h past W_hh: GRU's z, zoneout */
   float* dm;              /* where h is projected, dh W_hr, blocked as `recurrent` */
   float* dc;
-  float* parts;           /* sums for gradients of vectors, one a thread that was planned, [.][kParts][U][W]; NULL: none */
-  float* chunks;          /* each team's scratch of a chunk */
-  float* sums;            /* of each team but the first, which has the gradients themselves */
-  int64_t chunk_floats, sum_floats;
-  Team::Shared* shared;
-
-  /* A team's. */
   float* dg;              /* what reached W_hh h: blocked, [(unit block, gate)][row of the chunk][W] */
   float* dg_input;        /* what reached W_ih x; the same but for the GRU and layer normalisation */
   float* left;            /* dg as a left factor; itself if factors are floats */
@@ -77,26 +78,26 @@ struct Backward {
 
   Backward(const ls_backward_args& args)
       : a(args), steps(args.shape), sizes(args.shape.I, args.shape.H, args.shape.P), T(args.shape.T), B(args.shape.B),
-        I(args.shape.I), H(args.shape.H), P(sizes.P), Bp(odd(B)), U(sizes.unit_blocks()), h_blocks(sizes.hidden_blocks()),
-        weights(args, steps, sizes) {
+        I(args.shape.I), H(args.shape.H), P(sizes.P), U(sizes.unit_blocks()), h_blocks(sizes.hidden_blocks()),
+        saving(sizes, args.options.gamma_ih, Saved<Cell>::groups_of(args.saved)), row0(0), row1(B), weights(args, steps, sizes) {
     const ls_options& o = a.options;
     peeps = o.weight_cf;
     options = o.h_mask || o.resets || o.zoneout_mask || o.zoneout != 0.0f || peeps || a.dgates;
     normal = o.gamma_ih;
     projects = kLstm && args.shape.P;
-    saved_row = saved_vectors<Cell>(normal) * W;
     has_direct = kGru || o.zoneout_mask || o.zoneout != 0.0f;
     direct_weights = reads_direct(a.shape, steps.total_rows(), true);
     r_row = direct_weights ? h_blocks * W + W : W;
     m_row = direct_weights ? U * W + W : W;
-    r_block = direct_weights ? W : Bp * W;
     unit_panels = ceil_div(U, kColumns);
     hidden_panels = ceil_div(h_blocks, kColumns);
     input_panels = ceil_div(sizes.input_blocks, kColumns);
     plan_teams();
     passing = T == 1 && teams == 1 && !direct_weights;
     int64_t fitting = (1 << 20) / (U * G * W); /* 4 MB of dgates */
-    int64_t group = larger(ceil_div(B, teams), 1), all = teams > 1 ? T * group : steps.total_rows();
+    const int64_t group = larger(ceil_div(B, teams), 1), all = teams > 1 ? T * group : steps.total_rows();
+    Bp = odd(group);
+    r_block = direct_weights ? W : Bp * W;
     chunk_rows = larger(group, smaller(all, smaller(larger(fitting, 64), 512)));
   }
 
@@ -122,17 +123,12 @@ struct Backward {
     packed_hidden = reaches_back() && !direct_weights ? arena.array(places<R>(hidden_panels)) : nullptr;
     packed_inputs = a.dx && !direct_weights ? arena.array(places<F>(input_panels)) : nullptr;
     packed_projection = projects && !direct_weights ? arena.array(unit_panels * R::padded(h_blocks) * R::S * kPanel) : nullptr;
-    int64_t state = hidden_panels * kColumns * Bp * W, of_units = unit_panels * kColumns * Bp * W;
-    recurrent = arena.array(direct_weights ? B * r_row : state);
-    direct = has_direct ? arena.array(state) : nullptr;
-    dc = kLstm ? arena.array(of_units) : nullptr;
-    dm = projects ? arena.array(direct_weights ? B * m_row : of_units) : nullptr;
     parts = normal || peeps ? arena.array(threads * part_floats()) : nullptr;
     sums = teams > 1 ? arena.array((teams - 1) * sum_floats) : nullptr;
     row_offset = reinterpret_cast<int64_t*>(arena.array(2 * T));
     shared = reinterpret_cast<Team::Shared*>(arena.array(int64_t(sizeof(Team::Shared) / 4) * (teams + 1)));
-    chunk_floats = carve_chunk(nullptr);
-    chunks = arena.array(teams * chunk_floats);
+    team_floats = carve_team(nullptr);
+    of_teams = arena.array(teams * (team_floats + kApart));
     return arena.floats();
   }
 
@@ -150,8 +146,13 @@ struct Backward {
     return (passing ? threads : panels) * panel_floats<K>();
   }
 
-  int64_t carve_chunk(float* memory) {
+  int64_t carve_team(float* memory) {
     Arena arena(memory);
+    const int64_t state = hidden_panels * kColumns * Bp * W, of_units = unit_panels * kColumns * Bp * W;
+    recurrent = arena.array(direct_weights ? Bp * r_row : state);
+    direct = has_direct ? arena.array(state) : nullptr;
+    dc = kLstm ? arena.array(of_units) : nullptr;
+    dm = projects ? arena.array(direct_weights ? Bp * m_row : of_units) : nullptr;
     dg = arena.array(U * G * odd(chunk_rows) * W);
     const bool two = kGru || normal; /* sets of dgates */
     dg_input = two ? arena.array(U * G * odd(chunk_rows) * W) : dg;
@@ -176,7 +177,7 @@ struct Backward {
     int64_t floats = carve(nullptr);
     float* memory = static_cast<float*>(take(size_t(floats) * sizeof(float)));
     if (!memory) return LS_OUT_OF_MEMORY;
-    must_be(carve(memory) == floats && carve_chunk(chunks) == chunk_floats);
+    must_be(carve(memory) == floats && carve_team(of_teams) == team_floats);
     steps.count_rows(row_offset);
     clear(reinterpret_cast<float*>(shared), int64_t(sizeof(Team::Shared) / 4) * (teams + 1));
     parallel(
@@ -218,19 +219,20 @@ struct Backward {
     MatrixUnit unit;
     Team all(shared + teams, thread, count);
     pack(all);
-    start_state(all);
     for (int64_t share = all.begin(threads); share < all.end(threads) && parts; ++share)
       clear(parts + share * part_floats(), part_floats());
-    if ((parts || teams > 1) && !all.wait()) return; /* else each reads only what it has made, until its first wait */
+    if ((parts || teams > 1) && !all.wait()) return;
     if (teams == 1) {
-      if (!run_rows(all, 0, B, parts)) return;
+      if (!run_rows(all, parts)) return;
     } else {
       all.for_teams(shared, teams, [&](Team& team, int64_t index) {
         Backward own = *this;
-        must_be(own.carve_chunk(chunks + index * chunk_floats) == chunk_floats);
+        own.row0 = B * index / teams;
+        own.row1 = B * (index + 1) / teams;
+        must_be(own.carve_team(of_teams + index * (team_floats + kApart)) == team_floats);
         if (index) own.weights.sum_apart(sums + (index - 1) * sum_floats);
         float* own_parts = parts ? parts + index * team_size * part_floats() : nullptr;
-        own.run_rows(team, B * index / teams, B * (index + 1) / teams, own_parts);
+        own.run_rows(team, own_parts);
       });
       if (!all.wait()) return;
       add_up(all);
@@ -250,9 +252,11 @@ struct Backward {
                        packed_projection + (panel * R::padded(h_blocks) + block) * R::S * kPanel);
   }
 
-  /* All steps of the rows [row0, row1), the last first. False: this thread has nothing more to do. */
-  bool run_rows(Team& team, int64_t row0, int64_t row1, float* own_parts) {
+  /* All steps of the team's rows, the last first. False: this thread has nothing more to do. */
+  bool run_rows(Team& team, float* own_parts) {
     bool add = false;
+    start_state(team);
+    if (normal && !team.wait()) return false; /* which divides rows; else each reads only what it has made, until its next wait */
     for (int64_t last = T, first; last > 0; last = first) {
       Rows rows{row0, row1, 0, 0};
       for (first = last; first > 0; --first) {
@@ -347,20 +351,20 @@ struct Backward {
   void start_state(const Team& team) {
     for (int64_t block = own_outputs(team).begin; block < own_outputs(team).end; ++block) {
       int columns = sizes.outputs(block);
-      for (int64_t row = 0; row < B; ++row) {
+      for (int64_t row = row0; row < row1; ++row) {
         int64_t from = steps.batch_row(row) * P + block * W;
         V d = a.dh_n ? load_part(a.dh_n + from, columns) : V{};
         store(recurrent + r_at(block, row), d);
-        if (has_direct) store(direct + (block * Bp + row) * W, V{});
+        if (has_direct) store(direct + state_at(block, row), V{});
         if (a.dh0) store_part(a.dh0 + from, d, columns);
       }
     }
     for (int64_t block = own_units(team).begin; block < own_units(team).end && kLstm; ++block) {
       int units = sizes.units(block);
-      for (int64_t row = 0; row < B; ++row) {
+      for (int64_t row = row0; row < row1; ++row) {
         int64_t from = steps.batch_row(row) * H + block * W;
         V d = a.dc_n ? load_part(a.dc_n + from, units) : V{};
-        store(dc + (block * Bp + row) * W, d);
+        store(dc + state_at(block, row), d);
         if (a.dc0) store_part(a.dc0 + from, d, units);
       }
     }
@@ -369,7 +373,7 @@ struct Backward {
   /* The gradients of what a step puts out, own columns, as the products that follow read them. */
   void reach_outputs(const Team& team, int64_t step, const Rows& rows) {
     for (int64_t block = own_outputs(team).begin; block < own_outputs(team).end; ++block) {
-      const Units u = {step, steps.time(step), block, 0, sizes.outputs(block), nullptr, nullptr};
+      const Units u = {step, steps.time(step), block, 0, sizes.outputs(block), 0, 0, nullptr, nullptr};
       for (int64_t row = rows.begin; row < rows.end; ++row)
         put<R>(dh_rows, dh_left, rows, block, row, options ? reach<true>(u, row) : reach<false>(u, row));
     }
@@ -380,17 +384,38 @@ struct Backward {
     if (!direct_weights) {
       multiply_deep<R>(packed_projection, R::depth_of(P), team.begin(unit_panels), team.end(unit_panels),
                        R::left_at(dh_left, odd(rows.all), 0, rows.at), odd(rows.all), rows.count(), step,
-                    Place{dm + rows.begin * W, W, Bp * W}, kColumns * Bp * W);
+                       Place{dm, W, Bp * W}, kColumns * Bp * W);
       return;
     }
     int64_t column = own_units(team).begin * W, columns = smaller(own_units(team).end * W, H) - column;
     multiply_rows_direct(rows, dm, m_row, column, columns, dh_rows, Factors{a.weight_hr, P, H, 1});
   }
 
-  int64_t r_at(int64_t block, int64_t row) const { return block * r_block + row * r_row; }
+  /* Where a row's block is in a team's arrays: of what reaches h, of states. */
+  int64_t r_at(int64_t block, int64_t row) const { return block * r_block + (row - row0) * r_row; }
+  int64_t state_at(int64_t block, int64_t row) const { return (block * Bp + row - row0) * W; }
 
   bool is_reset(int64_t step, int64_t row) const {
     return steps.is_reset(a.options, step, row);
+  }
+
+  /* A block of units (or of columns of h) in one step, from a row on as far as its group goes; what the forward pass saved of it
+     in this step and the one before. */
+  struct Units {
+    int64_t step, time, block, n_before;
+    int count;
+    int64_t row, block_floats;
+    const float* saved;
+    const float* before;
+    const float* saved_of(int64_t of) const { return saved + (of - row) * block_floats; }
+    const float* saved_before(int64_t of) const { return before + (of - row) * block_floats; }
+  };
+
+  Units units_at(int64_t step, int64_t block, int64_t row) const {
+    const int64_t n_before = step > 0 ? steps.rows(step - 1) : 0;
+    const float* before = row < n_before ? a.saved + saving.at(row_offset[step - 1], n_before, block, row) : nullptr;
+    const float* saved = a.saved + saving.at(row_offset[step], steps.rows(step), block, row);
+    return {step, steps.time(step), block, n_before, sizes.units(block), row, saving.block, saved, before};
   }
 
   /* dh -> dgates of one step, own units. */
@@ -403,27 +428,35 @@ struct Backward {
 
   template <bool kOptions>
   void run_step_rows(const Team& team, int64_t step, const Rows& rows, float* own_parts) {
-    for (int64_t block = own_units(team).begin; block < own_units(team).end; ++block) {
-      const Units u = units_at(step, block);
-      for (int64_t row = rows.begin; row < rows.end; ++row) {
-        V gates[G], input[G]; /* their gradients */
-        V d = of_output<kOptions>(u, row);
-        if constexpr (kLstm) {
-          const float* g = u.saved + row * saved_row;
-          V o = load(g + L::kO * W), tanh_c = tanh(load(g + L::kC * W));
-          V dc_row = load(dc + (block * Bp + row) * W) + d * o * (1.0f - tanh_c * tanh_c);
-          gates[L::kO] = with_shown<kOptions>(d * tanh_c, u, row, L::kO) * o * (1.0f - o);
-          differentiate_lstm<kOptions>(u, row, dc_row, gates, own_parts);
-        } else {
-          differentiate<kOptions>(u, row, d, gates, input);
-        }
-        for (int gate = 0; gate < G; ++gate) {
-          put<R>(dg, left, rows, block * G + gate, row, gates[gate]);
-          if (kGru)
-            put<F>(dg_input, left_input, rows, block * G + gate, row, input[gate]);
-          else if (kOther && a.dx)
-            put<F>(dg, left_input, rows, block * G + gate, row, gates[gate]);
-        }
+    const Blocks own = own_units(team);
+    for (int64_t first = rows.begin, last; first < rows.end; first = last) {
+      last = smaller(saving.group_of(first, steps.rows(step)).end, rows.end);
+      for (int64_t block = own.begin; block < own.end; ++block)
+        run_step_block<kOptions>(units_at(step, block, first), last, rows, own_parts);
+    }
+  }
+
+  /* A unit block of the rows from u.row to `last`. */
+  template <bool kOptions>
+  void run_step_block(const Units& u, int64_t last, const Rows& rows, float* own_parts) {
+    for (int64_t row = u.row; row < last; ++row) {
+      V gates[G], input[G]; /* their gradients */
+      V d = of_output<kOptions>(u, row);
+      if constexpr (kLstm) {
+        const float* g = u.saved_of(row);
+        V o = load(g + L::kO * W), tanh_c = tanh(load(g + L::kC * W));
+        V dc_row = load(dc + state_at(u.block, row)) + d * o * (1.0f - tanh_c * tanh_c);
+        gates[L::kO] = with_shown<kOptions>(d * tanh_c, u, row, L::kO) * o * (1.0f - o);
+        differentiate_lstm<kOptions>(u, row, dc_row, gates, own_parts);
+      } else {
+        differentiate<kOptions>(u, row, d, gates, input);
+      }
+      for (int gate = 0; gate < G; ++gate) {
+        put<R>(dg, left, rows, u.block * G + gate, row, gates[gate]);
+        if (kGru)
+          put<F>(dg_input, left_input, rows, u.block * G + gate, row, input[gate]);
+        else if (kOther && a.dx)
+          put<F>(dg, left_input, rows, u.block * G + gate, row, gates[gate]);
       }
     }
   }
@@ -434,22 +467,6 @@ struct Backward {
     store(gradients + block * rows.next() + rows.place(row), v);
     if constexpr (!K::kFloats)
       if (!direct_weights) K::store_left(K::left_at(factors, odd(rows.all), block, rows.at + row - rows.begin), v);
-  }
-
-  /* A block of units (or of columns of h) in one step; what the forward pass saved of it in this step and the one before. */
-  struct Units {
-    int64_t step, time, block, n_before;
-    int count;
-    const float* saved;
-    const float* saved_before;
-  };
-
-  Units units_at(int64_t step, int64_t block) const {
-    int64_t n_before = step > 0 ? steps.rows(step - 1) : 0;
-    const float* before = nullptr;
-    if (step > 0) before = a.saved + saved_offset(sizes, saved_row, row_offset[step - 1], n_before, block, 0);
-    const float* saved = a.saved + saved_offset(sizes, saved_row, row_offset[step], steps.rows(step), block, 0);
-    return {step, steps.time(step), block, n_before, sizes.units(block), saved, before};
   }
 
   /* The gradient `d` of a gate (of the LSTM kC is c), and what reaches it from whoever looked at it. */
@@ -463,7 +480,7 @@ struct Backward {
      which the GRU adds its own. */
   template <bool kOptions>
   V reach(const Units& u, int64_t row) {
-    int64_t state = (u.block * Bp + row) * W;
+    const int64_t state = state_at(u.block, row);
     V d = load(recurrent + r_at(u.block, row));
     if (has_direct) d += load(direct + state);
     if (a.dy) d += load_part(a.dy + steps.offset(u.time, row, a.dy_step, a.dy_row) + u.block * W, u.count);
@@ -484,7 +501,7 @@ struct Backward {
   /* The gradient of what the cell of a step makes: of h, or of m where that is projected. */
   template <bool kOptions>
   V of_output(const Units& u, int64_t row) {
-    if (kLstm && projects) return load(dm + u.block * r_block + row * m_row);
+    if (kLstm && projects) return load(dm + u.block * r_block + (row - row0) * m_row);
     return reach<kOptions>(u, row);
   }
 
@@ -493,9 +510,9 @@ struct Backward {
   void differentiate_lstm(const Units& u, int64_t row, V dc_row, V* gates, float* own_parts) {
     int64_t to = steps.batch_row(row) * H + u.block * W;
     bool reset = kOptions && is_reset(u.step, row);
-    const float* saved = u.saved + row * saved_row;
+    const float* saved = u.saved_of(row);
     V f = load(saved + L::kF * W), g = load(saved + L::kG * W), i = L::kCoupled ? 1.0f - f : load(saved);
-    V c_before = row < u.n_before ? load(u.saved_before + row * saved_row + L::kC * W)
+    V c_before = row < u.n_before ? load(u.saved_before(row) + L::kC * W)
                  : a.c0           ? load_part(a.c0 + to, u.count)
                                   : V{};
     if (reset) c_before = V{};
@@ -517,7 +534,7 @@ struct Backward {
       if (!L::kCoupled) add_to(part(own_parts, 4, 2, u.block), gates[0] * c_before);
     }
     if (reset) dc_before = V{};
-    store(dc + (u.block * Bp + row) * W, dc_before);
+    store(dc + state_at(u.block, row), dc_before);
     if (a.dc0 && row >= u.n_before) store_part(a.dc0 + to, dc_before, u.count);
   }
 
@@ -526,7 +543,7 @@ struct Backward {
   /* Of the gates from that of h: as W_hh h sees them, and for the GRU as W_ih x does. */
   template <bool kOptions>
   void differentiate(const Units& u, int64_t row, V dh, V* gates, V* input) {
-    const float* saved = u.saved + row * saved_row;
+    const float* saved = u.saved_of(row);
     if constexpr (kGru) {
       bool reset = kOptions && is_reset(u.step, row);
       V r = load(saved), z = load(saved + W), n = load(saved + 2 * W), hidden = load(saved + 3 * W);
@@ -536,7 +553,7 @@ struct Backward {
       gates[1] = input[1] = with_shown<kOptions>(dh * (before - n), u, row, 1) * z * (1.0f - z);
       gates[2] = dn * r;
       input[2] = dn;
-      float* to = direct + (u.block * Bp + row) * W;
+      float* to = direct + state_at(u.block, row);
       if (!reset) store(to, load(to) + dh * z);
     } else {
       V y = load(saved);
@@ -565,13 +582,13 @@ struct Backward {
   template <bool kOptions>
   void run_row_normal(int64_t step, int64_t row, const Rows& rows, float* own_parts) {
     const ls_options& o = a.options;
-    const float* m = a.saved + steps.total_rows() * sizes.U * saved_row + (row_offset[step] + row) * kRowMoments;
+    const float* m = a.saved + saving.moments_at(row_offset[step], steps.total_rows(), row);
     const int64_t next = rows.next(), place = rows.place(row);
     Through of_x, of_h, of_c;
     if constexpr (kLstm) {
       for (int64_t block = 0; block < U; ++block) {
-        const Units u = units_at(step, block);
-        const float* saved = u.saved + row * saved_row;
+        const Units u = units_at(step, block, row);
+        const float* saved = u.saved_of(row);
         V of_m = of_output<kOptions>(u, row);
         V c_hat = (load(saved + L::kC * W) - m[2]) * m[3], gamma = load_part(o.gamma_c + block * W, u.count);
         V tanh_c = tanh(c_hat * gamma + load_part(o.beta_c + block * W, u.count)), gate = load(saved + L::kO * W);
@@ -586,13 +603,13 @@ struct Backward {
       of_c.close(H, m[3]);
     }
     for (int64_t block = 0; block < U; ++block) {
-      const Units u = units_at(step, block);
-      const float* saved = u.saved + row * saved_row;
+      const Units u = units_at(step, block, row);
+      const float* saved = u.saved_of(row);
       float* out = dg + block * G * next + place;
       float* out_input = dg_input + block * G * next + place;
       V gates[G], input[G];
       if constexpr (kLstm) {
-        V dc_row = load(dc + (block * Bp + row) * W) + of_c(load(out), (load(saved + L::kC * W) - m[2]) * m[3]);
+        V dc_row = load(dc + state_at(block, row)) + of_c(load(out), (load(saved + L::kC * W) - m[2]) * m[3]);
         gates[L::kO] = load(out + L::kO * next);
         differentiate_lstm<kOptions>(u, row, dc_row, gates, own_parts);
       } else {
@@ -617,7 +634,7 @@ struct Backward {
     of_x.close(G * H, m[0]);
     of_h.close(G * H, m[1]);
     for (int64_t block = 0; block < U; ++block) {
-      const float* saved = units_at(step, block).saved + row * saved_row + Cell::kSaved * W;
+      const float* saved = units_at(step, block, row).saved + Cell::kSaved * W;
       for (int gate = 0; gate < G; ++gate) {
         const int64_t of = block * G + gate, to = of * next + place;
         put<F>(dg_input, left_input, rows, of, row, of_x(load(dg_input + to), load(saved + gate * W)));
@@ -680,7 +697,7 @@ struct Backward {
       multiply_step_direct(team, rows);
     else
       multiply_gates<R>(team, packed_hidden, a.weight_hh, P, hidden_panels, R::left_at(left, odd(rows.all), 0, rows.at),
-                        rows.all, rows.count(), step, Place{recurrent + rows.begin * W, W, Bp * W}, kColumns * Bp * W);
+                        rows.all, rows.count(), step, Place{recurrent, W, Bp * W}, kColumns * Bp * W);
     bool masked = a.options.h_mask || a.options.resets;
     if (!masked && !(a.dh0 && rows.end > n_before)) return;
     for (int64_t block = own_outputs(team).begin; block < own_outputs(team).end; ++block) {
@@ -691,7 +708,7 @@ struct Backward {
         if (is_reset(step, row)) store(p, V{});
         if (a.options.h_mask) store(p, load(p) * load_part(a.options.h_mask + to, columns));
         if (a.dh0 && row >= n_before)
-          store_part(a.dh0 + to, has_direct ? load(p) + load(direct + (block * Bp + row) * W) : load(p), columns);
+          store_part(a.dh0 + to, has_direct ? load(p) + load(direct + state_at(block, row)) : load(p), columns);
       }
     }
   }
@@ -713,10 +730,10 @@ struct Backward {
   void multiply_rows_direct(const Rows& rows, float* to, int64_t to_row, int64_t column, int64_t columns, const float* from,
                             const Factors& factors) {
     if (columns <= 0) return;
-    for (int64_t row = rows.begin; row < rows.end; ++row) clear(to + row * to_row + column, ceil_div(columns, W) * W);
-    for (int64_t row = rows.begin; row < rows.end; row += 2) {
+    for (int64_t row = 0; row < rows.count(); ++row) clear(to + row * to_row + column, ceil_div(columns, W) * W);
+    for (int64_t row = 0; row < rows.count(); row += 2) {
       float* out[2] = {to + row * to_row + column, to + (row + 1) * to_row + column};
-      add_rows(int(smaller(rows.end - row, 2)), from + rows.place(row), rows.all, factors, column, columns, out);
+      add_rows(int(smaller(rows.count() - row, 2)), from + (rows.at + row) * W, rows.all, factors, column, columns, out);
     }
   }
 

@@ -42,39 +42,44 @@ struct Forward {
   int64_t T, B, H, P;
   const Projection<R> projection;
   int64_t h_blocks;   /* of W columns of h; where h is not projected those that only fill a panel too */
-  int64_t Bp;         /* rows that a blocked array of states has room for */
+  int64_t Bp;         /* rows that a team's blocked array of states has room for */
   int threads, teams, team_size;
   int64_t chunk_rows; /* rows of a chunk, over all its steps */
   bool options, raw_differs, normal, projects;
-  int64_t saved_row; /* floats that a row of a unit block saves */
+  Saved<Cell> saving;
   bool direct;        /* the weights are read as they lie; h has its rows one after the other then */
   bool passing;       /* a single step: each thread packs its panels one after the other into the same place */
   int64_t h_row, h_block, m_row;
   const float* packed;
-  int64_t* row_offset;
 
   /* Shared scratch. */
   float* own_packed;
   const float* packed_projection;
-  float* h[2];   /* what W_hh reads, as a left factor, or [B][h_row]: of this step and of the next */
+  int64_t* row_offset;
+  Team::Shared* shared;
+  float* of_teams; /* what each has of its own */
+  int64_t team_floats;
+
+  /* A team's, for the rows [row0, row1) of the batch. */
+  int64_t row0, row1;
+  int64_t* partless; /* the last chunk whose x has numbers without parts, by its first step, counted from 1 */
+  float* h[2];   /* what W_hh reads, as a left factor, or [row][h_row]: of this step and of the next */
   float* raw[2]; /* h before mask, reset and rounding, [U][Bp][W]; what W_hh reads where there are none */
   float* c;      /* blocked [U][Bp][W] */
-  float* m;      /* where h is projected, o tanh(c): as a left factor, or [B][m_row] */
+  float* m;      /* where h is projected, o tanh(c): as a left factor, or [row][m_row] */
   float* hr;     /* and m W_hr, [block][Bp][W] */
-  float* x;      /* a team's chunk, as a left factor */
-  int64_t* partless; /* of each team the last chunk whose x has numbers without parts, by its first step, counted from 1 */
-  float* xg;     /* a team's chunk [panel][row][N W] */
+  float* x;      /* a chunk, as a left factor */
+  float* xg;     /* a chunk [panel][row][N W] */
   float* hg;     /* with layer normalisation, W_hh h of a step [panel][row][N W] */
-  Team::Shared* shared;
 
   Forward(const ls_forward_args& args)
       : a(args), steps(args.shape), sizes(args.shape.I, args.shape.H, args.shape.P, F::kParts, R::kParts), T(args.shape.T),
-        B(args.shape.B), H(args.shape.H), P(sizes.P), projection{H, args.shape.P}, Bp(odd(B)) {
+        B(args.shape.B), H(args.shape.H), P(sizes.P), projection{H, args.shape.P},
+        saving(sizes, args.options.gamma_ih), row0(0), row1(B) {
     const ls_options& o = a.options;
     raw_differs = o.h_mask || o.resets;
     options = raw_differs || o.zoneout_mask || o.zoneout != 0.0f || o.weight_cf;
     normal = o.gamma_ih;
-    saved_row = saved_vectors<Cell>(normal) * W;
     /* Sums have another order then, so only where no call without gradients must give the same bits. */
     direct = a.saved && !a.packed && reads_direct(a.shape, steps.total_rows(), false);
     raw_differs = raw_differs || (!R::kFloats && !direct);
@@ -82,11 +87,13 @@ struct Forward {
     h_blocks = projects ? sizes.hidden_blocks() : sizes.U;
     h_row = direct ? h_blocks * W + W : W;
     m_row = sizes.U * W + W;
-    h_block = direct ? W : Bp * W;
     plan_teams();
+    saving.groups = teams;
+    const int64_t group = ceil_div(B, teams);
+    Bp = odd(group);
+    h_block = direct ? W : Bp * W;
     /* Not with parts: where x has numbers without any, all panels' biases are read at once. */
     passing = T == 1 && teams == 1 && !a.packed && !direct && !normal && !a.tokens.table && !kPartless;
-    int64_t group = ceil_div(B, teams);
     /* xg and x of a chunk should stay in the second-level cache; a matrix unit waits for the weights instead. */
     int64_t row_floats = sizes.panels * NW / team_size + sizes.input_blocks * W;
     int64_t fitting = F::kUnit ? 256 : smaller(larger((512 << 10) / row_floats, 24), 96);
@@ -113,24 +120,30 @@ struct Forward {
     own_packed = a.packed ? nullptr : arena.array(packed_floats);
     packed = a.packed ? a.packed : own_packed;
     packed_projection = packed ? packed + panels_end : nullptr;
-    int64_t state = h_blocks * Bp * W, of_units = sizes.U * Bp * W;
-    for (int i = 0; i < 2; ++i) h[i] = arena.array(direct ? B * h_row : R::left_floats(h_blocks, Bp));
-    for (int i = 0; i < 2; ++i) raw[i] = raw_differs ? arena.array(direct ? B * h_row : state) : h[i];
-    c = kLstm ? arena.array(of_units) : nullptr;
-    m = projects ? arena.array(direct ? B * m_row : R::left_floats(sizes.U, Bp)) : nullptr;
-    hr = projects ? arena.array(projection.panels() * kColumns * Bp * W) : nullptr;
-    x = direct ? nullptr : arena.array(teams * x_floats());
-    partless = kPartless ? reinterpret_cast<int64_t*>(arena.array(2 * teams)) : nullptr;
-    xg = arena.array(teams * sizes.panels * chunk_rows * NW);
-    hg = normal ? arena.array(sizes.panels * Bp * NW) : nullptr;
     row_offset = reinterpret_cast<int64_t*>(arena.array(2 * T));
+    partless = kPartless ? reinterpret_cast<int64_t*>(arena.array(2 * teams)) : nullptr;
     shared = reinterpret_cast<Team::Shared*>(arena.array(int64_t(sizeof(Team::Shared) / 4) * (teams + 1)));
+    team_floats = carve_team(nullptr);
+    of_teams = arena.array(teams * (team_floats + kApart));
     return arena.floats();
   }
 
-  int64_t x_floats() const { return F::left_floats(sizes.input_blocks, odd(chunk_rows)); }
+  int64_t carve_team(float* memory) {
+    Arena arena(memory);
+    int64_t state = h_blocks * Bp * W;
+    for (int i = 0; i < 2; ++i) h[i] = arena.array(direct ? Bp * h_row : R::left_floats(h_blocks, Bp));
+    for (int i = 0; i < 2; ++i) raw[i] = raw_differs ? arena.array(direct ? Bp * h_row : state) : h[i];
+    c = kLstm ? arena.array(sizes.U * Bp * W) : nullptr;
+    m = projects ? arena.array(direct ? Bp * m_row : R::left_floats(sizes.U, Bp)) : nullptr;
+    hr = projects ? arena.array(projection.panels() * kColumns * Bp * W) : nullptr;
+    x = direct ? nullptr : arena.array(F::left_floats(sizes.input_blocks, odd(chunk_rows)));
+    xg = arena.array(sizes.panels * chunk_rows * NW);
+    hg = normal ? arena.array(sizes.panels * Bp * NW) : nullptr;
+    return arena.floats();
+  }
 
   int32_t run() {
+    if (a.saved) store(a.saved, splat(float(saving.groups)));
     if (steps.total_rows() == 0) {
       copy_state();
       clear_past_ends(steps, 0, T, a.y, a.y_step, a.y_row, P);
@@ -139,7 +152,7 @@ struct Forward {
     int64_t floats = carve(nullptr);
     float* memory = static_cast<float*>(take(size_t(floats) * sizeof(float)));
     if (!memory) return LS_OUT_OF_MEMORY;
-    must_be(carve(memory) == floats);
+    must_be(carve(memory) == floats && carve_team(of_teams) == team_floats);
     steps.count_rows(row_offset);
     clear(reinterpret_cast<float*>(shared), int64_t(sizeof(Team::Shared) / 4) * (teams + 1));
     if (kPartless) clear(reinterpret_cast<float*>(partless), 2 * teams);
@@ -169,14 +182,19 @@ struct Forward {
     if (teams == 1) {
       Team team(shared, thread, count);
       if (own_packed) pack(team);
-      run_rows(team, 0, B, 0);
+      run_rows(team);
       return;
     }
     Team all(shared + teams, thread, count);
     if (own_packed) pack(all);
     if (!all.wait()) return;
     all.for_teams(shared, teams, [&](const Team& team, int64_t index) {
-      run_rows(team, B * index / teams, B * (index + 1) / teams, index);
+      Forward own = *this;
+      own.row0 = B * index / teams;
+      own.row1 = B * (index + 1) / teams;
+      own.partless += index;
+      must_be(own.carve_team(of_teams + index * (team_floats + kApart)) == team_floats);
+      own.run_rows(team);
     });
     all.wait(); /* to notice whether somebody else has the other cores */
   }
@@ -208,19 +226,17 @@ struct Forward {
 
   /* Packed weights that are read once need not all lie in memory: a panel stays in the core's own cache until its products are
      done, and the next one takes its place. */
-  void run_only_step(const Team& team, int64_t row0, int64_t rows, float* x_chunk, float* xg_chunk) {
+  void run_only_step(const Team& team, int64_t rows) {
     float* place = own_packed + team.index() * sizes.panel_floats();
     for (int64_t panel = team.begin(sizes.panels); panel < team.end(sizes.panels); ++panel) {
       pack_panel(panel, place);
-      multiply_inputs({panel, 1, place}, 0, rows, x_chunk, xg_chunk);
-      run_step({panel, 1, place}, 0, row0, rows, rows, xg_chunk);
+      multiply_inputs({panel, 1, place}, 0, rows);
+      run_step({panel, 1, place}, 0, rows, rows, xg);
     }
   }
 
-  void run_rows(Team team, int64_t row0, int64_t row1, int64_t index) {
-    float* x_chunk = x + index * x_floats();
-    float* xg_chunk = xg + index * sizes.panels * chunk_rows * NW;
-    start_state(team, row0, row1);
+  void run_rows(Team team) {
+    start_state(team);
     for (int64_t first = 0, last; first < T; first = last) {
       int64_t rows = 0;
       for (last = first; last < T; ++last) {
@@ -230,43 +246,45 @@ struct Forward {
       }
       if (a.tokens.table || direct) {
         if (a.tokens.table)
-          look_up(team, first, last, row0, row1, rows, xg_chunk);
+          look_up(team, first, last, rows);
         else
-          multiply_inputs_direct(team, first, last, row0, row1, rows, xg_chunk);
+          multiply_inputs_direct(team, first, last, rows);
         if (first == 0 && !team.wait()) return; /* all have made their part of the first state */
       } else {
-        copy_inputs(team, first, last, row0, row1, rows, x_chunk, kPartless ? partless + index : nullptr);
+        copy_inputs(team, first, last, rows);
         if (!team.wait()) return;
         if (passing)
-          run_only_step(team, row0, rows, x_chunk, xg_chunk);
-        else if (kPartless && partless[index] == first + 1)
-          multiply_inputs_direct(team, first, last, row0, row1, rows, xg_chunk);
+          run_only_step(team, rows);
+        else if (kPartless && *partless == first + 1)
+          multiply_inputs_direct(team, first, last, rows);
         else
-          multiply_inputs(own_panels(team), first, rows, x_chunk, xg_chunk);
+          multiply_inputs(own_panels(team), first, rows);
       }
       int64_t row_in_chunk = 0;
       for (int64_t step = first; step < last; ++step) {
         int64_t n = steps.rows_of(step, row0, row1);
+        float* xg_rows = xg + row_in_chunk * NW;
         if (direct)
-          run_step_direct(team, step, row0, n, rows, xg_chunk + row_in_chunk * NW);
+          run_step_direct(team, step, n, rows, xg_rows);
         else if (!passing)
-          run_step(own_panels(team), step, row0, n, rows, xg_chunk + row_in_chunk * NW);
+          run_step(own_panels(team), step, n, rows, xg_rows);
         if (normal) {
           if (!team.wait()) return;
-          finish_rows(team, step, row0, n, rows, xg_chunk + row_in_chunk * NW);
+          finish_rows(team, step, n, rows, xg_rows);
         }
         if (projects) {
           if (!team.wait()) return;
-          project(team, step, row0, n);
+          project(team, step, n);
         }
+        put_out(team, step, n);
         row_in_chunk += n;
         if (!team.wait()) return;
       }
     }
-    finish(team, row0, row1);
+    finish(team);
   }
 
-  void start_state(const Team& team, int64_t row0, int64_t row1) {
+  void start_state(const Team& team) {
     for (int64_t block = team.begin(h_blocks); block < team.end(h_blocks); ++block) {
       int columns = sizes.outputs(block);
       for (int64_t row = row0; row < row1; ++row) {
@@ -279,25 +297,26 @@ struct Forward {
       }
     }
     if (team.leads() && !direct) {
-      for (float* left : h) R::fill_left(left, h_blocks, Bp, row0, row1);
-      if (projects) R::fill_left(m, sizes.U, Bp, row0, row1);
+      for (float* left : h) R::fill_left(left, h_blocks, Bp, 0, row1 - row0);
+      if (projects) R::fill_left(m, sizes.U, Bp, 0, row1 - row0);
     }
     for (int64_t block = team.begin(sizes.U); block < team.end(sizes.U) && kLstm; ++block) {
       int units = sizes.units(block);
       for (int64_t row = row0; row < row1; ++row)
-        store(c + (block * Bp + row) * W,
+        store(c_at(block, row),
               a.c0 && units ? load_part(a.c0 + steps.batch_row(row) * H + block * W, units) : V{});
     }
   }
 
-  int64_t h_at(int64_t block, int64_t row) const { return block * h_block + row * h_row; }
+  int64_t h_at(int64_t block, int64_t row) const { return block * h_block + (row - row0) * h_row; }
+  float* c_at(int64_t block, int64_t row) const { return c + (block * Bp + row - row0) * W; }
 
   /* What W_hh reads of a row. */
   void store_h(int64_t step, int64_t block, int64_t row, V value) {
     if (R::kFloats || direct)
       store(h[step & 1] + h_at(block, row), value);
     else
-      R::store_left(R::left_at(h[step & 1], Bp, block, row), value);
+      R::store_left(R::left_at(h[step & 1], Bp, block, row - row0), value);
   }
 
   bool is_reset(int64_t step, int64_t row) const {
@@ -312,8 +331,7 @@ struct Forward {
     return value;
   }
 
-  void copy_inputs(const Team& team, int64_t first, int64_t last, int64_t row0, int64_t row1, int64_t rows, float* chunk,
-                   [[maybe_unused]] int64_t* partless_chunk) {
+  void copy_inputs(const Team& team, int64_t first, int64_t last, int64_t rows) {
     const int64_t blocks = F::padded(sizes.input_blocks);
     int64_t at = 0;
     for (int64_t step = first; step < last; ++step) {
@@ -323,15 +341,15 @@ struct Forward {
         for (int64_t block = team.begin(blocks); block < team.end(blocks); ++block) {
           const V v = row_block(from, sizes.I, block);
           if constexpr (kPartless)
-            if (!F::have_parts(v)) __atomic_store_n(partless_chunk, first + 1, __ATOMIC_RELAXED);
-          F::store_left(F::left_at(chunk, odd(rows), block, at), v);
+            if (!F::have_parts(v)) __atomic_store_n(partless, first + 1, __ATOMIC_RELAXED);
+          F::store_left(F::left_at(x, odd(rows), block, at), v);
         }
       }
     }
   }
 
   /* xg of symbols, own panels. */
-  void look_up(const Team& team, int64_t first, int64_t last, int64_t row0, int64_t row1, int64_t rows, float* xg_chunk) {
+  void look_up(const Team& team, int64_t first, int64_t last, int64_t rows) {
     int64_t at = 0;
     for (int64_t step = first; step < last; ++step) {
       const int64_t* ids = a.tokens.ids + steps.time(step) * B;
@@ -342,13 +360,13 @@ struct Forward {
             int64_t block = panel * Cell::kUnits + n % Cell::kUnits;
             int units = sizes.units(block);
             V v = units ? load_part(from + n / Cell::kUnits * H + block * W, units) : V{};
-            store(xg_chunk + (panel * rows + at) * NW + n * W, normal ? v : v + load(biases_of(panel) + n * W));
+            store(xg + (panel * rows + at) * NW + n * W, normal ? v : v + load(biases_of(panel) + n * W));
           }
       }
     }
   }
 
-  void multiply_inputs(const Own& own, int64_t step, int64_t rows, float* x_chunk, float* xg_chunk) {
+  void multiply_inputs(const Own& own, int64_t step, int64_t rows) {
     const Depth whole = F::depth_of(sizes.I);
     const int64_t blocks = whole.blocks;
     const int64_t depth = F::kUnit ? max_depth<F>() : larger(blocks, 1); /* a matrix unit reads all rows again for each panel */
@@ -361,19 +379,18 @@ struct Forward {
         float* biases = normal ? nullptr : const_cast<float*>(own.packed + panels.index(i) * sizes.panel_floats());
         for (int64_t tile = 0; tile < tiles.count; ++tile) {
           int64_t row = tiles.begin(tile);
-          const Place sums = {xg_chunk + (panel * rows + row) * NW, NW, W};
-          multiply_rows<F, N>(tiles.size(tile), whole.part(k, deep), F::left_at(x_chunk, odd(rows), k, row), odd(rows),
+          const Place sums = {xg + (panel * rows + row) * NW, NW, W};
+          multiply_rows<F, N>(tiles.size(tile), whole.part(k, deep), F::left_at(x, odd(rows), k, row), odd(rows),
                            panels.at(i), k ? sums : Place{biases, 0, W}, sums, panels.ahead(i, tile, tiles.count, deep));
         }
       }
     }
   }
 
-  void multiply_inputs_direct(const Team& team, int64_t first, int64_t last, int64_t row0, int64_t row1, int64_t rows,
-                              float* xg_chunk) {
+  void multiply_inputs_direct(const Team& team, int64_t first, int64_t last, int64_t rows) {
     for (int64_t panel = team.begin(sizes.panels); panel < team.end(sizes.panels); ++panel) {
       const float* biases = biases_of(panel);
-      float* xg_panel = xg_chunk + panel * rows * NW;
+      float* xg_panel = xg + panel * rows * NW;
       for (int64_t row = 0; row < rows; ++row)
         for (int n = 0; n < N; ++n) store(xg_panel + row * NW + n * W, normal ? V{} : load(biases + n * W));
       for (int n = 0; n < N; ++n) {
@@ -396,7 +413,7 @@ struct Forward {
     }
   }
 
-  void run_step_direct(const Team& team, int64_t step, int64_t row0, int64_t n_rows, int64_t chunk, const float* xg_rows) {
+  void run_step_direct(const Team& team, int64_t step, int64_t n_rows, int64_t chunk, const float* xg_rows) {
     Tiles<Factors<Floats>> tiles(n_rows, smaller(kDotRows, kAccumulators / N));
     alignas(64) float sums[kAccumulators * W];
     int64_t first = team.begin(sizes.panels), count = team.end(sizes.panels) - first;
@@ -415,7 +432,7 @@ struct Forward {
           int64_t block = panel * Cell::kUnits + n % Cell::kUnits;
           int units = sizes.units(block);
           const float* weight = a.weight_hh + (n / Cell::kUnits * H + block * W) * P;
-          if (units) dot_rows(rows, P, h[step & 1] + (row0 + row) * h_row, h_row, weight, P, units, sums + n * W, NW);
+          if (units) dot_rows(rows, P, h[step & 1] + row * h_row, h_row, weight, P, units, sums + n * W, NW);
         }
         if (normal)
           __builtin_memcpy(hg_at(panel, row0 + row), sums, size_t(rows * NW) * sizeof(float));
@@ -426,7 +443,7 @@ struct Forward {
   }
 
   /* `xg_rows`: the step's first row in the chunk's first panel. */
-  void run_step(const Own& own, int64_t step, int64_t row0, int64_t n, int64_t chunk, const float* xg_rows) {
+  void run_step(const Own& own, int64_t step, int64_t n, int64_t chunk, const float* xg_rows) {
     const int64_t before_hidden = sizes.bias_floats() + sizes.input_floats();
     const Depth deep = R::depth_of(P);
     Panels panels(own.packed + before_hidden, sizes.hidden_floats(), sizes.panel_floats(), own.count, step);
@@ -438,7 +455,7 @@ struct Forward {
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         int64_t row = tiles.begin(tile);
         int rows = tiles.size(tile);
-        const float* left = R::left_at(h[step & 1], Bp, 0, row0 + row);
+        const float* left = R::left_at(h[step & 1], Bp, 0, row);
         if (normal) {
           multiply_rows<R, N>(rows, deep, left, Bp, panels.at(i), Place{nullptr, 0, 0},
                            Place{hg_at(panel, row0 + row), NW, W}, panels.ahead(i, tile, tiles.count, deep.blocks));
@@ -465,7 +482,7 @@ struct Forward {
     return packed + panel * (direct ? sizes.bias_floats() : sizes.panel_floats());
   }
 
-  float* hg_at(int64_t panel, int64_t row) const { return hg + (panel * Bp + row) * NW; }
+  float* hg_at(int64_t panel, int64_t row) const { return hg + (panel * Bp + row - row0) * NW; }
 
   void finish_tile(int64_t step, int64_t panel, int64_t row, int rows, float* sums, const float* xg_tile) {
     if (options)
@@ -482,7 +499,7 @@ struct Forward {
       int units = sizes.units(block);
       float* saved = saved_at(step, block, row);
       if (!units) { /* nothing reads it, but the same calls leave the same bytes */
-        if (saved) clear(saved, rows * saved_row);
+        if (saved) clear(saved, rows * saving.block);
         continue;
       }
       /* Lanes without a unit are 0 times the input, which is NaN where that is infinite: they must not reach W_hh. */
@@ -506,13 +523,13 @@ struct Forward {
           store_m(block, row + r, after);
         else
           put<kOptions>(step, row + r, block, units, before, after);
-        if (saved) saved += saved_row;
+        if (saved) saved += saving.block;
       }
     }
   }
 
   float* saved_at(int64_t step, int64_t block, int64_t row) const {
-    return a.saved ? a.saved + saved_offset(sizes, saved_row, row_offset[step], steps.rows(step), block, row) : nullptr;
+    return a.saved ? a.saved + saving.at(row_offset[step], steps.rows(step), block, row) : nullptr;
   }
 
   template <bool kOptions>
@@ -525,7 +542,7 @@ struct Forward {
   template <bool kOptions>
   V run_cell(int64_t step, int64_t row, int64_t block, V* gates, V hidden, V before, float* saved) {
     if constexpr (kLstm) {
-      float* p = c + (block * Bp + row) * W;
+      float* p = c_at(block, row);
       V c_before = kOptions && is_reset(step, row) ? V{} : load(p);
       const ls_options& having = a.options;
       const bool peeps = kOptions && having.weight_cf;
@@ -557,24 +574,24 @@ struct Forward {
 
   void store_m(int64_t block, int64_t row, V value) {
     if (direct)
-      store(m + row * m_row + block * W, value);
+      store(m + (row - row0) * m_row + block * W, value);
     else
-      R::store_left(R::left_at(m, Bp, block, row), value);
+      R::store_left(R::left_at(m, Bp, block, row - row0), value);
   }
 
   /* h = m W_hr of a step, own columns. */
-  void project(const Team& team, int64_t step, int64_t row0, int64_t n) {
+  void project(const Team& team, int64_t step, int64_t n) {
     int64_t first = team.begin(projection.panels()), last = team.end(projection.panels());
     if (!direct) /* in ascending order of k at every step, as all products that a forward pass makes */
-      multiply_deep<R>(packed_projection, R::depth_of(H), first, last, R::left_at(m, Bp, 0, row0), Bp, n, 0,
-                    Place{hr + row0 * W, W, Bp * W}, kColumns * Bp * W);
+      multiply_deep<R>(packed_projection, R::depth_of(H), first, last, R::left_at(m, Bp, 0, 0), Bp, n, 0,
+                    Place{hr, W, Bp * W}, kColumns * Bp * W);
     for (int64_t block = first * kColumns; block < smaller(last * kColumns, h_blocks); ++block) {
-      float* sums = hr + (block * Bp + row0) * W;
+      float* sums = hr + block * Bp * W;
       const int columns = sizes.outputs(block);
       if (direct) {
         clear(sums, n * W);
         for (int64_t row = 0; row < n; row += kDotRows)
-          dot_rows(int(smaller(n - row, kDotRows)), H, m + (row0 + row) * m_row, m_row, a.weight_hr + block * W * H, H,
+          dot_rows(int(smaller(n - row, kDotRows)), H, m + row * m_row, m_row, a.weight_hr + block * W * H, H,
                    columns, sums + row * W, W);
       }
       for (int64_t row = 0; row < n; ++row)
@@ -588,12 +605,11 @@ struct Forward {
   /* Hands on what a step made of h. */
   template <bool kOptions>
   void put(int64_t step, int64_t row, int64_t block, int columns, V before, V after) {
-    int64_t t = steps.time(step);
     if constexpr (kOptions) {
       const ls_options& o = a.options;
       V zoneout = splat(o.zoneout);
       if (o.zoneout_mask)
-        zoneout = load_part(o.zoneout_mask + (t * B + steps.batch_row(row)) * P + block * W, columns);
+        zoneout = load_part(o.zoneout_mask + (steps.time(step) * B + steps.batch_row(row)) * P + block * W, columns);
       after = after + zoneout * (before - after);
       if (raw_differs) store(raw[(step + 1) & 1] + h_at(block, row), after);
       store_h(step + 1, block, row, seen(after, step + 1, row, block, columns));
@@ -601,11 +617,31 @@ struct Forward {
       if constexpr (!R::kFloats) store(raw[(step + 1) & 1] + h_at(block, row), after);
       store_h(step + 1, block, row, after);
     }
-    store_part(a.y + steps.offset(t, row, a.y_step, a.y_row) + block * W, after, columns);
+  }
+
+  /* What this thread made of h in a step. */
+  void put_out(const Team& team, int64_t step, int64_t n) {
+    if (projects)
+      put_out(step, row0, row0 + n, team.begin(projection.panels()) * kColumns, team.end(projection.panels()) * kColumns);
+    else if (normal)
+      put_out(step, row0 + team.begin(n), row0 + team.end(n), 0, h_blocks);
+    else
+      put_out(step, row0, row0 + n, team.begin(sizes.panels) * Cell::kUnits, team.end(sizes.panels) * Cell::kUnits);
+  }
+
+  /* Blocks of what a step made, to where it goes: row by row, each from end to end, since others write the rows beside. */
+  void put_out(int64_t step, int64_t first_row, int64_t last_row, int64_t first_block, int64_t last_block) {
+    last_block = smaller(last_block, sizes.hidden_blocks());
+    for (int64_t row = first_row; row < last_row; ++row) {
+      float* to = a.y + steps.offset(steps.time(step), row, a.y_step, a.y_row);
+      const float* from = raw[(step + 1) & 1] + h_at(0, row);
+      for (int64_t block = first_block; block < last_block; ++block)
+        store_part(to + block * W, load(from + block * h_block), sizes.outputs(block));
+    }
   }
 
   /* Own rows of a step whose products are ready, with layer normalisation. */
-  void finish_rows(const Team& team, int64_t step, int64_t row0, int64_t n, int64_t chunk, float* xg_rows) {
+  void finish_rows(const Team& team, int64_t step, int64_t n, int64_t chunk, float* xg_rows) {
     for (int64_t row = team.begin(n); row < team.end(n); ++row)
       if (options)
         finish_row<true>(step, row0 + row, chunk * NW, xg_rows + row * NW);
@@ -626,7 +662,7 @@ struct Forward {
         int units = sizes.units(block);
         float* saved = saved_at(step, block, row);
         if (!units) {
-          if (saved) clear(saved, saved_row);
+          if (saved) clear(saved, saving.block);
           continue;
         }
         const float* biases = biases_of(panel);
@@ -657,7 +693,7 @@ struct Forward {
           put<kOptions>(step, row, block, units, before, after);
       }
     if constexpr (kLstm) {
-      const float* c_row = c + row * W;
+      const float* c_row = c_at(0, row);
       of_c = moments<Cell, 1>(sizes, c_row, Bp * W);
       for (int64_t block = 0; block < sizes.panels; ++block) {
         int units = sizes.units(block);
@@ -671,7 +707,7 @@ struct Forward {
       }
     }
     if (a.saved) {
-      float* to = a.saved + steps.total_rows() * sizes.U * saved_row + (row_offset[step] + row) * kRowMoments;
+      float* to = a.saved + saving.moments_at(row_offset[step], steps.total_rows(), row);
       to[0] = of_x.scale;
       to[1] = of_h.scale;
       to[2] = of_c.mean;
@@ -680,7 +716,7 @@ struct Forward {
   }
 
   /* States after the last steps, and zeros past the ends. */
-  void finish(const Team& team, int64_t row0, int64_t row1) {
+  void finish(const Team& team) {
     const ls_shape& s = a.shape;
     for (int64_t block = team.begin(sizes.hidden_blocks()); block < team.end(sizes.hidden_blocks()) && a.h_n; ++block) {
       int64_t run = T; /* steps that a row has run */
@@ -693,7 +729,7 @@ struct Forward {
     }
     for (int64_t block = team.begin(sizes.unit_blocks()); block < team.end(sizes.unit_blocks()) && kLstm && a.c_n; ++block)
       for (int64_t row = row0; row < row1; ++row)
-        store_part(a.c_n + steps.batch_row(row) * H + block * W, load(c + (block * Bp + row) * W), sizes.units(block));
+        store_part(a.c_n + steps.batch_row(row) * H + block * W, load(c_at(block, row)), sizes.units(block));
     if (row1 == B) clear_past_ends(steps, team.begin(T), team.end(T), a.y, a.y_step, a.y_row, P);
   }
 };

@@ -20,7 +20,8 @@ template <class Cell>
 static void lay_out_gates(const ls_shape& s, bool normal, const float* saved, float* gates) {
   const Steps steps(s);
   const Sizes<Cell> sizes(s.I, s.H);
-  const int64_t saved_row = saved_vectors<Cell>(normal) * W, whole = s.T * s.B * s.H;
+  const Saved<Cell> saving(sizes, normal, Saved<Cell>::groups_of(saved));
+  const int64_t whole = s.T * s.B * s.H;
   int64_t rows_before = 0;
   for (int64_t step = 0; step < s.T; ++step) {
     float* of_step = gates + steps.time(step) * s.B * s.H;
@@ -29,7 +30,7 @@ static void lay_out_gates(const ls_shape& s, bool normal, const float* saved, fl
       float* to = of_step + steps.batch_row(row) * s.H;
       for (int vector = 0; vector < shown_vectors<Cell>(); ++vector, to += whole)
         for (int64_t block = 0; block < sizes.unit_blocks(); ++block) {
-          const float* from = saved + saved_offset(sizes, saved_row, rows_before, n, block, row) + vector * W;
+          const float* from = saved + saving.at(rows_before, n, block, row) + vector * W;
           store_part(to + block * W, row < n ? load(from) : V{}, sizes.units(block));
         }
     }

@@ -55,8 +55,7 @@ static int32_t backward(const ls_backward_args* args) {
 static int64_t saved_floats(const ls_shape* shape, bool normal) {
   return of_layer(shape->cell, [=](auto cell) {
     using Cell = decltype(cell);
-    int64_t units = Sizes<Cell>(shape->I, shape->H).U * saved_vectors<Cell>(normal) * W;
-    return Steps(*shape).total_rows() * (units + (normal ? kRowMoments : 0));
+    return Saved<Cell>(Sizes<Cell>(shape->I, shape->H), normal).floats(Steps(*shape).total_rows(), normal);
   });
 }
 

@@ -133,9 +133,10 @@ static inline void clear_past_ends(const Steps& steps, int64_t first, int64_t la
       __builtin_memset(p + steps.offset(t, row, step_stride, row_stride), 0, size_t(floats) * sizeof(float));
 }
 
-/* What the forward pass saves: [step][unit block][row][vectors][W], steps in the order in which they are run. With layer
-   normalisation W_ih x and W_hh h follow the cell's own vectors, normalised but without gain, and at the end there are four
-   numbers for every row of every step: the scales of W_ih x and W_hh h, and mean and scale of c. */
+/* What the forward pass saves: a vector whose first number says how many groups of rows there are, then
+   [step][group][unit block][row of the group][vectors][W], steps in the order in which they are run. With layer normalisation
+   W_ih x and W_hh h follow the cell's own vectors, normalised but without gain, and at the end there are four numbers for every
+   row of every step: the scales of W_ih x and W_hh h, and mean and scale of c. */
 constexpr int kRowMoments = 4;
 
 template <class Cell>
@@ -143,11 +144,36 @@ constexpr int64_t saved_vectors(bool normal) {
   return Cell::kSaved + (normal ? 2 * Cell::kGates : 0);
 }
 
+/* Where it lies. Teams that divide a batch's rows have a group each, whose rows no other team writes between. */
 template <class Cell>
-static inline int64_t saved_offset(const Sizes<Cell>& sizes, int64_t saved_row, int64_t rows_before, int64_t rows,
-                                   int64_t block, int64_t row) {
-  return (rows_before * sizes.U + block * rows + row) * saved_row;
-}
+struct Saved {
+  int64_t block, row; /* floats of a unit block of a row, of a row */
+  int64_t groups;     /* more than one only where each step has all rows */
+  Saved(const Sizes<Cell>& sizes, bool normal, int64_t groups = 1)
+      : block(saved_vectors<Cell>(normal) * W), row(sizes.U * block), groups(groups) {}
+
+  static int64_t groups_of(const float* saved) { return saved ? int64_t(*saved) : 1; }
+
+  /* The rows [begin, end) among which a row of `rows` is. */
+  struct Group {
+    int64_t begin, end;
+  };
+  Group group_of(int64_t of, int64_t rows) const {
+    if (groups == 1) return {0, rows};
+    const int64_t number = ((of + 1) * groups - 1) / rows;
+    return {rows * number / groups, rows * (number + 1) / groups};
+  }
+
+  /* A row's unit block in a step that has `rows` rows and `before` in all steps before it; the row's four numbers. */
+  int64_t at(int64_t before, int64_t rows, int64_t unit_block, int64_t of) const {
+    const Group group = group_of(of, rows);
+    return W + (before + group.begin) * row + (unit_block * (group.end - group.begin) + of - group.begin) * block;
+  }
+  int64_t moments_at(int64_t before, int64_t total_rows, int64_t of) const {
+    return W + total_rows * row + (before + of) * kRowMoments;
+  }
+  int64_t floats(int64_t total_rows, bool normal) const { return W + total_rows * (row + (normal ? kRowMoments : 0)); }
+};
 
 /* Whether a call reads the weights as they lie, because packing them would cost more than it saves: few rows, and for a single
    step fewer than rows whose sums over lanes cost as much, of weights whose vectors lie across two lines of the cache fewer
@@ -212,6 +238,10 @@ class Arena {
   float* next_;
   int64_t floats_;
 };
+
+/* Floats between what two teams write: a page, past which no core brings lines ahead that another is writing. Where it brings such
+   lines, they go back and forth between the cores' caches, which is slow where these are not near each other: docs/log.md. */
+constexpr int64_t kApart = 1024;
 
 /* A thread's own of `all` blocks of W columns: whole panels of a deep product. */
 struct Blocks {

@@ -36,7 +36,7 @@ struct WeightGradients {
   const Sizes<Cell>& sizes;
   const int64_t I, H, P, U;
   const bool normal;
-  const int64_t saved_row; /* floats that a row of a unit block has saved */
+  const Saved<Cell> saving;
   Sum sums[kSums];
 
   float* x_columns; /* the chunk's x, its h before each step, its m: [panel of columns][row][vectors W] */
@@ -49,7 +49,7 @@ struct WeightGradients {
 
   WeightGradients(const ls_backward_args& args, const Steps& steps, const Sizes<Cell>& sizes)
       : a(args), steps(steps), sizes(sizes), I(sizes.I), H(sizes.H), P(sizes.P), U(sizes.unit_blocks()),
-        normal(args.options.gamma_ih), saved_row(saved_vectors<Cell>(normal) * W),
+        normal(args.options.gamma_ih), saving(sizes, args.options.gamma_ih, Saved<Cell>::groups_of(args.saved)),
         sums{{args.dweight_ih, G * H * I},
              {args.dweight_hh, G * H * P},
              {L::kLstm && args.shape.P ? args.dweight_hr : nullptr, P * H},
@@ -122,7 +122,7 @@ struct WeightGradients {
   /* Own panels of m of one row. */
   void copy_m(const Team& team, int64_t step, int64_t row, int64_t at, int64_t rows, int64_t rows_before) {
     const ls_options& o = a.options;
-    const float* moments = a.saved + steps.total_rows() * sizes.U * saved_row + (rows_before + row) * kRowMoments;
+    const float* moments = a.saved + saving.moments_at(rows_before, steps.total_rows(), row);
     int64_t panels = O::panels(H);
     for (int64_t panel = team.begin(panels); panel < team.end(panels); ++panel) {
       int vectors = O::vectors_at(panel * O::kColumns, H);
@@ -130,12 +130,12 @@ struct WeightGradients {
       for (int i = 0; i < vectors; ++i) {
         const int64_t block = panel * O::kVectors + i;
         const int units = sizes.units(block);
-        const float* saved = a.saved + saved_offset(sizes, saved_row, rows_before, steps.rows(step), block, row);
-        V read = load(saved + L::kC * W);
+        const float* of_block = a.saved + saving.at(rows_before, steps.rows(step), block, row);
+        V read = load(of_block + L::kC * W);
         if (normal)
           read = (read - moments[2]) * moments[3] * load_part(o.gamma_c + block * W, units) +
                  load_part(o.beta_c + block * W, units);
-        F::store_right(to + i * F::kWide, at, first_lanes(load(saved + L::kO * W) * tanh(read), units));
+        F::store_right(to + i * F::kWide, at, first_lanes(load(of_block + L::kO * W) * tanh(read), units));
       }
     }
   }

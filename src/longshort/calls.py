@@ -220,11 +220,19 @@ def is_readable(gradient: Tensor | None) -> bool:
     return not is_legacy_batchedtensor(gradient) and bool(gradient.data_ptr() or not gradient.numel())
 
 
+SAVED_BEFORE_ROWS = 16  # floats, at most
+"""What the forward pass saves in one direction before what it saves of any row: a vector."""
+
+
 @functools.cache
 def saved_floats_a_row(cell: str, H: int, target: int, layer_norm: bool) -> int:
     """Return the floats that the forward pass saves for one row of one step in one direction."""
-    shape = SHAPE.pack(1, 1, 1, H, 0, 0, 0, 0, native.LAYER_CELLS[cell], 0, 1, target)
-    return int(library.ls_saved_floats(shape, layer_norm))
+
+    def of_rows(rows: int) -> int:
+        shape = SHAPE.pack(1, rows, 1, H, 0, 0, 0, 0, native.LAYER_CELLS[cell], 0, 1, target)
+        return int(library.ls_saved_floats(shape, layer_norm))
+
+    return of_rows(1) - of_rows(0)
 
 
 def saved_floats(call: Call, x: Tensor) -> int:

@@ -101,7 +101,7 @@ def _saved_floats(cell: str, H: int, T: int, B: int, target: int, layer_norm: bo
     A graph that names no target is made before it is known which one runs: the most that any of them saves. The next
     direction's begins with a line of the cache.
     """
-    return (T * B * _floats_a_row(cell, H, target, layer_norm) // 16 + 1) * 16
+    return (calls.SAVED_BEFORE_ROWS + T * B * _floats_a_row(cell, H, target, layer_norm)) // 16 * 16 + 16
 
 
 @functools.cache
