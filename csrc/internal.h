@@ -65,6 +65,7 @@ constexpr double kFlopsPerUpdatedWeight = 32.0;
 
 bool set_threading(bool openmp);
 bool uses_openmp();
+double handover();
 
 /* A team of threads that divides work and waits for each other between steps. Where there are two in the whole call, and one
    waits for long again and again, since the other is not being run (a neighbour has its core), the first goes on alone and the

@@ -239,6 +239,8 @@ int32_t ls_set_target(int32_t target) {
 int32_t ls_set_threading(int32_t openmp) { return set_threading(openmp != 0) ? LS_OK : LS_BAD_ARGUMENT; }
 int32_t ls_threading(void) { return uses_openmp(); }
 
+double ls_handover(void) { return handover(); }
+
 int64_t ls_saved_floats(const ls_shape* shape, int32_t layer_norm) {
   const Target* target = shape && is_shape(*shape) ? find(shape->target) : nullptr;
   return target ? target->saved_floats(shape, layer_norm != 0) : -1;

@@ -44,7 +44,7 @@
 extern "C" {
 #endif
 
-#define LS_ABI_VERSION 10
+#define LS_ABI_VERSION 11
 
 /* The last is a cell of layers, not of models. */
 enum ls_cell { LS_RNN_TANH = 0, LS_RNN_RELU = 1, LS_GRU = 2, LS_LSTM = 3, LS_LSTM_COUPLED = 4 };
@@ -271,6 +271,10 @@ LS_API int32_t ls_set_target(int32_t target);
    ls_threading says which is in use. */
 LS_API int32_t ls_set_threading(int32_t openmp);
 LS_API int32_t ls_threading(void);
+
+/* Seconds that a line of the cache takes from one of two threads to the other: some 1e-8 where their cores share a cache, ten
+   times that where they do not. Quickest of some rounds; 0: no second thread came. */
+LS_API double ls_handover(void);
 
 /* Floats that the forward pass saves for the backward pass, without or with layer normalisation; that ls_pack writes.
    -1: a bad argument. */

@@ -232,6 +232,42 @@ void parallel(int num_threads, int of, void (*body)(void*, int, int), void* cont
   learn(come, come < wanted);
 }
 
+namespace {
+
+/* Two threads that hand a number on: each adds 1 where it finds its own. */
+struct Handed {
+  alignas(64) int number;
+  alignas(64) int64_t quickest; /* ns of a round */
+};
+
+constexpr int kHands = 200, kRounds = 8;      /* of a round, an even number */
+constexpr int64_t kLongRounds = 20 * 1000000; /* ns after which they end: one of the threads is not being run */
+
+void hand_on(void* context, int thread, int count) {
+  if (count < 2) return;
+  Handed* handed = static_cast<Handed*>(context);
+  const int64_t begun = now();
+  int64_t round_begun = begun;
+  for (int hand = thread; hand < kHands * kRounds; hand += 2) {
+    for (int64_t looks = 1; get(&handed->number) < hand; ++looks)
+      if (looks % 4096 == 0 && now() - begun > kLongRounds) set(&handed->number, kHands * kRounds);
+    if (get(&handed->number) != hand) return;
+    set(&handed->number, hand + 1);
+    if (thread || hand % kHands) continue;
+    const int64_t at = now();
+    if (hand && (handed->quickest == 0 || at - round_begun < handed->quickest)) handed->quickest = at - round_begun;
+    round_begun = at;
+  }
+}
+
+}  // namespace
+
+double handover() {
+  Handed handed = {};
+  parallel(2, 2, hand_on, &handed);
+  return double(handed.quickest) / kHands * 1e-9;
+}
+
 int useful_threads(int wanted, double flops, double steps) {
   /* A thread more must save more than the waits cost that it brings: about 1 us a step and 5 a call. Where there are more than
      two, each saves less, and makes all wait longer. */

@@ -280,8 +280,8 @@ class Case:
         more = {"sequences": self.sequences(reverse), "options": self.options, "state": self.state, **more}
         return native_layers.forward(self.cell, self.x, self.weights, **more)
 
-    def check(self, target: str, reverse: bool = False, threads: int = 1, **more: Any) -> None:
-        """Compare outputs and gradients of this target with the reference."""
+    def check(self, target: str, reverse: bool = False, threads: int = 1, back: int | None = None, **more: Any) -> None:
+        """Compare outputs and gradients of this target with the reference; `back`: the backward pass's threads."""
         rng = np.random.default_rng(1)
         sequences = self.sequences(reverse)
         plain = self.forward(reverse, threads=threads, target=target, **more)
@@ -312,7 +312,7 @@ class Case:
         for name, gate in shown.items():
             close(gate, expected.shown[name], max(forward), name)
         arguments = (self.cell, self.x, self.weights, output, dy, self.state, dstate, dgates)
-        settings["threads"] = threads
+        settings["threads"] = threads if back is None else back
         gradients = native_layers.backward(*arguments, **settings)
         names = [*Gradients._fields[:6], *Gradients._fields[6 : 6 + len(self.state)]]
         found_of = {name: getattr(gradients, name) for name in names}

@@ -92,6 +92,15 @@ def test_blocks_alternate_and_preparing_is_outside_the_clock() -> None:
     assert script.calls.count("ours prepares") == timed.count("ours")
 
 
+def test_each_look_at_the_machine_asks_how_far_its_cores_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Script()
+    one = script.side("", lambda: 1.0)
+    figures = iter([1e-7, None, 3e-8, 2e-8])
+    monkeypatch.setattr(native, "handover", lambda: next(figures))
+    found = timing.interleave(one, one, one, blocks=3, block_seconds=1.0, clock=script.clock)
+    assert found.handovers == [1e-7, 3e-8, 2e-8]
+
+
 def test_a_block_is_the_median_of_its_calls() -> None:
     script = Script()
     lengths = iter([1.0, 1.0, *([1.0, 50.0, 2.0] * 5)])
@@ -375,6 +384,7 @@ def test_rows_hold_what_is_promised() -> None:
         "ours_blocks": [1.0] * 5,
         "peer_blocks": [2.0] * 5,
         "repetitions": [3, 2],
+        "handover_seconds": 0.0,
     }
     json.dumps(found, allow_nan=False)
 
@@ -389,6 +399,8 @@ def test_the_ratio_is_that_of_the_medians() -> None:
     assert not row.noisy
     for disturbed in (replace(timed, stolen=0.05), replace(timed, gemm=[1.0, 1.0, 1.0, 2.0, 2.0, 2.0])):
         assert ledger.Row.of(case, disturbed, kernel="torch", attempts=1, gemm_size=8).noisy
+    seen = replace(timed, handovers=[3e-8, 2e-7, 4e-8])
+    assert ledger.Row.of(case, seen, kernel="torch", attempts=1, gemm_size=8).handover_seconds == 4e-8
 
 
 def test_noisy_rows_are_measured_again_at_the_end_and_the_quieter_is_kept() -> None:

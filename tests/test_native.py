@@ -292,8 +292,11 @@ def test_threads_that_divide_rows(target: str, cell: str, reverse: bool) -> None
     P = 11 if native.STATES[cell] == 2 else 0
     for T, B, layer_norm in ((9, 34, False), (40, 17, True)):
         case = Case(rng, cell, T=T, B=B, I=13, H=39, P=P, everything=True, layer_norm=layer_norm, offset=1)
-        for threads in (2, 5):
-            case.check(target, reverse, threads)
+        for threads, back in ((2, 2), (5, 5), (5, 2), (2, 5), (1, 5), (5, 1)):
+            case.check(target, reverse, threads, back)
+        saved = case.forward(reverse, threads=5, target=target, save=True).saved
+        assert saved is not None
+        assert saved[0] > 1  # what is saved lies in groups of rows, those of the forward pass's teams
 
 
 @DIRECTIONS

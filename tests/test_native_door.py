@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import itertools
 import os
@@ -166,6 +167,20 @@ def test_sizes_and_names_that_cannot_be_are_refused() -> None:
         assert not library.ls_target_supported(target)
         assert library.ls_target_name(target) is None
     library.ls_trim()
+
+
+@needs_library
+def test_a_line_goes_from_core_to_core() -> None:
+    """Or it says so where no second thread comes, or two share a core and each waits for the system to run it."""
+    program = (
+        "import os\n"
+        "from longshort import native\n"
+        "print([native.handover() for _ in range(5)])\n"
+        "if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "print(native.handover())\n"
+    )
+    several, alone = map(ast.literal_eval, python(program).stdout.splitlines())
+    assert all(seconds is None or seconds > 0 for seconds in [*several, alone])
 
 
 @needs_library

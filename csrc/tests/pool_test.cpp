@@ -111,6 +111,7 @@ int main(int count, char** arguments) {
         if (!near(calls[i].run(num_threads, false), forward[i], 0.0f)) __atomic_add_fetch(&wrong, 1, __ATOMIC_RELAXED);
         if (!near(calls[i].run(num_threads, true), both[i], 1e-5f)) __atomic_add_fetch(&wrong, 1, __ATOMIC_RELAXED);
         if (round % 5 == i) ls_trim();
+        if (ls_handover() < 0) __atomic_add_fetch(&wrong, 1, __ATOMIC_RELAXED);
       }
     });
   for (std::thread& thread : threads) thread.join();

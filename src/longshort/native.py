@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
-ABI_VERSION = 10
+ABI_VERSION = 11
 OK, OUT_OF_MEMORY, BAD_ARGUMENT = 0, 1, 2
 CELLS = {"rnn": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
 """Each cell of models that has native kernels, and its number in the library."""
@@ -76,6 +76,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ls_set_target": (_i32, (_i32,)),
     "ls_set_threading": (_i32, (_i32,)),
     "ls_threading": (_i32, ()),
+    "ls_handover": (ctypes.c_double, ()),
     "ls_saved_floats": (_i64, (_pointer, _i32)),
     "ls_packed_floats": (_i64, (_i32, _i64, _i64, _i64, _i32)),
     "ls_pack": (_i32, (_pointer, _i32, _pointer)),
@@ -255,6 +256,16 @@ def threading() -> str | None:
     """Return whose threads run the kernels: `own`, or `openmp`, the pool of the process; None without a library."""
     found = library()
     return ("own", "openmp")[found.ls_threading()] if found else None
+
+
+def handover() -> float | None:
+    """Return the seconds that a line of the cache takes from one thread to another just now.
+
+    Some 1e-8 where their cores share a cache, ten times that where they do not, as in a virtual machine that is moved
+    about. None without a library, or where no second thread came in time.
+    """
+    found = library()
+    return (found.ls_handover() or None) if found else None
 
 
 @functools.cache

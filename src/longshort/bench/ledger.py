@@ -42,6 +42,7 @@ class Row(Case):
         gemm_share: `gflops` / `gemm_gflops`.
         gemm_spread: as `ours_spread`.
         stolen: share of the processor time that the host gave to others meanwhile.
+        handover_seconds: of a line of the cache from core to core, median of those between the blocks; 0 if unknown.
         noisy: whether `gemm_spread` or `stolen` is so large that the row should not be trusted.
         attempts: how often it was measured.
         ours_blocks: seconds of each block.
@@ -65,6 +66,7 @@ class Row(Case):
     ours_blocks: list[float]
     peer_blocks: list[float]
     repetitions: list[int]
+    handover_seconds: float = 0.0
 
     @property
     def case(self) -> Case:
@@ -104,6 +106,7 @@ class Row(Case):
             ours_blocks=timing.ours,
             peer_blocks=timing.peer,
             repetitions=list(timing.repetitions),
+            handover_seconds=statistics.median(timing.handovers or [0.0]),
         )
 
 

@@ -18,6 +18,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from longshort import native
+
 BLOCKS = 5
 BLOCK_SECONDS = 0.05
 """A side repeats its call for about so long in each block, once at least."""
@@ -54,6 +56,8 @@ class Timing:
         gemm: the matrix product, before the first block and after each.
         repetitions: calls of ours and of the peer in a block.
         stolen: share of all processor time that the host took from this machine meanwhile.
+        handovers: what `native.handover` gave after each product, where it gave something. On some machines it goes
+            from 3e-8 to 2e-7 seconds and back within a minute, and threads that wait for each other with it.
     """
 
     ours: list[float] = field(default_factory=list)
@@ -61,6 +65,7 @@ class Timing:
     gemm: list[float] = field(default_factory=list)
     repetitions: tuple[int, int] = (0, 0)
     stolen: float = 0.0
+    handovers: list[float] = field(default_factory=list)
 
 
 def interleave(
@@ -89,11 +94,12 @@ def interleave(
     ours_calls, peer_calls = (_calls_of_block(side, block_seconds, clock) for side in (ours, peer))
     _one(gemm, clock)
     before = ticks()
-    timing = Timing(repetitions=(ours_calls, peer_calls), gemm=[_one(gemm, clock)])
+    timing = Timing(repetitions=(ours_calls, peer_calls))
     turns = [(ours, ours_calls, timing.ours), (peer, peer_calls, timing.peer)]
+    _look_at_machine(gemm, clock, timing)
     for number in range(blocks):
         _take_turns(turns, number, clock)
-        timing.gemm.append(_one(gemm, clock))
+        _look_at_machine(gemm, clock, timing)
     stolen, total = (now - then for now, then in zip(ticks(), before, strict=True))
     timing.stolen = stolen / total if total > 0 else 0.0
     return timing
@@ -162,6 +168,12 @@ def _take_turns(turns: Sequence[Turn], number: int, clock: Clock) -> None:
     for side, calls, figures in reversed(turns) if number % 2 else turns:
         with side.within():
             figures.append(statistics.median(_one(side, clock) for _ in range(calls)))
+
+
+def _look_at_machine(gemm: Side, clock: Clock, timing: Timing) -> None:
+    timing.gemm.append(_one(gemm, clock))
+    if (seconds := native.handover()) is not None:
+        timing.handovers.append(seconds)
 
 
 def _calls_of_block(side: Side, block_seconds: float, clock: Clock) -> int:

@@ -90,6 +90,7 @@ class Row:
         noisy: as `ledger.Row.noisy`.
         ours_blocks: seconds a unit, of each block.
         peer_blocks: the same.
+        handover_seconds: as `ledger.Row.handover_seconds`.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Row:
     noisy: bool
     ours_blocks: list[float]
     peer_blocks: list[float]
+    handover_seconds: float
 
 
 class Setting(NamedTuple):
@@ -210,6 +212,7 @@ def _measure(contest: Contest) -> Row:
         noisy=spread(timing.gemm) > ledger.MOST_GEMM_SPREAD or timing.stolen > ledger.MOST_STOLEN,
         ours_blocks=ours,
         peer_blocks=theirs,
+        handover_seconds=statistics.median(timing.handovers or [0.0]),
     )
 
 

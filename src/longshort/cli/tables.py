@@ -162,6 +162,11 @@ def print_benchmark(result: Mapping[str, Any], worst: int | None = None) -> None
     console.print("The peer's time divided by ours, geometric mean of each band (in brackets: the mark to be reached).")
     if result["noisy"]:
         console.print(f"{result['noisy']} of {len(result['rows'])} cases were noisy to the last.")
+    if handovers := [1e9 * row["handover_seconds"] for row in result["rows"] if row["handover_seconds"]]:
+        console.print(
+            f"A line of the cache went from core to core in {statistics.median(handovers):.0f} ns "
+            f"({min(handovers):.0f} to {max(handovers):.0f})."
+        )
 
 
 def _with_headline(result: Mapping[str, Any]) -> Console:
