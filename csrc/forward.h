@@ -192,7 +192,7 @@ struct Forward {
       Forward own = *this;
       own.row0 = B * index / teams;
       own.row1 = B * (index + 1) / teams;
-      own.partless += index;
+      if (kPartless) own.partless += index;
       must_be(own.carve_team(of_teams + index * (team_floats + kApart)) == team_floats);
       own.run_rows(team);
     });
