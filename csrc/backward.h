@@ -79,7 +79,8 @@ struct Backward {
   Backward(const ls_backward_args& args)
       : a(args), steps(args.shape), sizes(args.shape.I, args.shape.H, args.shape.P), T(args.shape.T), B(args.shape.B),
         I(args.shape.I), H(args.shape.H), P(sizes.P), U(sizes.unit_blocks()), h_blocks(sizes.hidden_blocks()),
-        saving(sizes, args.options.gamma_ih, Saved<Cell>::groups_of(args.saved)), row0(0), row1(B), weights(args, steps, sizes) {
+        saving(sizes, args.options.gamma_ih, Saved<Cell>::groups_of(args.saved)), row0(0), row1(B),
+        weights(args, steps, sizes, saving) {
     const ls_options& o = a.options;
     peeps = o.weight_cf;
     options = o.h_mask || o.resets || o.zoneout_mask || o.zoneout != 0.0f || peeps || a.dgates;
@@ -204,14 +205,6 @@ struct Backward {
     copy_or_clear(a.dweight_cf, nullptr, H);
     copy_or_clear(a.dweight_co, nullptr, H);
     if (a.dx && !a.accumulate_dx) clear_past_ends(steps, 0, T, a.dx, a.dx_step, a.dx_row, I);
-  }
-
-  static void copy_or_clear(float* to, const float* from, int64_t floats) {
-    if (!to || to == from) return;
-    if (from)
-      __builtin_memcpy(to, from, size_t(floats) * sizeof(float));
-    else
-      clear(to, floats);
   }
 
   void work(int thread, int count) {

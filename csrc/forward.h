@@ -145,7 +145,8 @@ struct Forward {
   int32_t run() {
     if (a.saved) store(a.saved, splat(float(saving.groups)));
     if (steps.total_rows() == 0) {
-      copy_state();
+      copy_or_clear(a.h_n, a.h0, B * P);
+      if (kLstm) copy_or_clear(a.c_n, a.c0, B * H);
       clear_past_ends(steps, 0, T, a.y, a.y_step, a.y_row, P);
       return LS_OK;
     }
@@ -161,19 +162,6 @@ struct Forward {
         [](void* context, int thread, int count) { static_cast<Forward*>(context)->work(thread, count); }, this);
     give(memory);
     return LS_OK;
-  }
-
-  void copy_state() {
-    for (int i = 0; i < (kLstm ? 2 : 1); ++i) {
-      size_t bytes = size_t(B * (i ? H : P)) * sizeof(float);
-      const float* from = i ? a.c0 : a.h0;
-      float* to = i ? a.c_n : a.h_n;
-      if (!to || to == from) continue;
-      if (from)
-        __builtin_memcpy(to, from, bytes);
-      else
-        __builtin_memset(to, 0, bytes);
-    }
   }
 
   void work(int thread, int count) {

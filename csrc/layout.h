@@ -258,6 +258,15 @@ static inline int64_t odd(int64_t rows) { return rows | 1; }
 
 static inline void clear(float* p, int64_t floats) { __builtin_memset(p, 0, size_t(floats) * sizeof(float)); }
 
+/* What `from` holds, zeros where there is none; into nothing where nobody wants it. */
+static inline void copy_or_clear(float* to, const float* from, int64_t floats) {
+  if (!to || to == from) return;
+  if (from)
+    __builtin_memcpy(to, from, size_t(floats) * sizeof(float));
+  else
+    clear(to, floats);
+}
+
 /* panel[k][n W + u] = weight[row(n, u)][k]: W rows of the weights side by side. `rows` of the W are not padding. */
 template <class F>
 static void transpose_block(const float* weight, int64_t stride, int rows, int64_t K, float* panel, int64_t panel_width) {

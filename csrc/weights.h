@@ -34,9 +34,9 @@ struct WeightGradients {
   const ls_backward_args& a;
   const Steps& steps;
   const Sizes<Cell>& sizes;
+  const Saved<Cell>& saving;
   const int64_t I, H, P, U;
   const bool normal;
-  const Saved<Cell> saving;
   Sum sums[kSums];
 
   float* x_columns; /* the chunk's x, its h before each step, its m: [panel of columns][row][vectors W] */
@@ -47,9 +47,9 @@ struct WeightGradients {
   float* right_input;
   float* dh_right;
 
-  WeightGradients(const ls_backward_args& args, const Steps& steps, const Sizes<Cell>& sizes)
-      : a(args), steps(steps), sizes(sizes), I(sizes.I), H(sizes.H), P(sizes.P), U(sizes.unit_blocks()),
-        normal(args.options.gamma_ih), saving(sizes, args.options.gamma_ih, Saved<Cell>::groups_of(args.saved)),
+  WeightGradients(const ls_backward_args& args, const Steps& steps, const Sizes<Cell>& sizes, const Saved<Cell>& saving)
+      : a(args), steps(steps), sizes(sizes), saving(saving), I(sizes.I), H(sizes.H), P(sizes.P), U(sizes.unit_blocks()),
+        normal(args.options.gamma_ih),
         sums{{args.dweight_ih, G * H * I},
              {args.dweight_hh, G * H * P},
              {L::kLstm && args.shape.P ? args.dweight_hr : nullptr, P * H},
