@@ -79,7 +79,7 @@ struct Backward {
   Backward(const ls_backward_args& args)
       : a(args), steps(args.shape), sizes(args.shape.I, args.shape.H, args.shape.P), T(args.shape.T), B(args.shape.B),
         I(args.shape.I), H(args.shape.H), P(sizes.P), U(sizes.unit_blocks()), h_blocks(sizes.hidden_blocks()),
-        saving(sizes, args.options.gamma_ih, Saved<Cell>::groups_of(args.saved)), row0(0), row1(B),
+        saving(sizes, args.options.gamma_ih, steps.total_rows(), args.saved), row0(0), row1(B),
         weights(args, steps, sizes, saving) {
     const ls_options& o = a.options;
     peeps = o.weight_cf;
@@ -575,7 +575,7 @@ struct Backward {
   template <bool kOptions>
   void run_row_normal(int64_t step, int64_t row, const Rows& rows, float* own_parts) {
     const ls_options& o = a.options;
-    const float* m = a.saved + saving.moments_at(row_offset[step], steps.total_rows(), row);
+    const float* m = a.saved + saving.moments_at(row_offset[step], row);
     const int64_t next = rows.next(), place = rows.place(row);
     Through of_x, of_h, of_c;
     if constexpr (kLstm) {

@@ -75,7 +75,7 @@ struct Forward {
   Forward(const ls_forward_args& args)
       : a(args), steps(args.shape), sizes(args.shape.I, args.shape.H, args.shape.P, F::kParts, R::kParts), T(args.shape.T),
         B(args.shape.B), H(args.shape.H), P(sizes.P), projection{H, args.shape.P},
-        saving(sizes, args.options.gamma_ih), row0(0), row1(B) {
+        saving(sizes, args.options.gamma_ih, steps.total_rows()), row0(0), row1(B) {
     const ls_options& o = a.options;
     raw_differs = o.h_mask || o.resets;
     options = raw_differs || o.zoneout_mask || o.zoneout != 0.0f || o.weight_cf;
@@ -143,7 +143,7 @@ struct Forward {
   }
 
   int32_t run() {
-    if (a.saved) store(a.saved, splat(float(saving.groups)));
+    if (a.saved) a.saved[saving.floats - 1] = float(saving.groups);
     if (steps.total_rows() == 0) {
       copy_or_clear(a.h_n, a.h0, B * P);
       if (kLstm) copy_or_clear(a.c_n, a.c0, B * H);
@@ -695,7 +695,7 @@ struct Forward {
       }
     }
     if (a.saved) {
-      float* to = a.saved + saving.moments_at(row_offset[step], steps.total_rows(), row);
+      float* to = a.saved + saving.moments_at(row_offset[step], row);
       to[0] = of_x.scale;
       to[1] = of_h.scale;
       to[2] = of_c.mean;

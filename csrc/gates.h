@@ -20,7 +20,7 @@ template <class Cell>
 static void lay_out_gates(const ls_shape& s, bool normal, const float* saved, float* gates) {
   const Steps steps(s);
   const Sizes<Cell> sizes(s.I, s.H);
-  const Saved<Cell> saving(sizes, normal, Saved<Cell>::groups_of(saved));
+  const Saved<Cell> saving(sizes, normal, steps.total_rows(), saved);
   const int64_t whole = s.T * s.B * s.H;
   int64_t rows_before = 0;
   for (int64_t step = 0; step < s.T; ++step) {

@@ -55,7 +55,7 @@ static int32_t backward(const ls_backward_args* args) {
 static int64_t saved_floats(const ls_shape* shape, bool normal) {
   return of_layer(shape->cell, [=](auto cell) {
     using Cell = decltype(cell);
-    return Saved<Cell>(Sizes<Cell>(shape->I, shape->H), normal).floats(Steps(*shape).total_rows(), normal);
+    return Saved<Cell>(Sizes<Cell>(shape->I, shape->H), normal, Steps(*shape).total_rows()).floats;
   });
 }
 

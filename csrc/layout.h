@@ -133,10 +133,10 @@ static inline void clear_past_ends(const Steps& steps, int64_t first, int64_t la
       __builtin_memset(p + steps.offset(t, row, step_stride, row_stride), 0, size_t(floats) * sizeof(float));
 }
 
-/* What the forward pass saves: a vector whose first number says how many groups of rows there are, then
-   [step][group][unit block][row of the group][vectors][W], steps in the order in which they are run. With layer normalisation
-   W_ih x and W_hh h follow the cell's own vectors, normalised but without gain, and at the end there are four numbers for every
-   row of every step: the scales of W_ih x and W_hh h, and mean and scale of c. */
+/* What the forward pass saves: [step][group][unit block][row of the group][vectors][W], steps in the order in which they are run,
+   and at the end the number of groups of rows. With layer normalisation W_ih x and W_hh h follow the cell's own vectors,
+   normalised but without gain, and before that number there are four for every row of every step: the scales of W_ih x and W_hh h,
+   and mean and scale of c. */
 constexpr int kRowMoments = 4;
 
 template <class Cell>
@@ -147,12 +147,17 @@ constexpr int64_t saved_vectors(bool normal) {
 /* Where it lies. Teams that divide a batch's rows have a group each, whose rows no other team writes between. */
 template <class Cell>
 struct Saved {
-  int64_t block, row; /* floats of a unit block of a row, of a row */
-  int64_t groups;     /* more than one only where each step has all rows */
-  Saved(const Sizes<Cell>& sizes, bool normal, int64_t groups = 1)
-      : block(saved_vectors<Cell>(normal) * W), row(sizes.U * block), groups(groups) {}
+  int64_t block, row;     /* floats of a unit block of a row, of a row */
+  int64_t moments, floats; /* where the four numbers of rows begin, and all */
+  int64_t groups;         /* more than one only where each step has all rows */
+  Saved(const Sizes<Cell>& sizes, bool normal, int64_t total_rows)
+      : block(saved_vectors<Cell>(normal) * W), row(sizes.U * block), moments(total_rows * row),
+        floats(moments + (normal ? total_rows * kRowMoments : 0) + 1), groups(1) {}
 
-  static int64_t groups_of(const float* saved) { return saved ? int64_t(*saved) : 1; }
+  /* As a forward pass has left it. */
+  Saved(const Sizes<Cell>& sizes, bool normal, int64_t total_rows, const float* saved) : Saved(sizes, normal, total_rows) {
+    if (saved) groups = int64_t(saved[floats - 1]);
+  }
 
   /* The rows [begin, end) among which a row of `rows` is. */
   struct Group {
@@ -167,12 +172,9 @@ struct Saved {
   /* A row's unit block in a step that has `rows` rows and `before` in all steps before it; the row's four numbers. */
   int64_t at(int64_t before, int64_t rows, int64_t unit_block, int64_t of) const {
     const Group group = group_of(of, rows);
-    return W + (before + group.begin) * row + (unit_block * (group.end - group.begin) + of - group.begin) * block;
+    return (before + group.begin) * row + (unit_block * (group.end - group.begin) + of - group.begin) * block;
   }
-  int64_t moments_at(int64_t before, int64_t total_rows, int64_t of) const {
-    return W + total_rows * row + (before + of) * kRowMoments;
-  }
-  int64_t floats(int64_t total_rows, bool normal) const { return W + total_rows * (row + (normal ? kRowMoments : 0)); }
+  int64_t moments_at(int64_t before, int64_t of) const { return moments + (before + of) * kRowMoments; }
 };
 
 /* Whether a call reads the weights as they lie, because packing them would cost more than it saves: few rows, and for a single

@@ -122,7 +122,7 @@ struct WeightGradients {
   /* Own panels of m of one row. */
   void copy_m(const Team& team, int64_t step, int64_t row, int64_t at, int64_t rows, int64_t rows_before) {
     const ls_options& o = a.options;
-    const float* moments = a.saved + saving.moments_at(rows_before, steps.total_rows(), row);
+    const float* moments = a.saved + saving.moments_at(rows_before, row);
     int64_t panels = O::panels(H);
     for (int64_t panel = team.begin(panels); panel < team.end(panels); ++panel) {
       int vectors = O::vectors_at(panel * O::kColumns, H);

@@ -220,8 +220,8 @@ def is_readable(gradient: Tensor | None) -> bool:
     return not is_legacy_batchedtensor(gradient) and bool(gradient.data_ptr() or not gradient.numel())
 
 
-SAVED_BEFORE_ROWS = 16  # floats, at most
-"""What the forward pass saves in one direction before what it saves of any row: a vector."""
+SAVED_OF_ALL = 1
+"""Floats that the forward pass saves in one direction beside those of each row."""
 
 
 @functools.cache

@@ -99,9 +99,10 @@ def _saved_floats(cell: str, H: int, T: int, B: int, target: int, layer_norm: bo
     """Return what one direction saves, for all rows of all steps, also those that there are not, and the target.
 
     A graph that names no target is made before it is known which one runs: the most that any of them saves. The next
-    direction's begins with a line of the cache.
+    direction's begins with a line of the cache. Compiled graphs that PyTorch keeps on disk hold this size and never ask
+    again, also of a later version: where it changes, an operation must get another argument.
     """
-    return (calls.SAVED_BEFORE_ROWS + T * B * _floats_a_row(cell, H, target, layer_norm)) // 16 * 16 + 16
+    return (T * B * _floats_a_row(cell, H, target, layer_norm) + calls.SAVED_OF_ALL) // 16 * 16 + 16
 
 
 @functools.cache

@@ -246,7 +246,7 @@ class _LongshortQuickLayer(torch.autograd.Function):  # by its name `grad_fn` an
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         target = library.ls_active_target() if target < 0 else target
-        saved = Saved(calls.SAVED_BEFORE_ROWS + x.shape[0] * x.shape[1] * quick.saved_floats_a_row(target))
+        saved = Saved(x.shape[0] * x.shape[1] * quick.saved_floats_a_row(target) + calls.SAVED_OF_ALL)
         y, h_n, c_n = quick.forward(target, having, x, h_0, c_0, weights, None, saved.tensor)
         ctx.quick, ctx.target, ctx.having = quick, target, having
         keep(ctx, (x, h_0, c_0, *weights), y, (saved,))
