@@ -29,6 +29,7 @@ namespace LS_TARGET {
 template <class Cell, class F, class R>
 struct Backward {
   using L = LstmGates<Cell>;
+  using Group = typename Saved<Cell>::Group;
   static constexpr int G = Cell::kGates;
   static constexpr bool kLstm = L::kLstm, kGru = Cell::kCell == LS_GRU;
   static constexpr bool kOther = F::kParts != R::kParts; /* dx needs other factors than the step before */
@@ -404,10 +405,11 @@ struct Backward {
     const float* saved_before(int64_t of) const { return before + (of - row) * block_floats; }
   };
 
-  Units units_at(int64_t step, int64_t block, int64_t row) const {
+  Units units_at(int64_t step, int64_t block, int64_t row, const Group& group) const {
     const int64_t n_before = step > 0 ? steps.rows(step - 1) : 0;
-    const float* before = row < n_before ? a.saved + saving.at(row_offset[step - 1], n_before, block, row) : nullptr;
-    const float* saved = a.saved + saving.at(row_offset[step], steps.rows(step), block, row);
+    const Group group_before = saving.groups == 1 ? Group{0, n_before} : group;
+    const float* before = row < n_before ? a.saved + saving.at(row_offset[step - 1], group_before, block, row) : nullptr;
+    const float* saved = a.saved + saving.at(row_offset[step], group, block, row);
     return {step, steps.time(step), block, n_before, sizes.units(block), row, saving.block, saved, before};
   }
 
@@ -423,9 +425,10 @@ struct Backward {
   void run_step_rows(const Team& team, int64_t step, const Rows& rows, float* own_parts) {
     const Blocks own = own_units(team);
     for (int64_t first = rows.begin, last; first < rows.end; first = last) {
-      last = smaller(saving.group_of(first, steps.rows(step)).end, rows.end);
+      const Group group = saving.group_of(first, steps.rows(step));
+      last = smaller(group.end, rows.end);
       for (int64_t block = own.begin; block < own.end; ++block)
-        run_step_block<kOptions>(units_at(step, block, first), last, rows, own_parts);
+        run_step_block<kOptions>(units_at(step, block, first, group), last, rows, own_parts);
     }
   }
 
@@ -576,11 +579,12 @@ struct Backward {
   void run_row_normal(int64_t step, int64_t row, const Rows& rows, float* own_parts) {
     const ls_options& o = a.options;
     const float* m = a.saved + saving.moments_at(row_offset[step], row);
+    const Group group = saving.group_of(row, steps.rows(step));
     const int64_t next = rows.next(), place = rows.place(row);
     Through of_x, of_h, of_c;
     if constexpr (kLstm) {
       for (int64_t block = 0; block < U; ++block) {
-        const Units u = units_at(step, block, row);
+        const Units u = units_at(step, block, row, group);
         const float* saved = u.saved_of(row);
         V of_m = of_output<kOptions>(u, row);
         V c_hat = (load(saved + L::kC * W) - m[2]) * m[3], gamma = load_part(o.gamma_c + block * W, u.count);
@@ -596,7 +600,7 @@ struct Backward {
       of_c.close(H, m[3]);
     }
     for (int64_t block = 0; block < U; ++block) {
-      const Units u = units_at(step, block, row);
+      const Units u = units_at(step, block, row, group);
       const float* saved = u.saved_of(row);
       float* out = dg + block * G * next + place;
       float* out_input = dg_input + block * G * next + place;
@@ -627,7 +631,7 @@ struct Backward {
     of_x.close(G * H, m[0]);
     of_h.close(G * H, m[1]);
     for (int64_t block = 0; block < U; ++block) {
-      const float* saved = units_at(step, block, row).saved + Cell::kSaved * W;
+      const float* saved = units_at(step, block, row, group).saved + Cell::kSaved * W;
       for (int gate = 0; gate < G; ++gate) {
         const int64_t of = block * G + gate, to = of * next + place;
         put<F>(dg_input, left_input, rows, of, row, of_x(load(dg_input + to), load(saved + gate * W)));

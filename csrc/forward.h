@@ -517,7 +517,9 @@ struct Forward {
   }
 
   float* saved_at(int64_t step, int64_t block, int64_t row) const {
-    return a.saved ? a.saved + saving.at(row_offset[step], steps.rows(step), block, row) : nullptr;
+    if (!a.saved) return nullptr;
+    const typename Saved<Cell>::Group own = {row0, saving.groups == 1 ? steps.rows(step) : row1};
+    return a.saved + saving.at(row_offset[step], own, block, row);
   }
 
   template <bool kOptions>

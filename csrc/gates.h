@@ -28,9 +28,10 @@ static void lay_out_gates(const ls_shape& s, bool normal, const float* saved, fl
     int64_t n = steps.rows(step);
     for (int64_t row = 0; row < s.B; ++row) {
       float* to = of_step + steps.batch_row(row) * s.H;
+      const auto group = saving.group_of(row, n);
       for (int vector = 0; vector < shown_vectors<Cell>(); ++vector, to += whole)
         for (int64_t block = 0; block < sizes.unit_blocks(); ++block) {
-          const float* from = saved + saving.at(rows_before, n, block, row) + vector * W;
+          const float* from = saved + saving.at(rows_before, group, block, row) + vector * W;
           store_part(to + block * W, row < n ? load(from) : V{}, sizes.units(block));
         }
     }

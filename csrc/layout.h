@@ -147,9 +147,9 @@ constexpr int64_t saved_vectors(bool normal) {
 /* Where it lies. Teams that divide a batch's rows have a group each, whose rows no other team writes between. */
 template <class Cell>
 struct Saved {
-  int64_t block, row;     /* floats of a unit block of a row, of a row */
+  int64_t block, row;      /* floats of a unit block of a row, of a row */
   int64_t moments, floats; /* where the four numbers of rows begin, and all */
-  int64_t groups;         /* more than one only where each step has all rows */
+  int64_t groups;          /* more than one only where each step has all rows */
   Saved(const Sizes<Cell>& sizes, bool normal, int64_t total_rows)
       : block(saved_vectors<Cell>(normal) * W), row(sizes.U * block), moments(total_rows * row),
         floats(moments + (normal ? total_rows * kRowMoments : 0) + 1), groups(1) {}
@@ -169,9 +169,8 @@ struct Saved {
     return {rows * number / groups, rows * (number + 1) / groups};
   }
 
-  /* A row's unit block in a step that has `rows` rows and `before` in all steps before it; the row's four numbers. */
-  int64_t at(int64_t before, int64_t rows, int64_t unit_block, int64_t of) const {
-    const Group group = group_of(of, rows);
+  /* A row's unit block in a step that has `before` rows in all steps before it; the row's four numbers. */
+  int64_t at(int64_t before, const Group& group, int64_t unit_block, int64_t of) const {
     return (before + group.begin) * row + (unit_block * (group.end - group.begin) + of - group.begin) * block;
   }
   int64_t moments_at(int64_t before, int64_t of) const { return moments + (before + of) * kRowMoments; }

@@ -272,8 +272,8 @@ LS_API int32_t ls_set_target(int32_t target);
 LS_API int32_t ls_set_threading(int32_t openmp);
 LS_API int32_t ls_threading(void);
 
-/* Seconds that a line of the cache takes from one of two threads to the other: some 1e-8 where their cores share a cache, ten
-   times that where they do not. Quickest of some rounds; 0: no second thread came. */
+/* Seconds that a line of the cache takes from one of two threads to the other: some 3e-8 where their cores share a cache,
+   several times that where they do not. Quickest of some rounds; 0: no second thread came. */
 LS_API double ls_handover(void);
 
 /* Floats that the forward pass saves for the backward pass, without or with layer normalisation; that ls_pack writes.

@@ -261,8 +261,8 @@ def threading() -> str | None:
 def handover() -> float | None:
     """Return the seconds that a line of the cache takes from one thread to another just now.
 
-    Some 1e-8 where their cores share a cache, ten times that where they do not, as in a virtual machine that is moved
-    about. None without a library, or where no second thread came in time.
+    Some 3e-8 where their cores share a cache, several times that where they do not, as in a virtual machine that is
+    moved about. None without a library, or where no second thread came in time.
     """
     found = library()
     return (found.ls_handover() or None) if found else None
