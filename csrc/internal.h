@@ -41,6 +41,9 @@ constexpr int64_t kDeepestBytes = 1 << 17;
 /* Whether the processor multiplies vectors of bytes, four products in each sum (AVX512-VNNI). */
 bool multiplies_bytes();
 
+/* Whether a core reads from the third-level cache about as fast as it multiplies a few rows with what comes: AMD's, by their maker. */
+bool third_level_is_near();
+
 /* threads.cpp */
 
 constexpr int kMostThreads = 256;

@@ -192,6 +192,14 @@ struct Teams {
   int count, size;
 };
 
+/* Whether teams are worth it in which a thread reads `share` kilobytes of weights at each step, of `all`, for `rows` of the batch.
+   `stays`: its share with all threads in one team would stay in its second-level cache. `even`: teams have about equally many rows. */
+static inline bool pays_to_read(int64_t share, int64_t all, int64_t rows, bool stays, bool even) {
+  if (share <= (rows >= 10 ? 2560 : rows >= 5 ? 768 : 192)) return true;
+  if (rows >= 32 && !stays && share <= 32 << 10) return true;
+  return third_level_is_near() && even && (rows >= 8 ? all <= 14 << 10 : rows >= 4 && share <= 2560);
+}
+
 /* How `threads` are best divided, at most `panels` of them in a team. A small team waits less at each step, and passes less from
    core to core, but each of its threads reads more weights for fewer rows. What pays was measured by rows of a team and by
    weights of a thread, with two threads and with sixteen: docs/log.md. `most` teams at most. */
@@ -199,13 +207,12 @@ static inline Teams best_teams(const ls_shape& s, int64_t threads, int64_t panel
   const int64_t largest = smaller(threads, larger(panels, 1));
   /* Rows of several lengths would not be shared out evenly; to read all weights costs more than a few waits. */
   if (s.counts || s.T <= 4) return {1, int(largest)};
-  /* Where a thread's share of all units stays in its second-level cache, it is not to read what does not. */
-  const bool stays = (weights / largest * 4 >> 10) <= 2304;
+  const auto kilobytes = [weights](int64_t size) { return weights / size * 4 >> 10; };
   for (int64_t size = 1; size <= smaller(threads / 2, largest); ++size) {
-    const int64_t teams = smaller(threads / size, most), rows = s.B / teams, kilobytes = weights / size * 4 >> 10;
+    const int64_t teams = smaller(threads / size, most), rows = s.B / teams;
     if (rows == 0 || 8 * teams * size < 7 * threads) continue; /* threads would be idle */
-    const int64_t enough = rows >= 32 && !stays ? 32 << 10 : rows >= 10 ? 2560 : rows >= 5 ? 768 : 192;
-    if (kilobytes <= enough) return {int(teams), int(size)};
+    const bool even = 32 * (ceil_div(s.B, teams) * teams - s.B) <= s.B;
+    if (pays_to_read(kilobytes(size), kilobytes(1), rows, kilobytes(largest) <= 2304, even)) return {int(teams), int(size)};
   }
   /* Threads beyond one for each panel do not make less of six rows: those take as long as their weights need to come. */
   return {int(larger(smaller(smaller(threads / largest, most), s.B / 6), 1)), int(largest)};

@@ -41,6 +41,15 @@ bool multiplies_bytes() {
 #endif
 }
 
+bool third_level_is_near() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 namespace {
 
 const Target* const kTargets[] = {
