@@ -46,7 +46,7 @@ struct Backward {
   int64_t unit_panels, hidden_panels, input_panels; /* of units, and of columns of h and of x */
   bool options;           /* whether there is anything beside the plain layer; gradients of gates too */
   bool has_direct, normal, peeps, projects;
-  const Saved<Cell> saving;
+  Saved<Cell> saving;
   bool direct_weights;    /* they are read as they lie; `recurrent` has its rows one after the other then */
   bool passing;           /* a single step: each thread packs its panels one after the other into the same place */
   int64_t r_row, m_row, r_block;
@@ -80,9 +80,10 @@ struct Backward {
   Backward(const ls_backward_args& args)
       : a(args), steps(args.shape), sizes(args.shape.I, args.shape.H, args.shape.P), T(args.shape.T), B(args.shape.B),
         I(args.shape.I), H(args.shape.H), P(sizes.P), U(sizes.unit_blocks()), h_blocks(sizes.hidden_blocks()),
-        saving(sizes, args.options.gamma_ih, steps.total_rows(), args.saved), row0(0), row1(B),
+        saving(sizes, args.options.gamma_ih, steps.total_rows()), row0(0), row1(B),
         weights(args, steps, sizes, saving) {
     const ls_options& o = a.options;
+    saving.find(steps, a.saved);
     peeps = o.weight_cf;
     options = o.h_mask || o.resets || o.zoneout_mask || o.zoneout != 0.0f || peeps || a.dgates;
     normal = o.gamma_ih;
@@ -97,7 +98,7 @@ struct Backward {
     plan_teams();
     passing = T == 1 && teams == 1 && !direct_weights;
     int64_t fitting = (1 << 20) / (U * G * W); /* 4 MB of dgates */
-    const int64_t group = larger(ceil_div(B, teams), 1), all = teams > 1 ? T * group : steps.total_rows();
+    const int64_t group = larger(steps.largest_share(teams), 1), all = teams > 1 ? T * group : steps.total_rows();
     Bp = odd(group);
     r_block = direct_weights ? W : Bp * W;
     chunk_rows = larger(group, smaller(all, smaller(larger(fitting, 64), 512)));
@@ -110,7 +111,7 @@ struct Backward {
     const int64_t weights_read = hidden_panels * panel_floats<R>() + input_panels * panel_floats<F>();
     /* Adding up must cost less than it costs to exchange dgates, of which products of pairs take half. */
     const int64_t most = 1 + (direct_weights ? 0 : steps.total_rows() * G * H / larger(R::kPair * sum_floats, 1));
-    const Teams best = best_teams(a.shape, larger(a.shape.num_threads, 1), unit_panels, weights_read, most);
+    const Teams best = best_teams(steps, larger(a.shape.num_threads, 1), unit_panels, weights_read, most);
     const double rows = double(steps.total_rows()), waited_for = rows_waited_for(steps.total_rows(), T);
     double flops = 4.0 * rows * double(H) * double(G * (I + P) + a.shape.P) + 2.0 * (waited_for - rows) * double(H * G * P);
     flops += kFlopsPerUpdatedWeight * double(H * G * (I + P));
@@ -221,8 +222,8 @@ struct Backward {
     } else {
       all.for_teams(shared, teams, [&](Team& team, int64_t index) {
         Backward own = *this;
-        own.row0 = B * index / teams;
-        own.row1 = B * (index + 1) / teams;
+        own.row0 = steps.share(index, teams);
+        own.row1 = steps.share(index + 1, teams);
         must_be(own.carve_team(of_teams + index * (team_floats + kApart)) == team_floats);
         if (index) own.weights.sum_apart(sums + (index - 1) * sum_floats);
         float* own_parts = parts ? parts + index * team_size * part_floats() : nullptr;
@@ -407,9 +408,8 @@ struct Backward {
 
   Units units_at(int64_t step, int64_t block, int64_t row, const Group& group) const {
     const int64_t n_before = step > 0 ? steps.rows(step - 1) : 0;
-    const Group group_before = saving.groups == 1 ? Group{0, n_before} : group;
-    const float* before = row < n_before ? a.saved + saving.at(row_offset[step - 1], group_before, block, row) : nullptr;
-    const float* saved = a.saved + saving.at(row_offset[step], group, block, row);
+    const float* before = row < n_before ? a.saved + saving.at(row_offset[step - 1], n_before, group, block, row) : nullptr;
+    const float* saved = a.saved + saving.at(row_offset[step], steps.rows(step), group, block, row);
     return {step, steps.time(step), block, n_before, sizes.units(block), row, saving.block, saved, before};
   }
 
@@ -425,7 +425,7 @@ struct Backward {
   void run_step_rows(const Team& team, int64_t step, const Rows& rows, float* own_parts) {
     const Blocks own = own_units(team);
     for (int64_t first = rows.begin, last; first < rows.end; first = last) {
-      const Group group = saving.group_of(first, steps.rows(step));
+      const Group group = saving.group_of(first);
       last = smaller(group.end, rows.end);
       for (int64_t block = own.begin; block < own.end; ++block)
         run_step_block<kOptions>(units_at(step, block, first, group), last, rows, own_parts);
@@ -579,7 +579,7 @@ struct Backward {
   void run_row_normal(int64_t step, int64_t row, const Rows& rows, float* own_parts) {
     const ls_options& o = a.options;
     const float* m = a.saved + saving.moments_at(row_offset[step], row);
-    const Group group = saving.group_of(row, steps.rows(step));
+    const Group group = saving.group_of(row);
     const int64_t next = rows.next(), place = rows.place(row);
     Through of_x, of_h, of_c;
     if constexpr (kLstm) {

@@ -88,8 +88,8 @@ struct Forward {
     h_row = direct ? h_blocks * W + W : W;
     m_row = sizes.U * W + W;
     plan_teams();
-    saving.groups = teams;
-    const int64_t group = ceil_div(B, teams);
+    saving.divide(steps, teams);
+    const int64_t group = steps.largest_share(teams);
     Bp = odd(group);
     h_block = direct ? W : Bp * W;
     /* Not with parts: where x has numbers without any, all panels' biases are read at once. */
@@ -106,7 +106,7 @@ struct Forward {
     const double rows = double(steps.total_rows()), waited_for = rows_waited_for(steps.total_rows(), T);
     double flops = 2.0 * double(H) * (rows * double(G * sizes.I + a.shape.P) + waited_for * double(G * P));
     if (a.saved) flops += kFlopsPerUpdatedWeight * double(weights);
-    const Teams best = best_teams(a.shape, most, sizes.panels, weights, direct ? 1 : most);
+    const Teams best = best_teams(steps, most, sizes.panels, weights, direct ? 1 : most);
     const Teams useful = useful_teams(best, flops, double(T), 1.0);
     teams = useful.count;
     team_size = useful.size;
@@ -178,8 +178,8 @@ struct Forward {
     if (!all.wait()) return;
     all.for_teams(shared, teams, [&](const Team& team, int64_t index) {
       Forward own = *this;
-      own.row0 = B * index / teams;
-      own.row1 = B * (index + 1) / teams;
+      own.row0 = saving.begin[index];
+      own.row1 = saving.begin[index + 1];
       if (kPartless) own.partless += index;
       must_be(own.carve_team(of_teams + index * (team_floats + kApart)) == team_floats);
       own.run_rows(team);
@@ -518,8 +518,7 @@ struct Forward {
 
   float* saved_at(int64_t step, int64_t block, int64_t row) const {
     if (!a.saved) return nullptr;
-    const typename Saved<Cell>::Group own = {row0, saving.groups == 1 ? steps.rows(step) : row1};
-    return a.saved + saving.at(row_offset[step], own, block, row);
+    return a.saved + saving.at(row_offset[step], steps.rows(step), {row0, row1}, block, row);
   }
 
   template <bool kOptions>

@@ -20,7 +20,8 @@ template <class Cell>
 static void lay_out_gates(const ls_shape& s, bool normal, const float* saved, float* gates) {
   const Steps steps(s);
   const Sizes<Cell> sizes(s.I, s.H);
-  const Saved<Cell> saving(sizes, normal, steps.total_rows(), saved);
+  Saved<Cell> saving(sizes, normal, steps.total_rows());
+  saving.find(steps, saved);
   const int64_t whole = s.T * s.B * s.H;
   int64_t rows_before = 0;
   for (int64_t step = 0; step < s.T; ++step) {
@@ -28,10 +29,10 @@ static void lay_out_gates(const ls_shape& s, bool normal, const float* saved, fl
     int64_t n = steps.rows(step);
     for (int64_t row = 0; row < s.B; ++row) {
       float* to = of_step + steps.batch_row(row) * s.H;
-      const auto group = saving.group_of(row, n);
+      const auto group = saving.group_of(row);
       for (int vector = 0; vector < shown_vectors<Cell>(); ++vector, to += whole)
         for (int64_t block = 0; block < sizes.unit_blocks(); ++block) {
-          const float* from = saved + saving.at(rows_before, group, block, row) + vector * W;
+          const float* from = saved + saving.at(rows_before, n, group, block, row) + vector * W;
           store_part(to + block * W, row < n ? load(from) : V{}, sizes.units(block));
         }
     }

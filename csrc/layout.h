@@ -112,6 +112,35 @@ struct Steps {
   }
   int64_t total_rows() const { return total_; }
 
+  /* Steps of the first `rows` together. They lie in falling length. */
+  int64_t steps_of_first(int64_t rows) const {
+    if (!s.counts) return s.T * rows;
+    int64_t sum = 0;
+    for (int64_t t = 0; t < s.T; ++t) sum += smaller(s.counts[t], rows);
+    return sum;
+  }
+  /* The first row of a share of the batch, of `shares` with about as many steps each; B of the one behind the last. */
+  int64_t share(int64_t number, int64_t shares) const {
+    if (!s.counts || number == shares) return s.B * number / shares;
+    const int64_t wanted = total_ * number / shares;
+    int64_t first = 0, last = s.B; /* the least row before which lie as many */
+    while (first < last) {
+      const int64_t middle = (first + last) / 2;
+      if (steps_of_first(middle) < wanted)
+        first = middle + 1;
+      else
+        last = middle;
+    }
+    const bool nearer = first > 0 && wanted - steps_of_first(first - 1) < steps_of_first(first) - wanted;
+    return nearer ? first - 1 : first;
+  }
+  /* Rows of the largest share. */
+  int64_t largest_share(int64_t shares) const {
+    int64_t largest = 0;
+    for (int64_t i = 0; i < shares; ++i) largest = larger(largest, share(i + 1, shares) - share(i, shares));
+    return largest;
+  }
+
  private:
   static int64_t count(const ls_shape& shape) {
     if (!shape.counts) return shape.T * shape.B;
@@ -149,29 +178,36 @@ template <class Cell>
 struct Saved {
   int64_t block, row;      /* floats of a unit block of a row, of a row */
   int64_t moments, floats; /* where the four numbers of rows begin, and all */
-  int64_t groups;          /* more than one only where each step has all rows */
+  int64_t groups, begin[kMostThreads + 1]; /* their first rows */
   Saved(const Sizes<Cell>& sizes, bool normal, int64_t total_rows)
       : block(saved_vectors<Cell>(normal) * W), row(sizes.U * block), moments(total_rows * row),
-        floats(moments + (normal ? total_rows * kRowMoments : 0) + 1), groups(1) {}
+        floats(moments + (normal ? total_rows * kRowMoments : 0) + 1) {}
 
-  /* As a forward pass has left it. */
-  Saved(const Sizes<Cell>& sizes, bool normal, int64_t total_rows, const float* saved) : Saved(sizes, normal, total_rows) {
-    if (saved) groups = int64_t(saved[floats - 1]);
+  void divide(const Steps& steps, int64_t into) {
+    groups = into;
+    for (int64_t i = 0; i <= groups; ++i) begin[i] = steps.share(i, groups);
   }
 
-  /* The rows [begin, end) among which a row of `rows` is. */
+  /* As a forward pass has left it. Whatever else may stand there, nothing beyond `saved` is read. */
+  void find(const Steps& steps, const float* saved) {
+    const float found = saved ? saved[floats - 1] : 1.0f;
+    divide(steps, found >= 1.0f && found <= float(kMostThreads) ? int64_t(found) : 1);
+  }
+
+  /* The rows [begin, end) of the batch among which a row is. */
   struct Group {
     int64_t begin, end;
   };
-  Group group_of(int64_t of, int64_t rows) const {
-    if (groups == 1) return {0, rows};
-    const int64_t number = ((of + 1) * groups - 1) / rows;
-    return {rows * number / groups, rows * (number + 1) / groups};
+  Group group_of(int64_t of) const {
+    int64_t number = 0;
+    while (number + 1 < groups && of >= begin[number + 1]) ++number;
+    return {begin[number], begin[number + 1]};
   }
 
-  /* A row's unit block in a step that has `before` rows in all steps before it; the row's four numbers. */
-  int64_t at(int64_t before, const Group& group, int64_t unit_block, int64_t of) const {
-    return (before + group.begin) * row + (unit_block * (group.end - group.begin) + of - group.begin) * block;
+  /* A row's unit block in a step of `rows`, where all steps before it have `before`; the row's four numbers. */
+  int64_t at(int64_t before, int64_t rows, const Group& group, int64_t unit_block, int64_t of) const {
+    const int64_t width = smaller(group.end, rows) - group.begin;
+    return (before + group.begin) * row + (unit_block * width + of - group.begin) * block;
   }
   int64_t moments_at(int64_t before, int64_t of) const { return moments + (before + of) * kRowMoments; }
 };
@@ -200,20 +236,46 @@ static inline bool pays_to_read(int64_t share, int64_t all, int64_t rows, bool s
   return third_level_is_near() && even && (rows >= 8 ? all <= 14 << 10 : rows >= 4 && share <= 2560);
 }
 
+/* Of all work, what one of the teams may have too much where rows have several lengths. */
+constexpr double kUneven = 1.0 / 8;
+
+/* Whether teams that divide the rows come out about even: what the slowest has more than its share costs less than `least` of all.
+   A step of few rows takes as long as one of kRowsOfAStep. */
+static inline bool comes_out_even(const Steps& steps, int64_t teams, double least) {
+  double all = 0, most = 0;
+  for (int64_t i = 0; i < teams; ++i) {
+    const int64_t begin = steps.share(i, teams), end = steps.share(i + 1, teams);
+    double load = 0;
+    if (steps.s.counts)
+      for (int64_t step = 0; step < steps.s.T; ++step) {
+        const int64_t rows = steps.rows_of(step, begin, end);
+        if (rows) load += double(larger(rows, kRowsOfAStep));
+      }
+    else
+      load = double(end - begin);
+    all += load;
+    most = load > most ? load : most;
+  }
+  return double(teams) * most - all <= least * all;
+}
+
 /* How `threads` are best divided, at most `panels` of them in a team. A small team waits less at each step, and passes less from
    core to core, but each of its threads reads more weights for fewer rows. What pays was measured by rows of a team and by
    weights of a thread, with two threads and with sixteen: docs/log.md. `most` teams at most. */
-static inline Teams best_teams(const ls_shape& s, int64_t threads, int64_t panels, int64_t weights, int64_t most) {
+static inline Teams best_teams(const Steps& steps, int64_t threads, int64_t panels, int64_t weights, int64_t most) {
+  const ls_shape& s = steps.s;
+  threads = smaller(threads, kMostThreads);
   const int64_t largest = smaller(threads, larger(panels, 1));
-  /* Rows of several lengths would not be shared out evenly; to read all weights costs more than a few waits. */
-  if (s.counts || s.T <= 4) return {1, int(largest)};
+  if (s.T <= 4) return {1, int(largest)}; /* to read all weights costs more than a few waits */
   const auto kilobytes = [weights](int64_t size) { return weights / size * 4 >> 10; };
   for (int64_t size = 1; size <= smaller(threads / 2, largest); ++size) {
-    const int64_t teams = smaller(threads / size, most), rows = s.B / teams;
+    const int64_t teams = smaller(threads / size, most), rows = steps.total_rows() / (s.T * teams);
     if (rows == 0 || 8 * teams * size < 7 * threads) continue; /* threads would be idle */
-    const bool even = 32 * (ceil_div(s.B, teams) * teams - s.B) <= s.B;
-    if (pays_to_read(kilobytes(size), kilobytes(1), rows, kilobytes(largest) <= 2304, even)) return {int(teams), int(size)};
+    const bool even = s.counts || comes_out_even(steps, teams, 1.0 / 32);
+    if (!pays_to_read(kilobytes(size), kilobytes(1), rows, kilobytes(largest) <= 2304, even)) continue;
+    if (!s.counts || comes_out_even(steps, teams, kUneven)) return {int(teams), int(size)};
   }
+  if (s.counts) return {1, int(largest)};
   /* Threads beyond one for each panel do not make less of six rows: those take as long as their weights need to come. */
   return {int(larger(smaller(smaller(threads / largest, most), s.B / 6), 1)), int(largest)};
 }

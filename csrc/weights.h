@@ -123,7 +123,7 @@ struct WeightGradients {
   void copy_m(const Team& team, int64_t step, int64_t row, int64_t at, int64_t rows, int64_t rows_before) {
     const ls_options& o = a.options;
     const float* moments = a.saved + saving.moments_at(rows_before, row);
-    const auto group = saving.group_of(row, steps.rows(step));
+    const auto group = saving.group_of(row);
     int64_t panels = O::panels(H);
     for (int64_t panel = team.begin(panels); panel < team.end(panels); ++panel) {
       int vectors = O::vectors_at(panel * O::kColumns, H);
@@ -131,7 +131,7 @@ struct WeightGradients {
       for (int i = 0; i < vectors; ++i) {
         const int64_t block = panel * O::kVectors + i;
         const int units = sizes.units(block);
-        const float* of_block = a.saved + saving.at(rows_before, group, block, row);
+        const float* of_block = a.saved + saving.at(rows_before, steps.rows(step), group, block, row);
         V read = load(of_block + L::kC * W);
         if (normal)
           read = (read - moments[2]) * moments[3] * load_part(o.gamma_c + block * W, units) +

@@ -287,16 +287,58 @@ def test_several_threads_and_larger_sizes(target: str, cell: str, reverse: bool)
 @DIRECTIONS
 @EVERY_CELL
 def test_threads_that_divide_rows(target: str, cell: str, reverse: bool) -> None:
-    """So many rows, and all as long, that threads divide them: each has its own sums of the weights' gradients."""
+    """So many rows that threads divide them: each has its own sums of the weights' gradients."""
     rng = np.random.default_rng(0)
     P = 11 if native.STATES[cell] == 2 else 0
-    for T, B, layer_norm in ((9, 34, False), (40, 17, True)):
-        case = Case(rng, cell, T=T, B=B, I=13, H=39, P=P, everything=True, layer_norm=layer_norm, offset=1)
+    some = [0, 0, 40, *(int(n) for n in rng.integers(9, 41, size=31))]
+    for T, B, layer_norm, lengths, most in (
+        (9, 34, False, None, 5),
+        (40, 17, True, None, 5),
+        (40, 34, False, some, 2),
+        (40, 34, True, some, 2),
+    ):
+        case = Case(
+            rng, cell, T=T, B=B, I=13, H=39, P=P, lengths=lengths, everything=True, layer_norm=layer_norm, offset=1
+        )
         for threads, back in ((2, 2), (5, 5), (5, 2), (2, 5), (1, 5), (5, 1)):
             case.check(target, reverse, threads, back)
-        saved = case.forward(reverse, threads=5, target=target, save=True).saved
+        saved = case.forward(reverse, threads=most, target=target, save=True).saved
         assert saved is not None
         assert saved[-1] > 1  # what is saved lies in groups of rows, those of the forward pass's teams
+
+
+@DIRECTIONS
+@EVERY_CELL
+def test_rows_of_several_lengths_are_shared_out_by_their_steps(target: str, cell: str, reverse: bool) -> None:
+    """Few long rows and many short ones; one that has more steps than all others, which no thread can share."""
+    rng = np.random.default_rng(0)
+    long_and_short = [60] * 8 + [20] * 24
+    for lengths, groups in ((long_and_short, 2), ([60] + [1] * 31, 1)):
+        case = Case(rng, cell, T=60, B=32, I=7, H=24, lengths=lengths)
+        case.check(target, reverse, 2)
+        saved = case.forward(reverse, threads=2, target=target, save=True).saved
+        assert saved is not None
+        assert saved[-1] == groups
+    assert np.array_equal(case.forward(reverse, target=target, threads=7).y, case.forward(reverse, target=target).y)
+
+
+@EVERY_CELL
+def test_memory_that_no_forward_pass_has_filled(target: str, cell: str) -> None:
+    """Gradients of nonsense are nonsense, but the number of groups, the last that is saved, is not believed."""
+    rng = np.random.default_rng(0)
+    for lengths in (None, [9, *(int(n) for n in rng.integers(0, 10, size=33))]):
+        case = Case(rng, cell, T=9, B=34, I=13, H=39, lengths=lengths)
+        output = case.forward(False, threads=2, target=target, save=True)
+        assert output.saved is not None
+        sequences, dy = case.sequences(False), np.ones_like(output.y)
+        for value in (0.0, -3.0, 0.99, 2.5, 33.0, 256.0, 257.0, 1e30, np.inf, np.nan):
+            saved = np.full_like(output.saved, value)
+            for threads in (1, 2, 5):
+                settings = {"sequences": sequences, "threads": threads, "target": target}
+                given = output._replace(saved=saved)
+                found = native_layers.backward(cell, case.x, case.weights, given, dy, case.state, **settings)
+                assert found.x.shape == case.x.shape
+            native_layers.gates(cell, case.x, case.weights, saved, sequences=sequences, target=target)
 
 
 @DIRECTIONS
