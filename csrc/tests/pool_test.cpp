@@ -28,13 +28,15 @@ Floats draw(size_t n, unsigned seed) {
 struct Call {
   int64_t T, B, I, H, gates;
   ls_shape shape;
+  std::vector<int64_t> counts; /* rows of each step; empty: all */
   Floats x, weight_ih, weight_hh, bias, dy;
 
-  Call(int32_t cell, int64_t T, int64_t B, int64_t I, int64_t H)
+  Call(int32_t cell, int64_t T, int64_t B, int64_t I, int64_t H, bool ragged = false)
       : T(T), B(B), I(I), H(H), gates((cell == LS_LSTM ? 4 : cell == LS_GRU ? 3 : 1) * H), shape() {
     shape.T = T, shape.B = B, shape.I = I, shape.H = H;
     shape.cell = cell;
     shape.target = -1;
+    for (int64_t t = 0; ragged && t < T; ++t) counts.push_back(B - B * t / (2 * T));
     x = draw(size_t(T * B * I), 1);
     weight_ih = draw(size_t(gates * I), 2);
     weight_hh = draw(size_t(gates * H), 3);
@@ -48,6 +50,7 @@ struct Call {
     ls_forward_args f = {};
     f.shape = shape;
     f.shape.num_threads = num_threads;
+    f.shape.counts = counts.empty() ? nullptr : counts.data();
     f.x = x.data(), f.x_step = B * I, f.x_row = I;
     f.weight_ih = weight_ih.data(), f.weight_hh = weight_hh.data();
     f.bias_ih = f.bias_hh = bias.data();
@@ -92,9 +95,9 @@ bool near(const Floats& a, const Floats& b, float tolerance) {
 int main(int count, char** arguments) {
   int rounds = count > 1 ? atoi(arguments[1]) : 20;
   if (ls_threading() != 0) return puts("the own pool is not in use"), 1;
-  /* Threads divide rows, or units, or teams rows and their threads units. */
+  /* Threads divide rows, also of several lengths, or units, or teams rows and their threads units. */
   const Call calls[] = {{LS_LSTM, 4, 24, 48, 64}, {LS_GRU, 6, 3, 64, 160}, {LS_RNN_TANH, 5, 40, 96, 96}, {LS_LSTM, 3, 1, 8, 200},
-                        {LS_LSTM, 16, 24, 64, 192}};
+                        {LS_LSTM, 16, 24, 64, 192}, {LS_GRU, 16, 24, 40, 64, true}};
   constexpr int kCalls = sizeof calls / sizeof calls[0];
   Floats forward[kCalls], both[kCalls];
   for (int i = 0; i < kCalls; ++i) {
