@@ -40,6 +40,7 @@ struct Backward {
   int64_t T, B, I, H, P;
   int64_t Bp;             /* rows that a team's blocked array of states has room for */
   int threads, teams, team_size;
+  int64_t first_rows[kMostThreads + 1]; /* of each team */
   int64_t chunk_rows;     /* of a team */
   int64_t U;              /* unit blocks, without those that are all padding */
   int64_t h_blocks;       /* of W columns of h */
@@ -98,7 +99,8 @@ struct Backward {
     plan_teams();
     passing = T == 1 && teams == 1 && !direct_weights;
     int64_t fitting = (1 << 20) / (U * G * W); /* 4 MB of dgates */
-    const int64_t group = larger(steps.largest_share(teams), 1), all = teams > 1 ? T * group : steps.total_rows();
+    steps.share_out(teams, first_rows);
+    const int64_t group = larger(largest_share(first_rows, teams), 1), all = teams > 1 ? T * group : steps.total_rows();
     Bp = odd(group);
     r_block = direct_weights ? W : Bp * W;
     chunk_rows = larger(group, smaller(all, smaller(larger(fitting, 64), 512)));
@@ -222,8 +224,8 @@ struct Backward {
     } else {
       all.for_teams(shared, teams, [&](Team& team, int64_t index) {
         Backward own = *this;
-        own.row0 = steps.share(index, teams);
-        own.row1 = steps.share(index + 1, teams);
+        own.row0 = first_rows[index];
+        own.row1 = first_rows[index + 1];
         must_be(own.carve_team(of_teams + index * (team_floats + kApart)) == team_floats);
         if (index) own.weights.sum_apart(sums + (index - 1) * sum_floats);
         float* own_parts = parts ? parts + index * team_size * part_floats() : nullptr;

@@ -89,7 +89,7 @@ struct Forward {
     m_row = sizes.U * W + W;
     plan_teams();
     saving.divide(steps, teams);
-    const int64_t group = steps.largest_share(teams);
+    const int64_t group = largest_share(saving.begin, teams);
     Bp = odd(group);
     h_block = direct ? W : Bp * W;
     /* Not with parts: where x has numbers without any, all panels' biases are read at once. */

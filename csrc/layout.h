@@ -112,33 +112,22 @@ struct Steps {
   }
   int64_t total_rows() const { return total_; }
 
-  /* Steps of the first `rows` together. They lie in falling length. */
-  int64_t steps_of_first(int64_t rows) const {
-    if (!s.counts) return s.T * rows;
-    int64_t sum = 0;
-    for (int64_t t = 0; t < s.T; ++t) sum += smaller(s.counts[t], rows);
-    return sum;
-  }
-  /* The first row of a share of the batch, of `shares` with about as many steps each; B of the one behind the last. */
-  int64_t share(int64_t number, int64_t shares) const {
-    if (!s.counts || number == shares) return s.B * number / shares;
-    const int64_t wanted = total_ * number / shares;
-    int64_t first = 0, last = s.B; /* the least row before which lie as many */
-    while (first < last) {
-      const int64_t middle = (first + last) / 2;
-      if (steps_of_first(middle) < wanted)
-        first = middle + 1;
-      else
-        last = middle;
+  /* begin[i]: the first row of the i-th of `shares` of the batch, which have about as many steps each. Rows lie in falling length. */
+  void share_out(int64_t shares, int64_t* begin) const {
+    int64_t row = 0, length = s.T, before = 0; /* `before`: steps of all rows before `row` */
+    begin[0] = 0;
+    for (int64_t i = 1; i <= shares; ++i) {
+      if (!s.counts || i == shares) {
+        begin[i] = s.B * i / shares;
+        continue;
+      }
+      for (const int64_t wanted = total_ * i / shares; row < s.B; ++row) {
+        while (length && s.counts[length - 1] <= row) --length;
+        if (!length || 2 * (wanted - before) < length) break;
+        before += length;
+      }
+      begin[i] = row;
     }
-    const bool nearer = first > 0 && wanted - steps_of_first(first - 1) < steps_of_first(first) - wanted;
-    return nearer ? first - 1 : first;
-  }
-  /* Rows of the largest share. */
-  int64_t largest_share(int64_t shares) const {
-    int64_t largest = 0;
-    for (int64_t i = 0; i < shares; ++i) largest = larger(largest, share(i + 1, shares) - share(i, shares));
-    return largest;
   }
 
  private:
@@ -173,6 +162,13 @@ constexpr int64_t saved_vectors(bool normal) {
   return Cell::kSaved + (normal ? 2 * Cell::kGates : 0);
 }
 
+/* Rows of the largest of the shares that begin so. */
+static inline int64_t largest_share(const int64_t* begin, int64_t shares) {
+  int64_t rows = 0;
+  for (int64_t i = 0; i < shares; ++i) rows = larger(rows, begin[i + 1] - begin[i]);
+  return rows;
+}
+
 /* Where it lies. Teams that divide a batch's rows have a group each, whose rows no other team writes between. */
 template <class Cell>
 struct Saved {
@@ -185,7 +181,7 @@ struct Saved {
 
   void divide(const Steps& steps, int64_t into) {
     groups = into;
-    for (int64_t i = 0; i <= groups; ++i) begin[i] = steps.share(i, groups);
+    steps.share_out(groups, begin);
   }
 
   /* As a forward pass has left it. Whatever else may stand there, nothing beyond `saved` is read. */
@@ -242,17 +238,15 @@ constexpr double kUneven = 1.0 / 8;
 /* Whether teams that divide the rows come out about even: what the slowest has more than its share costs less than `least` of all.
    A step of few rows takes as long as one of kRowsOfAStep. */
 static inline bool comes_out_even(const Steps& steps, int64_t teams, double least) {
+  int64_t begin[kMostThreads + 1];
+  steps.share_out(teams, begin);
   double all = 0, most = 0;
   for (int64_t i = 0; i < teams; ++i) {
-    const int64_t begin = steps.share(i, teams), end = steps.share(i + 1, teams);
-    double load = 0;
-    if (steps.s.counts)
-      for (int64_t step = 0; step < steps.s.T; ++step) {
-        const int64_t rows = steps.rows_of(step, begin, end);
-        if (rows) load += double(larger(rows, kRowsOfAStep));
-      }
-    else
-      load = double(end - begin);
+    double load = steps.s.counts ? 0.0 : double(begin[i + 1] - begin[i]);
+    for (int64_t step = 0; steps.s.counts && step < steps.s.T; ++step) {
+      const int64_t rows = steps.rows_of(step, begin[i], begin[i + 1]);
+      if (rows) load += double(larger(rows, kRowsOfAStep));
+    }
     all += load;
     most = load > most ? load : most;
   }
