@@ -351,7 +351,19 @@ def test_doctor_tells_versions_and_kernels(capsys: pytest.CaptureFixture[str]) -
     assert report["native_target"] == native.active_target()
     assert report["native_threads"] == native.threading()
     assert report["advice"] == []
-    assert report["torch"] in out_of(capsys, "doctor")
+    assert report["handover_seconds"] is None or 1e-9 < report["handover_seconds"] < 1e-2
+    shown = out_of(capsys, "doctor")
+    assert report["torch"] in shown
+    assert "handover" not in shown
+
+
+def test_doctor_leaves_out_how_far_cores_are_where_there_is_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "handover", lambda: None)
+    assert "core to core" not in out_of(capsys, "doctor")
+    monkeypatch.setattr(native, "handover", lambda: 4e-8)
+    assert "core to core        40 ns" in out_of(capsys, "doctor")
 
 
 def test_demo_trains_writes_and_says_what_is_next(capsys: pytest.CaptureFixture[str]) -> None:

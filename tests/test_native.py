@@ -333,10 +333,14 @@ def test_memory_that_no_forward_pass_has_filled(target: str, cell: str) -> None:
         sequences, dy = case.sequences(False), np.ones_like(output.y)
         for value in (0.0, -3.0, 0.99, 2.5, 33.0, 256.0, 257.0, 1e30, np.inf, np.nan):
             saved = np.full_like(output.saved, value)
+            given = output._replace(saved=saved)
             for threads in (1, 2, 5):
-                settings = {"sequences": sequences, "threads": threads, "target": target}
-                given = output._replace(saved=saved)
-                found = native_layers.backward(cell, case.x, case.weights, given, dy, case.state, **settings)
+                found = native_layers.backward(
+                    *(cell, case.x, case.weights, given, dy, case.state),
+                    sequences=sequences,
+                    threads=threads,
+                    target=target,
+                )
                 assert found.x.shape == case.x.shape
             native_layers.gates(cell, case.x, case.weights, saved, sequences=sequences, target=target)
 

@@ -363,11 +363,13 @@ app.command(measuring.bench)
 @app.command
 def doctor(*, json: Json = False) -> None:
     """Say what this machine has, which kernels run, what is missing and how to get it."""
-    from longshort import machine
+    from longshort import machine, native
     from longshort.cli import tables
 
-    report = machine.description()
-    report["kernels"] = list(longshort.kernels.available()) if machine.version_of("torch") else []
+    kernels = list(longshort.kernels.available()) if machine.version_of("torch") else []
+    report = machine.description()  # after PyTorch is there, whose threads the kernels then run in
+    report["handover_seconds"] = native.handover()
+    report["kernels"] = kernels
     report["advice"] = machine.advice()
     if json:
         console.print_json(report)
