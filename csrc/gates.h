@@ -32,8 +32,9 @@ static void lay_out_gates(const ls_shape& s, bool normal, const float* saved, fl
       const auto group = saving.group_of(row);
       for (int vector = 0; vector < shown_vectors<Cell>(); ++vector, to += whole)
         for (int64_t block = 0; block < sizes.unit_blocks(); ++block) {
-          const float* from = saved + saving.at(rows_before, n, group, block, row) + vector * W;
-          store_part(to + block * W, row < n ? load(from) : V{}, sizes.units(block));
+          V value{};
+          if (row < n) value = load(saved + saving.at(rows_before, n, group, block, row) + vector * W);
+          store_part(to + block * W, value, sizes.units(block));
         }
     }
     rows_before += n;

@@ -225,7 +225,8 @@ struct Teams {
 };
 
 /* Whether teams are worth it in which a thread reads `share` kilobytes of weights at each step, of `all`, for `rows` of the batch.
-   `stays`: its share with all threads in one team would stay in its second-level cache. `even`: teams have about equally many rows. */
+   `stays`: its share with all threads in one team would stay in its second-level cache. `even`: teams have about equally many rows.
+   Many rows may read more where that comes from a cache that is near and holds all of it. */
 static inline bool pays_to_read(int64_t share, int64_t all, int64_t rows, bool stays, bool even) {
   if (share <= (rows >= 10 ? 2560 : rows >= 5 ? 768 : 192)) return true;
   if (rows >= 32 && !stays && share <= 32 << 10) return true;

@@ -106,7 +106,7 @@ class Row(Case):
             ours_blocks=timing.ours,
             peer_blocks=timing.peer,
             repetitions=list(timing.repetitions),
-            handover_seconds=statistics.median(timing.handovers or [0.0]),
+            handover_seconds=timing.handover_seconds,
         )
 
 

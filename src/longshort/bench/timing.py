@@ -67,6 +67,11 @@ class Timing:
     stolen: float = 0.0
     handovers: list[float] = field(default_factory=list)
 
+    @property
+    def handover_seconds(self) -> float:
+        """Return the median of `handovers`; 0 if there are none."""
+        return statistics.median(self.handovers or [0.0])
+
 
 def interleave(
     ours: Side,

@@ -212,7 +212,7 @@ def _measure(contest: Contest) -> Row:
         noisy=spread(timing.gemm) > ledger.MOST_GEMM_SPREAD or timing.stolen > ledger.MOST_STOLEN,
         ours_blocks=ours,
         peer_blocks=theirs,
-        handover_seconds=statistics.median(timing.handovers or [0.0]),
+        handover_seconds=timing.handover_seconds,
     )
 
 
