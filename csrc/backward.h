@@ -33,6 +33,8 @@ struct Backward {
   static constexpr int G = Cell::kGates;
   static constexpr bool kLstm = L::kLstm, kGru = Cell::kCell == LS_GRU;
   static constexpr bool kOther = F::kParts != R::kParts; /* dx needs other factors than the step before */
+  static constexpr double kWaitsByRows = 2.0; /* of teams for each other */
+  static constexpr int64_t kMostAside = 1280; /* kilobytes of weights with which two directions run side by side */
 
   const ls_backward_args& a;
   const Steps steps;
@@ -53,6 +55,7 @@ struct Backward {
   int64_t r_row, m_row, r_block;
 
   /* Shared scratch. */
+  float* memory;
   int64_t* row_offset;
   float* packed_hidden;   /* [panel][(unit block, gate, unit)][kColumns W] */
   float* packed_inputs;
@@ -106,18 +109,22 @@ struct Backward {
     chunk_rows = larger(group, smaller(all, smaller(larger(fitting, 64), 512)));
   }
 
+  int64_t weights_read() const { return hidden_panels * panel_floats<R>() + input_panels * panel_floats<F>(); }
+
+  double flops() const {
+    const double rows = double(steps.total_rows()), waited_for = rows_waited_for(steps.total_rows(), T);
+    const double products = 4.0 * rows * double(H) * double(G * (I + P) + a.shape.P) + 2.0 * (waited_for - rows) * double(H * G * P);
+    return products + kFlopsPerUpdatedWeight * double(H * G * (I + P));
+  }
+
   void plan_teams() {
     sum_floats = 0;
     for (const Sum& sum : weights.sums)
       if (sum.p) sum_floats += ceil_div(sum.floats, W) * W;
-    const int64_t weights_read = hidden_panels * panel_floats<R>() + input_panels * panel_floats<F>();
     /* Adding up must cost less than it costs to exchange dgates, of which products of pairs take half. */
     const int64_t most = 1 + (direct_weights ? 0 : steps.total_rows() * G * H / larger(R::kPair * sum_floats, 1));
-    const Teams best = best_teams(steps, larger(a.shape.num_threads, 1), unit_panels, weights_read, most);
-    const double rows = double(steps.total_rows()), waited_for = rows_waited_for(steps.total_rows(), T);
-    double flops = 4.0 * rows * double(H) * double(G * (I + P) + a.shape.P) + 2.0 * (waited_for - rows) * double(H * G * P);
-    flops += kFlopsPerUpdatedWeight * double(H * G * (I + P));
-    const Teams useful = useful_teams(best, flops, double(T), 2.0);
+    const Teams best = best_teams(steps, larger(a.shape.num_threads, 1), unit_panels, weights_read(), most);
+    const Teams useful = useful_teams(best, flops(), double(T), kWaitsByRows);
     teams = useful.count;
     team_size = useful.size;
     threads = teams * team_size;
@@ -174,22 +181,21 @@ struct Backward {
     return arena.floats();
   }
 
-  int32_t run() {
-    if (steps.total_rows() == 0) {
-      no_steps();
-      return LS_OK;
-    }
+  /* Whether there are steps; where there are none, does all that is to be done. */
+  bool has_steps() {
+    if (steps.total_rows() == 0) no_steps();
+    return steps.total_rows() != 0;
+  }
+
+  /* False: there is no memory. */
+  bool begin() {
     int64_t floats = carve(nullptr);
-    float* memory = static_cast<float*>(take(size_t(floats) * sizeof(float)));
-    if (!memory) return LS_OUT_OF_MEMORY;
+    memory = static_cast<float*>(take(size_t(floats) * sizeof(float)));
+    if (!memory) return false;
     must_be(carve(memory) == floats && carve_team(of_teams) == team_floats);
     steps.count_rows(row_offset);
     clear(reinterpret_cast<float*>(shared), int64_t(sizeof(Team::Shared) / 4) * (teams + 1));
-    parallel(
-        threads, a.shape.num_threads,
-        [](void* context, int thread, int count) { static_cast<Backward*>(context)->work(thread, count); }, this);
-    give(memory);
-    return LS_OK;
+    return true;
   }
 
   void no_steps() {

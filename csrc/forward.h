@@ -35,6 +35,8 @@ struct Forward {
   static constexpr int G = Cell::kGates;
   static constexpr bool kLstm = L::kLstm, kGru = Cell::kCell == LS_GRU;
   static constexpr bool kPartless = F::kPartless;
+  static constexpr double kWaitsByRows = 1.0; /* of teams for each other */
+  static constexpr int64_t kMostAside = 2304; /* kilobytes of weights with which two directions run side by side */
 
   const ls_forward_args& a;
   const Steps steps;
@@ -53,6 +55,7 @@ struct Forward {
   const float* packed;
 
   /* Shared scratch. */
+  float* memory;
   float* own_packed;
   const float* packed_projection;
   int64_t* row_offset;
@@ -100,14 +103,18 @@ struct Forward {
     chunk_rows = larger(larger(group, 1), smaller(steps.total_rows(), fitting));
   }
 
+  int64_t weights_read() const { return sizes.panels * sizes.panel_floats() + projection.floats(); }
+
+  double flops() const {
+    const double rows = double(steps.total_rows()), waited_for = rows_waited_for(steps.total_rows(), T);
+    const double products = 2.0 * double(H) * (rows * double(G * sizes.I + a.shape.P) + waited_for * double(G * P));
+    return a.saved ? products + kFlopsPerUpdatedWeight * double(weights_read()) : products;
+  }
+
   void plan_teams() {
     const int64_t most = larger(smaller(a.shape.num_threads, sizes.panels * larger(B, 1)), 1);
-    const int64_t weights = sizes.panels * sizes.panel_floats() + projection.floats();
-    const double rows = double(steps.total_rows()), waited_for = rows_waited_for(steps.total_rows(), T);
-    double flops = 2.0 * double(H) * (rows * double(G * sizes.I + a.shape.P) + waited_for * double(G * P));
-    if (a.saved) flops += kFlopsPerUpdatedWeight * double(weights);
-    const Teams best = best_teams(steps, most, sizes.panels, weights, direct ? 1 : most);
-    const Teams useful = useful_teams(best, flops, double(T), 1.0);
+    const Teams best = best_teams(steps, most, sizes.panels, weights_read(), direct ? 1 : most);
+    const Teams useful = useful_teams(best, flops(), double(T), kWaitsByRows);
     teams = useful.count;
     team_size = useful.size;
     threads = teams * team_size;
@@ -142,26 +149,31 @@ struct Forward {
     return arena.floats();
   }
 
-  int32_t run() {
+  /* Whether there are steps; where there are none, does all that is to be done. */
+  bool has_steps() {
+    if (steps.total_rows()) return true;
+    save_groups();
+    copy_or_clear(a.h_n, a.h0, B * P);
+    if (kLstm) copy_or_clear(a.c_n, a.c0, B * H);
+    clear_past_ends(steps, 0, T, a.y, a.y_step, a.y_row, P);
+    return false;
+  }
+
+  void save_groups() const {
     if (a.saved) a.saved[saving.floats - 1] = float(saving.groups);
-    if (steps.total_rows() == 0) {
-      copy_or_clear(a.h_n, a.h0, B * P);
-      if (kLstm) copy_or_clear(a.c_n, a.c0, B * H);
-      clear_past_ends(steps, 0, T, a.y, a.y_step, a.y_row, P);
-      return LS_OK;
-    }
+  }
+
+  /* False: there is no memory. */
+  bool begin() {
+    save_groups();
     int64_t floats = carve(nullptr);
-    float* memory = static_cast<float*>(take(size_t(floats) * sizeof(float)));
-    if (!memory) return LS_OUT_OF_MEMORY;
+    memory = static_cast<float*>(take(size_t(floats) * sizeof(float)));
+    if (!memory) return false;
     must_be(carve(memory) == floats && carve_team(of_teams) == team_floats);
     steps.count_rows(row_offset);
     clear(reinterpret_cast<float*>(shared), int64_t(sizeof(Team::Shared) / 4) * (teams + 1));
     if (kPartless) clear(reinterpret_cast<float*>(partless), 2 * teams);
-    parallel(
-        threads, a.shape.num_threads,
-        [](void* context, int thread, int count) { static_cast<Forward*>(context)->work(thread, count); }, this);
-    give(memory);
-    return LS_OK;
+    return true;
   }
 
   void work(int thread, int count) {

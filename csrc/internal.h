@@ -13,8 +13,8 @@ namespace ls {
 /* One build of kernels.cpp. Arguments have been checked when these are called. */
 struct Target {
   const char* name;
-  int32_t (*forward)(const ls_forward_args*);
-  int32_t (*backward)(const ls_backward_args*);
+  int32_t (*forward)(const ls_forward_args*, int32_t count);
+  int32_t (*backward)(const ls_backward_args*, int32_t count);
   int64_t (*saved_floats)(const ls_shape*, bool layer_norm);
   void (*gates)(const ls_shape*, bool layer_norm, const float* saved, float* gates);
   int64_t (*packed_floats)(int32_t cell, int64_t I, int64_t H, int64_t P);
@@ -90,6 +90,7 @@ class Team {
   bool wait();
 
   int index() const { return index_; }
+  int count() const { return count_; }
 
   /* Whether this is the first thread, which stays where the others leave. */
   bool leads() const { return index_ == 0; }

@@ -1,8 +1,7 @@
 /* All kernels of one target. Compiled once for each, with LS_TARGET its name. */
 
-#include "backward.h"
 #include "decode.h"
-#include "forward.h"
+#include "directions.h"
 #include "gates.h"
 #include "output.h"
 
@@ -32,22 +31,22 @@ static auto with_factors(const ls_shape& s, F f) {
   return s.B < kManyRowsOfAStep ? f(OfChunk(), Step()) : f(OfChunk(), OfChunk());
 }
 
-static int32_t forward(const ls_forward_args* args) {
+static int32_t forward(const ls_forward_args* args, int32_t count) {
   return of_layer(args->shape.cell, [=](auto cell) {
     using Cell = decltype(cell);
     /* Without gradients a row's bits depend on nothing else in the call, so there the factors are always the same. */
-    if (!args->saved || args->packed) return Forward<Cell, Step, Step>(*args).run();
+    if (!args->saved || args->packed) return run_directions<Forward<Cell, Step, Step>>(args, count);
     return with_factors<Cell>(args->shape, [=](auto chunk, auto step) {
-      return Forward<Cell, decltype(chunk), decltype(step)>(*args).run();
+      return run_directions<Forward<Cell, decltype(chunk), decltype(step)>>(args, count);
     });
   });
 }
 
-static int32_t backward(const ls_backward_args* args) {
+static int32_t backward(const ls_backward_args* args, int32_t count) {
   return of_layer(args->shape.cell, [=](auto cell) {
     using Cell = decltype(cell);
     return with_factors<Cell>(args->shape, [=](auto chunk, auto step) {
-      return Backward<Cell, decltype(chunk), decltype(step)>(*args).run();
+      return run_directions<Backward<Cell, decltype(chunk), decltype(step)>>(args, count);
     });
   });
 }

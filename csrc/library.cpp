@@ -215,6 +215,35 @@ bool is_sampling(const ls_sampling& s) {
   return s.temperature >= 0.0 && s.temperature <= 1e6 && s.top_p >= 0.0 && s.top_p <= 1.0 && s.top_k >= 0 && s.position >= 0;
 }
 
+bool can_run(const ls_forward_args& a) {
+  const ls_shape& s = a.shape;
+  if (!is_shape(s) || !are_options(a.options, s.cell) || !are_tokens(a.tokens, s, a.tokens.table) || !find(s.target)) return false;
+  const bool empty = is_empty(s), has_rows = s.T && s.B && !(empty && s.starts); /* of y, also beyond rows' ends */
+  const bool lying = (a.weight_ih || !s.I) && a.weight_hh && (a.weight_hr || !s.P);
+  return (empty || ((a.packed || lying) && (a.x || !s.I))) && (!has_rows || a.y);
+}
+
+bool can_run(const ls_backward_args& a) {
+  const ls_shape& s = a.shape;
+  if (!is_shape(s) || !are_options(a.options, s.cell) || !are_tokens(a.tokens, s, a.dtable) || !find(s.target)) return false;
+  const bool weights = (a.weight_ih || !s.I || !a.dx) && a.weight_hh && (a.weight_hr || !s.P);
+  return is_empty(s) || (a.saved && a.y && (a.x || !s.I) && weights);
+}
+
+bool are_alike(const ls_forward_args& a, const ls_forward_args& b) { return !a.packed == !b.packed && !a.saved == !b.saved; }
+bool are_alike(const ls_backward_args&, const ls_backward_args&) { return true; }
+
+/* Whether these are calls of one direction of a layer, or of two, that can be run. */
+template <class Args>
+bool are_directions(const Args* args, int32_t count) {
+  if (!args || count < 1 || count > 2 || !can_run(args[0])) return false;
+  if (count == 1) return true;
+  const ls_shape &a = args[0].shape, &b = args[1].shape;
+  return can_run(args[1]) && are_alike(args[0], args[1]) && a.T == b.T && a.B == b.B && a.I == b.I && a.H == b.H && a.P == b.P &&
+         a.cell == b.cell && a.counts == b.counts && a.starts == b.starts && a.order == b.order &&
+         a.num_threads == b.num_threads && a.target == b.target;
+}
+
 /* `sum` with `count` values mixed in, spread over all n. */
 uint64_t sample(const float* values, int64_t n, int64_t count, uint64_t sum) {
   for (int64_t i = 0; i < count && n; ++i) {
@@ -279,27 +308,12 @@ uint64_t ls_sample(const ls_weights* weights) {
   return sample(w.bias_hh, w.bias_hh ? rows : 0, 8, sum);
 }
 
-int32_t ls_forward(const ls_forward_args* args) {
-  if (!args || !is_shape(args->shape) || !are_options(args->options, args->shape.cell)) return LS_BAD_ARGUMENT;
-  const Target* target = find(args->shape.target);
-  bool empty = is_empty(args->shape);
-  if (!are_tokens(args->tokens, args->shape, args->tokens.table)) return LS_BAD_ARGUMENT;
-  bool lying = (args->weight_ih || !args->shape.I) && args->weight_hh && (args->weight_hr || !args->shape.P);
-  bool weights = args->packed || lying;
-  bool has_rows = args->shape.T && args->shape.B && !(empty && args->shape.starts); /* of y, also beyond rows' ends */
-  if (!target || (!empty && (!weights || (!args->x && args->shape.I))) || (has_rows && !args->y)) return LS_BAD_ARGUMENT;
-  return target->forward(args);
+int32_t ls_forward(const ls_forward_args* args, int32_t count) {
+  return are_directions(args, count) ? find(args->shape.target)->forward(args, count) : LS_BAD_ARGUMENT;
 }
 
-int32_t ls_backward(const ls_backward_args* args) {
-  if (!args || !is_shape(args->shape) || !are_options(args->options, args->shape.cell)) return LS_BAD_ARGUMENT;
-  const Target* target = find(args->shape.target);
-  bool empty = is_empty(args->shape);
-  if (!are_tokens(args->tokens, args->shape, args->dtable)) return LS_BAD_ARGUMENT;
-  bool inputs = args->saved && args->y && (args->x || !args->shape.I) && (args->weight_ih || !args->shape.I || !args->dx) &&
-                args->weight_hh && (args->weight_hr || !args->shape.P);
-  if (!target || (!empty && !inputs)) return LS_BAD_ARGUMENT;
-  return target->backward(args);
+int32_t ls_backward(const ls_backward_args* args, int32_t count) {
+  return are_directions(args, count) ? find(args->shape.target)->backward(args, count) : LS_BAD_ARGUMENT;
 }
 
 int32_t ls_gates(const ls_shape* shape, int32_t layer_norm, const float* saved, float* gates) {

@@ -1,7 +1,7 @@
 /* The kernel library of longshort: recurrent layers on a CPU, without torch and without Python.
 
-   This header is the contract. One call runs one layer in one direction over a batch of sequences, or one step of it
-   (T = 1). All numbers are float32; all matrices are row-major, as torch.nn lays them out. The targets avx512_bf16
+   This header is the contract. One call runs one layer over a batch of sequences, or one step of it (T = 1), in one direction or
+   in two. All numbers are float32; all matrices are row-major, as torch.nn lays them out. The targets avx512_bf16
    and amx_bf16 round the factors of their products to bfloat16, the nearest of 8 bits, ties to even. Calls of few rows that
    read the weights as they lie have factors of float32 there too. In the target amx forward passes that save, backward passes
    and losses of many rows multiply by matrix units, factors as sums of three numbers of bfloat16: the error is that of float32,
@@ -44,7 +44,7 @@
 extern "C" {
 #endif
 
-#define LS_ABI_VERSION 11
+#define LS_ABI_VERSION 12
 
 /* The last is a cell of layers, not of models. */
 enum ls_cell { LS_RNN_TANH = 0, LS_RNN_RELU = 1, LS_GRU = 2, LS_LSTM = 3, LS_LSTM_COUPLED = 4 };
@@ -156,7 +156,7 @@ typedef struct {
   float* dweight_ci; /* H; of peepholes, as the two below */
   float* dweight_cf; /* H */
   float* dweight_co; /* H */
-  int32_t accumulate_dx; /* not 0: added to what is in dx */
+  int32_t accumulate_dx; /* not 0: added to what is in dx, the first direction's too */
   int32_t reserved;
   ls_tokens tokens; /* as in the forward call; the table itself is not read */
   float* dtable;    /* (V + 1) x G H, with a table; NULL: not wanted */
@@ -302,9 +302,12 @@ LS_API int32_t ls_round(int32_t cell, int64_t I_or_V, int64_t H, int32_t target,
    For who keeps packed weights and cannot be told of changes. 0: a bad argument. */
 LS_API uint64_t ls_sample(const ls_weights* weights);
 
-LS_API int32_t ls_forward(const ls_forward_args* args);
-/* The order in which gradients are summed over rows may depend on num_threads, but not on how many threads then came. */
-LS_API int32_t ls_backward(const ls_backward_args* args);
+/* One direction of a layer, or the two of it: `count` of args, 1 or 2, whose shapes differ in `reverse` alone and which both are
+   packed or not, and save or not. Two run side by side, in half of the threads each, where that is faster. */
+LS_API int32_t ls_forward(const ls_forward_args* args, int32_t count);
+/* The same back. Of two that have the same dx the second adds to it. The order in which gradients are summed over rows may depend
+   on num_threads and on count, but not on how many threads then came. */
+LS_API int32_t ls_backward(const ls_backward_args* args, int32_t count);
 
 /* What a forward call saved, laid out to be looked at: of an LSTM its gates after their activations and c after the step, of a
    GRU r, z, n, each T x B x H in the order of the batch, 0 where a row has no step. Of an RNN nothing: y has it all.

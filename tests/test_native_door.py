@@ -82,8 +82,8 @@ def test_arguments_that_cannot_be_are_refused(cell: str) -> None:
         for args in (forward, backward):
             for name, value in changes.items():
                 setattr(args if hasattr(args, name) else args.shape, name, value)
-        assert library.ls_forward(ctypes.byref(forward)) == native.BAD_ARGUMENT, changes
-        assert library.ls_backward(ctypes.byref(backward)) == native.BAD_ARGUMENT, changes
+        assert library.ls_forward(ctypes.byref(forward), 1) == native.BAD_ARGUMENT, changes
+        assert library.ls_backward(ctypes.byref(backward), 1) == native.BAD_ARGUMENT, changes
     vector = output.h_n.ctypes.data
     names = ("weight_ci", "weight_cf", "weight_co")
     every = names[1:] if cell == native.COUPLED else names if native.STATES[cell] == 2 else ()
@@ -92,31 +92,31 @@ def test_arguments_that_cannot_be_are_refused(cell: str) -> None:
         for name in given:
             setattr(forward.options, name, vector)
         wanted = native.OK if given == every else native.BAD_ARGUMENT
-        assert library.ls_forward(ctypes.byref(forward)) == wanted, given
+        assert library.ls_forward(ctypes.byref(forward), 1) == wanted, given
     forward, backward, _arrays = arguments_of(case, output)
     if native.STATES[cell] == 2:  # a projection without its weights
         forward.shape.P = backward.shape.P = 5
-        assert library.ls_forward(ctypes.byref(forward)) == native.BAD_ARGUMENT
-        assert library.ls_backward(ctypes.byref(backward)) == native.BAD_ARGUMENT
+        assert library.ls_forward(ctypes.byref(forward), 1) == native.BAD_ARGUMENT
+        assert library.ls_backward(ctypes.byref(backward), 1) == native.BAD_ARGUMENT
     forward, backward, _arrays = arguments_of(case, output)
     saved, backward.saved = backward.saved, None
-    assert library.ls_backward(ctypes.byref(backward)) == native.BAD_ARGUMENT
+    assert library.ls_backward(ctypes.byref(backward), 1) == native.BAD_ARGUMENT
     backward.saved = saved
     shape, gates = ctypes.byref(forward.shape), np.empty((5, 3, 2, 5), np.float32).ctypes.data
     for pointers in ((None, gates), (saved, None)):
         assert library.ls_gates(shape, 0, *pointers) == (native.BAD_ARGUMENT if native.SHOWN[cell] else native.OK)
     assert library.ls_gates(None, 0, saved, gates) == native.BAD_ARGUMENT
     assert library.ls_gates(shape, 0, saved, gates) == native.OK
-    assert library.ls_forward(ctypes.byref(forward)) == native.OK
-    assert library.ls_backward(ctypes.byref(backward)) == native.OK
-    assert library.ls_forward(None) == library.ls_backward(None) == native.BAD_ARGUMENT
+    assert library.ls_forward(ctypes.byref(forward), 1) == native.OK
+    assert library.ls_backward(ctypes.byref(backward), 1) == native.OK
+    assert library.ls_forward(None, 1) == library.ls_backward(None, 1) == native.BAD_ARGUMENT
     nobody = np.zeros(3, np.int64)  # no row has a step, but all of y is beyond their ends
     forward.shape.counts, forward.y, y = nobody.ctypes.data, None, forward.y
-    assert library.ls_forward(ctypes.byref(forward)) == native.BAD_ARGUMENT
+    assert library.ls_forward(ctypes.byref(forward), 1) == native.BAD_ARGUMENT
     forward.shape.starts = nobody.ctypes.data  # of packed rows there is none
-    assert library.ls_forward(ctypes.byref(forward)) == native.OK
+    assert library.ls_forward(ctypes.byref(forward), 1) == native.OK
     forward.shape.starts, forward.y = None, y
-    assert library.ls_forward(ctypes.byref(forward)) == native.OK
+    assert library.ls_forward(ctypes.byref(forward), 1) == native.OK
 
 
 @needs_library

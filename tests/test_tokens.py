@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_refused_by_the_library() -> None:
         args.tokens = Tokens(table=table.ctypes.data, ids=ids.ctypes.data, V=4)
         for name, value in changes.items():
             setattr(args.shape if name == "I" else args.tokens, name, value)
-        return int(library.ls_forward(ctypes.byref(args)))
+        return int(library.ls_forward(ctypes.byref(args), 1))
 
     assert forward(V=-1) == native.BAD_ARGUMENT
     assert forward(I=2) == native.BAD_ARGUMENT
@@ -277,7 +277,7 @@ def test_what_does_not_fit_is_refused_by_the_library() -> None:
         y_row=4,
         tokens=Tokens(table=table.ctypes.data, ids=ids.ctypes.data, V=4),
     )
-    assert library.ls_forward(ctypes.byref(args)) == native.OK
+    assert library.ls_forward(ctypes.byref(args), 1) == native.OK
     room, targets = np.zeros(100, np.float32), np.array([0, 7])
     places = [address, address, address, targets.ctypes.data, *[room.ctypes.data] * 4]
     names = [field[0] for field in LossArgs._fields_ if field[1] is ctypes.c_void_p]

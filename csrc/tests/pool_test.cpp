@@ -59,7 +59,7 @@ struct Call {
       saved.resize(size_t(ls_saved_floats(&f.shape, 0)));
       f.saved = saved.data();
     }
-    if (ls_forward(&f) != LS_OK) return {};
+    if (ls_forward(&f, 1) != LS_OK) return {};
     if (!backward) return y;
     Floats dx(x.size()), dweight_ih(weight_ih.size()), dweight_hh(weight_hh.size()), dbias(bias.size());
     ls_backward_args b = {};
@@ -71,7 +71,7 @@ struct Call {
     b.dy = dy.data(), b.dy_step = B * H, b.dy_row = H;
     b.dx = dx.data(), b.dx_step = f.x_step, b.dx_row = f.x_row;
     b.dweight_ih = dweight_ih.data(), b.dweight_hh = dweight_hh.data(), b.dbias_ih = dbias.data();
-    if (ls_backward(&b) != LS_OK) return {};
+    if (ls_backward(&b, 1) != LS_OK) return {};
     for (const Floats* part : {&dx, &dweight_ih, &dweight_hh, &dbias}) y.insert(y.end(), part->begin(), part->end());
     return y;
   }

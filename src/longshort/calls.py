@@ -183,20 +183,20 @@ def check(status: int) -> None:
         raise RuntimeError(f"The native kernels refused a layer's arguments (status {status}): please report this.")
 
 
-def run(function: Any, argument: Any, cell: str, part: str = "") -> None:
+def run(function: Any, arguments: tuple[Any, ...], cell: str, part: str = "") -> None:
     """Call a function of the library and raise what its status stands for; a profiler sees `longshort::{cell}{part}`.
 
     Args:
-        function: of the library, with one argument.
-        argument: of the function.
+        function: of the library.
+        arguments: of the function.
         cell: what the function computes.
         part: of it, as a suffix.
     """
     if torch._C._autograd._profiler_enabled():
         with record_function(f"longshort::{cell}{part}"):
-            status = function(argument)
+            status = function(*arguments)
     else:
-        status = function(argument)
+        status = function(*arguments)
     check(status)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
-ABI_VERSION = 11
+ABI_VERSION = 12
 OK, OUT_OF_MEMORY, BAD_ARGUMENT = 0, 1, 2
 CELLS = {"rnn": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
 """Each cell of models that has native kernels, and its number in the library."""
@@ -81,8 +81,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ls_packed_floats": (_i64, (_i32, _i64, _i64, _i64, _i32)),
     "ls_pack": (_i32, (_pointer, _i32, _pointer)),
     "ls_sample": (ctypes.c_uint64, (_pointer,)),
-    "ls_forward": (_i32, (_pointer,)),
-    "ls_backward": (_i32, (_pointer,)),
+    "ls_forward": (_i32, (_pointer, _i32)),
+    "ls_backward": (_i32, (_pointer, _i32)),
     "ls_gates": (_i32, (_pointer, _i32, _pointer, _pointer)),
     "ls_decode": (_i32, (_pointer,)),
     "ls_read": (_i32, (_pointer,)),

@@ -254,6 +254,65 @@ def forward(
     if packed is not None:
         wanted = packed_floats(cell, call.I, call.H, target, call.shape.P)
         packed = float_array("packed", packed, (wanted,))
+    args = _forward_args(call, y, h_n, c_n, saved, packed)
+    check_status(found.ls_forward(ctypes.byref(args), 1))
+    return Output(y, h_n, c_n, saved)
+
+
+def forward_directions(
+    cell: str,
+    x: Array,
+    weights: Sequence[Weights],
+    options: Sequence[Options],
+    *,
+    sequences: Sequences = _EVERY_STEP,
+    threads: int = 1,
+    target: str | None = None,
+) -> Output:
+    """Run one layer from zero states in its one or two directions, these side by side where that is faster.
+
+    Args:
+        cell: as in `forward`.
+        x: as in `forward`.
+        weights: of each direction, the second of which runs from each row's last step to its first.
+        options: of each direction.
+        sequences: as in `forward`; its `reverse` is not read.
+        threads: at most so many.
+        target: as in `forward`.
+
+    Returns:
+        y (T, B, D P) or (N, D P), h_n (D, B, P), c_n (D, B, H); nothing is saved.
+
+    Raises:
+        ValueError: shapes or types that do not fit.
+        UsageError: there is no such target, or no library.
+    """
+    found = need()
+    index, D = index_of(found, target), len(weights)
+    if D not in (1, 2):
+        raise ValueError(f"there are one or two directions, not {D}")
+    given = {name: getattr(sequences, name) for name in ("counts", "order", "starts")}
+    steps = {name: None if each is None else _integers(name, each) for name, each in given.items()}
+    calls = [
+        _Call(cell, x, own, (), Sequences(**steps, reverse=d == 1), having, threads, index)
+        for d, (own, having) in enumerate(zip(weights, options, strict=True))
+    ]
+    B, H, P, rows = calls[0].B, calls[0].H, calls[0].P, calls[0].y_shape[:-1]
+    if any((call.H, call.P) != (H, P) for call in calls):
+        raise ValueError(f"directions must be equally wide, not {', '.join(str((call.H, call.P)) for call in calls)}")
+    y, h_n = np.empty((*rows, D * P), np.float32), np.empty((D, B, P), np.float32)
+    c_n = np.empty((D, B, H), np.float32) if STATES[cell] == 2 else None
+    args = [
+        _forward_args(call, y[..., d * P : (d + 1) * P], h_n[d], None if c_n is None else c_n[d])
+        for d, call in enumerate(calls)
+    ]
+    check_status(found.ls_forward((ForwardArgs * D)(*args), D))
+    return Output(y, h_n, c_n, None)
+
+
+def _forward_args(
+    call: _Call, y: Array, h_n: Array, c_n: Array | None, saved: Array | None = None, packed: Array | None = None
+) -> ForwardArgs:
     args = ForwardArgs(shape=call.shape, options=call.options)
     args.x, args.x_step, args.x_row = call.strided(call.x)
     args.weight_ih, args.weight_hh, args.bias_ih, args.bias_hh, args.weight_hr = map(address, call.weights)
@@ -261,8 +320,7 @@ def forward(
     args.h0, args.c0 = map(address, call.state)
     args.y, args.y_step, args.y_row = call.strided(y)
     args.h_n, args.c_n, args.saved = address(h_n), address(c_n), address(saved)
-    check_status(found.ls_forward(ctypes.byref(args)))
-    return Output(y, h_n, c_n, saved)
+    return args
 
 
 def gates(
@@ -376,7 +434,7 @@ def backward(
     if options.peepholes is not None:
         peepholes = Peepholes(*map(_like, call.peepholes))
         args.dweight_ci, args.dweight_cf, args.dweight_co = map(address, peepholes)
-    check_status(found.ls_backward(ctypes.byref(args)))
+    check_status(found.ls_backward(ctypes.byref(args), 1))
     return Gradients(dx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h0, c0, gains, peepholes)
 
 

@@ -66,12 +66,14 @@ def forward(
     per_direction = len(weights) // D
     x_step, x_row = (0, 0) if call.ids is not None else call.strides(x)
     y_step, y_row = call.strides(y)
+    fields, kept = b"", []  # what is packed must live as long as the call
     for d in range(D):
         own = weights[d * per_direction : (d + 1) * per_direction]
         shape = call.shape(x, d)
         packed = pack(call, own, x.shape[-1]) if keep_packed else None
+        kept.append(packed)
         of_h, of_c = 4 * d * B * P, 4 * d * B * H
-        fields = FORWARD.pack(
+        fields += FORWARD.pack(
             *shape,
             *call.option_fields(d, own),
             x.data_ptr(),
@@ -89,7 +91,7 @@ def forward(
             saved[d].data_ptr() if saved else 0,
             *call.tokens(x),
         )
-        run(library.ls_forward, fields, call.cell)
+    run(library.ls_forward, (fields, D), call.cell)
     return y, (h_n,) if c_n is None else (h_n, c_n)
 
 
@@ -141,12 +143,13 @@ def backward(
     def part(tensor: Tensor | None, offset: int) -> int:
         return 0 if tensor is None else tensor.data_ptr() + offset
 
+    fields = b""
     for d in range(D):
         own = weights[d * per_direction : (d + 1) * per_direction]
         down = dweights[d * per_direction : (d + 1) * per_direction]
         of_h, of_c = 4 * d * B * P, 4 * d * B * H
         of_weights = weight_fields(call.bias, list(map(address, down[: call.num_plain])))
-        fields = BACKWARD.pack(
+        fields += BACKWARD.pack(
             *call.shape(x, d),
             *call.option_fields(d, own),
             x.data_ptr(),
@@ -179,7 +182,7 @@ def backward(
             *call.tokens(x),
             address(dtable),
         )
-        run(library.ls_backward, fields, call.cell, "_backward")
+    run(library.ls_backward, (fields, D), call.cell, "_backward")
     return [given, *dbefore, *dweights]
 
 
@@ -223,5 +226,5 @@ def cross_entropy(
     places = [tensor.data_ptr() for tensor in (*given, nats_N, dh_NH, *dweights)]
     target = resolved(target, 2, *h_NH.shape)  # as many rows as of a batch that is read at once
     args = LossArgs(len(h_NH), *weight_VH.shape, target, torch.get_num_threads(), *places, scale)
-    run(library.ls_loss, ctypes.byref(args), "cross_entropy")
+    run(library.ls_loss, (ctypes.byref(args),), "cross_entropy")
     return float(nats_N.numpy().sum()), (dh_NH, dweights[0], dweights[1])

@@ -154,7 +154,7 @@ class Quick:
             address(saved),
             *(0, 0, 0),
         )
-        calls.run(library.ls_forward, fields, self._cell)
+        calls.run(library.ls_forward, (fields, 1), self._cell)
         return y, h_n, c_n
 
     def backward(
@@ -205,7 +205,7 @@ class Quick:
             *calls.vector_fields(self._vectors, dweights[self._num_plain :]),
             *(0, 0, 0, 0, 0, 0),
         )
-        calls.run(library.ls_backward, fields, self._cell, "_backward")
+        calls.run(library.ls_backward, (fields, 1), self._cell, "_backward")
         return dx, dh_0, dc_0, *dweights
 
     def by_equations(

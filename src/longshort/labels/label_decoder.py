@@ -59,10 +59,8 @@ class LabelDecoder(LabelModel):
         run = self._run_native if self._native else self._run
         x_TBI, ends = self._inputs(batch), list[Array]()
         for layer in range(config.layers):
-            found = [run(f"l{layer}{suffix}", x_TBI, lengths_B) for suffix in suffixes(config)]
-            y_TBH = np.concatenate([y for y, _ in found], axis=-1)
+            y_TBH, ends = run([f"l{layer}{suffix}" for suffix in suffixes(config)], x_TBI, lengths_B)
             x_TBI = x_TBI + y_TBH if layer and config.residual else y_TBH
-            ends = [end for _, end in found]
         read = x_TBI  # zeros beyond a row's end, so they may be in the sum
         if not config.per_step and config.pooling == "ends":
             read = np.concatenate(ends, axis=-1)
@@ -86,23 +84,27 @@ class LabelDecoder(LabelModel):
     def _one_hot(self) -> Array:
         return np.eye(self.config.vocab_size, dtype=np.float32)
 
-    def _run_native(self, of: str, x_TBI: Array, lengths_B: NDArray[np.int64]) -> tuple[Array, Array]:
-        """Return what one layer puts out in one direction, (T, B, H), and what it has after its last step, (B, H)."""
-        w, steps = self._weights, np.arange(len(x_TBI))[:, None]
-        weights = Weights(*(w[f"recurrent.{name}_{of}"] for name in LAYER_WEIGHTS))
-        gains = Gains(*(w[name] for name in _gains(self.config, of))) if self.config.layer_norm else None
+    def _run_native(self, ofs: list[str], x_TBI: Array, lengths_B: NDArray[np.int64]) -> tuple[Array, list[Array]]:
+        """Return what one layer puts out, (T, B, D H), and what each direction has after its last step, (B, H)."""
+        config, w, steps = self.config, self._weights, np.arange(len(x_TBI))[:, None]
+        weights = [Weights(*(w[f"recurrent.{name}_{of}"] for name in LAYER_WEIGHTS)) for of in ofs]
+        gains = [Gains(*(w[name] for name in _gains(config, of))) if config.layer_norm else None for of in ofs]
+        options = [Options(gains=own) for own in gains]
         sequences = Sequences(
             counts=(lengths_B > steps).sum(1),
             order=np.argsort(-lengths_B, kind="stable"),
-            reverse=of.endswith("_reverse"),
         )
-        done = native_layers.forward(
-            self.config.cell, x_TBI, weights, sequences=sequences, options=Options(gains=gains), threads=self.threads
+        done = native_layers.forward_directions(
+            config.cell, x_TBI, weights, options, sequences=sequences, threads=self.threads
         )
-        return done.y, done.h_n
+        return done.y, [*done.h_n]
 
-    def _run(self, of: str, x_TBI: Array, lengths_B: NDArray[np.int64]) -> tuple[Array, Array]:
+    def _run(self, ofs: list[str], x_TBI: Array, lengths_B: NDArray[np.int64]) -> tuple[Array, list[Array]]:
         """The same by NumPy, step by step."""
+        found = [self._run_direction(of, x_TBI, lengths_B) for of in ofs]
+        return np.concatenate([y for y, _ in found], axis=-1), [end for _, end in found]
+
+    def _run_direction(self, of: str, x_TBI: Array, lengths_B: NDArray[np.int64]) -> tuple[Array, Array]:
         w, (T, B), H = self._weights, x_TBI.shape[:2], self.config.hidden
         x_TBG = normalised(w, f"ih_{of}", product(x_TBI, w[f"recurrent.weight_ih_{of}"].T))
         x_TBG += w[f"recurrent.bias_ih_{of}"]
