@@ -400,7 +400,7 @@ def quick_target() -> int | None:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._is_any_autocast_enabled()
-        or exporting()
+        or torch._C._is_tracing()
         or transforming()
     ):
         return None

@@ -204,14 +204,15 @@ def read_lengths(lengths: Tensor | Sequence[int], steps: int, rows: int) -> Sequ
         order = lengths_B.argsort(descending=True, stable=True)
         return Sequences((torch.arange(steps, device="cpu").unsqueeze(1) < lengths_B).sum(1), order, rows)
     array = lengths_B.numpy()  # PyTorch's operations take longer on so few numbers
-    if (array == steps).all():
-        return None
-    wrong = (array < 0) | (array > steps)
-    if wrong.any():
-        b = int(wrong.argmax())
+    falling = (~array).argsort(kind="stable")  # of -array one number overflows
+    longest, shortest = (int(array[falling[0]]), int(array[falling[-1]])) if rows else (steps, steps)
+    if shortest < 0 or longest > steps:
+        b = int(((array < 0) | (array > steps)).argmax())
         raise ValueError(f"lengths: Expected 0 to {steps}, got {array[b]} for row {b}")
+    if shortest == steps:
+        return None
     counts = rows - np.bincount(array, minlength=steps + 1).cumsum()[:steps]
-    return Sequences(torch.from_numpy(counts), torch.from_numpy((-array).argsort(kind="stable")), rows)
+    return Sequences(torch.from_numpy(counts), torch.from_numpy(falling), rows)
 
 
 def read_resets(resets: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -63,13 +63,14 @@ register_optimizer_step_post_hook(_after_step)
 
 def pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
     """Return the packed weights of one direction, kept from an earlier call where nothing has changed."""
-    owner, places, versions = weights[1], [], []
-    for weight in weights[: call.num_plain]:
-        place = weight.data_ptr()
-        if weight.is_inference() or not place:
-            return None  # they do not tell of changes, or there is nothing to be packed
-        places.append(place)
-        versions.append(weight._version)
+    plain = weights[: call.num_plain]
+    try:
+        versions = [weight._version for weight in plain]
+    except RuntimeError:  # those of inference mode do not tell of changes
+        return None
+    owner, places = weights[1], list(map(Tensor.data_ptr, plain))
+    if 0 in places:  # they only stand for others
+        return None
     target = library.ls_active_target() if call.target < 0 else call.target
     key = (target, call.cell, I, call.H, call.projected, places, versions)
     found = _packed.get(id(owner))
@@ -82,6 +83,6 @@ def pack(call: Call, weights: Sequence[Tensor], I: int) -> Tensor | None:
     check(library.ls_pack(given, target, packed.data_ptr()))
     if id(owner) not in _watched:
         _watched[id(owner)] = weakref.finalize(owner, _forget, id(owner))
-    held = tuple(weight.detach() for weight in weights[: call.num_plain])
+    held = tuple(weight.detach() for weight in plain)
     _packed[id(owner)] = _Packed(key, given, sample, packed, held)
     return packed

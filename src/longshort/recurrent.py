@@ -94,10 +94,13 @@ class RecurrentLayer(StandIn, nn.RNNBase):
     def _quick(self) -> tuple[Quick | None, Quick | None]:
         """The short way of the usual call to the native kernels, in evaluation and in training, where there is one."""
         options, given = self.options, self.options.given.keys()
-        single = self.num_layers == 1 and not self.bidirectional
-        if not (single and calls.TARGETS and given <= options.needs(training=True) | {"forget_bias"}):
+        if not (calls.TARGETS and given <= options.needs(training=True) | {"forget_bias", "residual"}):
             return None, None
-        names = [*self._flat_weights_names, *self._option_names[0].values()]
+        each = len(self._flat_weights_names) // len(self._option_names)
+        names = [
+            [*self._flat_weights_names[i * each : (i + 1) * each], *vectors.values()]
+            for i, vectors in enumerate(self._option_names)
+        ]
         quick = Quick(self._stack, names, self.batch_first, options, training=False)
         draws = options.recurrent_dropout or options.zoneout
         return quick, Quick(self._stack, names, self.batch_first, options, training=True) if draws else quick
@@ -175,8 +178,9 @@ class RecurrentLayer(StandIn, nn.RNNBase):
             self.__dict__.pop("_quick", None)
             quick = self._quick[int(self.training)]
         target = None if quick is None else kernels.quick_target()
-        if quick is not None and target is not None and (not arguments or self._are_whole(input, arguments)):
-            found = quick(self._parameters, input, hx, target)
+        if quick is not None and target is not None and (not arguments or [*arguments] == ["lengths"]):
+            dropout = self.dropout if self.training else 0.0
+            found = quick(self._parameters, input, hx, target, arguments.get("lengths"), dropout)
             if found is not None:
                 return found
         return self._call(input, hx, **arguments)
@@ -185,17 +189,6 @@ class RecurrentLayer(StandIn, nn.RNNBase):
         """Return T and B of batched input."""
         first, second = x.shape[:2]
         return (second, first) if self.batch_first else (first, second)
-
-    def _are_whole(self, input: Any, arguments: CallArguments) -> bool:
-        """Whether a call has `lengths` alone, by which all rows have all steps: seen quickly, or not at all."""
-        lengths: Any = arguments.get("lengths")
-        if len(arguments) > 1 or not isinstance(input, Tensor) or input.dim() != 3:
-            return False
-        if type(lengths) is Tensor and lengths.dtype is torch.int64 and lengths.dim() == 1 and lengths.is_cpu:
-            lengths = lengths.tolist()
-        steps, rows = self._steps_and_rows(input)
-        whole = type(lengths) is list and len(lengths) == rows and lengths.count(steps) == rows
-        return whole and all(type(length) is int for length in lengths)
 
     def _call(
         self,

@@ -1,0 +1,143 @@
+"""The short way of a call is the general one: the same bits, the same masks, the same errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import longshort
+from longshort import calls, kernels, quick
+from recurrent import flat
+
+pytestmark = pytest.mark.skipif(not calls.TARGETS, reason="there are no native kernels")
+
+
+@contextmanager
+def one_way(quickly: bool) -> Iterator[list[bool]]:
+    """Let calls go the short way, or the general one; what is yielded says of each whether it went the short way."""
+    taken: list[bool] = []
+    call = quick.Quick.__call__
+
+    def spy(self: Any, *arguments: Any) -> Any:
+        found = call(self, *arguments)
+        taken.append(found is not None)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not quickly:
+            patch.setattr(kernels, "quick_target", lambda: None)
+        patch.setattr(quick.Quick, "__call__", spy)
+        yield taken
+
+
+def a_layer(data: st.DataObject) -> Any:
+    """Draw a layer that has a short way."""
+    kind = data.draw(st.sampled_from([longshort.RNN, longshort.GRU, longshort.LSTM]))
+    arguments: dict[str, Any] = {
+        "num_layers": data.draw(st.integers(1, 3)),
+        "bias": data.draw(st.booleans()),
+        "batch_first": data.draw(st.booleans()),
+        "bidirectional": data.draw(st.booleans()),
+        "layer_norm": data.draw(st.booleans()),
+        **{name: data.draw(st.sampled_from([0.0, 0.4])) for name in ("recurrent_dropout", "zoneout")},
+    }
+    if arguments["num_layers"] > 1:
+        arguments |= {"dropout": data.draw(st.sampled_from([0.0, 0.3])), "residual": data.draw(st.booleans())}
+    if kind is longshort.LSTM:
+        arguments |= {name: data.draw(st.booleans()) for name in ("peephole", "coupled_gates")}
+        arguments["proj_size"] = data.draw(st.sampled_from([0, 3]))
+        if arguments["bias"]:
+            arguments["forget_bias"] = data.draw(st.sampled_from([None, 1.0]))
+    return kind(data.draw(st.integers(1, 4)), data.draw(st.integers(4, 6)), **arguments)
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_every_call_has_the_bits_of_the_general_way(data: st.DataObject) -> None:
+    layer, threads = a_layer(data), torch.get_num_threads()
+    layer.train(data.draw(st.booleans()))
+    T, B = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
+    grad = data.draw(st.booleans())
+    x = torch.randn(*((B, T) if layer.batch_first else (T, B)), layer.input_size, requires_grad=grad)
+    entries = layer.num_layers * (1 + layer.bidirectional)
+    widths = [layer.proj_size or layer.hidden_size, layer.hidden_size][: 1 + (layer.cell == "lstm")]
+    state: Any = tuple(torch.randn(entries, B, width, requires_grad=grad) for width in widths)
+    inputs = [x, *state]
+    hx = data.draw(st.sampled_from([None, state if len(state) == 2 else state[0]]))
+    arguments: dict[str, Any] = {}
+    if data.draw(st.booleans()):
+        lengths = data.draw(st.lists(st.integers(0, T), min_size=B, max_size=B))
+        arguments["lengths"] = data.draw(st.sampled_from([lengths, torch.tensor(lengths), None]))
+    found = []
+    torch.set_num_threads(data.draw(st.sampled_from([1, 2])))
+    for quickly in (True, False):
+        torch.manual_seed(0)
+        with one_way(quickly) as taken, torch.set_grad_enabled(grad):
+            results = flat(layer(x, hx, **arguments))
+        assert taken == [True] * quickly
+        after = torch.get_rng_state()
+        gradients: list[Tensor | None] = []
+        if grad:
+            loss = torch.stack([part.sin().sum() for part in results]).sum()
+            wanted = [*inputs, *layer.parameters()]
+            gradients = [*torch.autograd.grad(loss, wanted, allow_unused=True)]
+        found.append(([*results, *gradients], after))
+    torch.set_num_threads(threads)
+    (ours, drawn), (general, drawn_too) = found
+    assert torch.equal(drawn, drawn_too)
+    for a, b in zip(ours, general, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or b is None or torch.equal(a, b)
+
+
+def test_what_has_changed_since_is_seen() -> None:
+    layer, x = longshort.LSTM(3, 4, num_layers=2, dropout=0.5, bidirectional=True), torch.randn(5, 2, 3)
+    with one_way(quickly=True) as taken:
+        y, _ = layer(x)
+        assert not torch.equal(layer(x)[0], y)  # dropout
+        layer.dropout = 0.0
+        y, _ = layer(x)
+        assert torch.equal(layer(x)[0], y)
+        layer.dropout = 0.5
+        layer.eval()
+        assert torch.equal(layer(x)[0], y)
+        weight: Any = layer.weight_hh_l1_reverse
+        with torch.no_grad():
+            kept = layer(x)[0]
+            weight[0, 0] += 1
+            changed = layer(x)[0]
+            assert not torch.equal(changed, kept)
+        layer.batch_first = True
+        assert torch.equal(layer(x.transpose(0, 1))[0].transpose(0, 1), changed)
+    assert taken
+    assert all(taken)
+
+
+@pytest.mark.parametrize("spoil", ["shape", "type", "layer", "hx", "lengths"])
+def test_what_does_not_fit_goes_the_general_way_and_fails_there(spoil: str) -> None:
+    layer, x, given = longshort.GRU(3, 4, num_layers=2, bidirectional=True), torch.randn(5, 2, 3), {}
+    hx: Any = torch.zeros(4, 2, 4)
+    wanted: tuple[type[Exception], ...] = (RuntimeError, ValueError)
+    if spoil == "shape":
+        layer.weight_hh_l1_reverse = torch.nn.Parameter(torch.zeros(12, 3))
+    elif spoil == "type":
+        layer.bias_ih_l1 = torch.nn.Parameter(torch.zeros(12, dtype=torch.float64))
+    elif spoil == "layer":
+        x = torch.randn(5, 2, 8)
+    elif spoil == "hx":
+        hx = torch.zeros(2, 2, 4)
+    else:
+        given = {"lengths": [2, 2**63 - 1]}
+    with one_way(quickly=True) as taken, pytest.raises(wanted):
+        layer(x, hx, **given)
+    assert not any(taken)
+    for lengths in ([-1, 2], torch.tensor([-(2**63), 2]), torch.tensor([6, 2]), [1], torch.tensor([1.0, 2.0])):
+        with pytest.raises((ValueError, TypeError), match="lengths: Expected"):
+            longshort.GRU(3, 4, num_layers=2, bidirectional=True)(torch.randn(5, 2, 3), lengths=lengths)
