@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-import longshort
 from longshort import kernels, machine, native, precision
 from longshort.bench import grids, layers, ledger, peers, timing
 from longshort.bench.grids import GRIDS, Case, Grid
@@ -143,7 +142,7 @@ def test_stolen_time_is_a_part_of_all_time() -> None:
 
 def test_the_grids_are_those_that_were_agreed_on() -> None:
     sizes = {name: len(grid.shapes) * len(grid.threads) for name, grid in GRIDS.items() if name != "quick"}
-    assert sizes == {"marks": 48, "full": 240, "options": 9, "projection": 36}
+    assert sizes == {"marks": 48, "full": 240, "options": 9, "projection": 36, "stacks": 24}
     assert len(Settings(grid="marks").resolved().cases()) == 48 * 3 * 2
 
 
@@ -158,17 +157,18 @@ def test_operations_are_those_of_the_weights(cell: str) -> None:
     assert replace(case, option="lengths").operations() == 2 * 12 * weights
 
 
-@pytest.mark.parametrize("option", ["proj_size", "coupled_gates"])
+@pytest.mark.parametrize("option", [*grids.SHARED, "coupled_gates"])
 def test_operations_of_options_that_have_other_weights(option: str) -> None:
-    layer = longshort.LSTM(8, 8, proj_size=4) if option == "proj_size" else longshort.LSTM(8, 8, coupled_gates=True)
-    weights = sum(w.numel() for name, w in layer.named_parameters() if "weight" in name)
-    assert Case("lstm", "infer", 5, 3, 8, threads=1, option=option).operations() == 2 * 5 * 3 * weights
+    case = Case("lstm", "infer", 5, 3, 8, threads=1, option=option)
+    weights = sum(w.numel() for name, w in peers.our_layer(case).named_parameters() if "weight" in name)
+    assert case.operations() == 2 * 5 * 3 * weights
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("mode", grids.MODES)
-def test_projections_compute_the_same(mode: str, seen: list[tuple[str, torch.Tensor]]) -> None:
-    case = Case("lstm", mode, 4, 3, 8, threads=1, option="proj_size", peer="torch.nn")
+@pytest.mark.parametrize("option", grids.SHARED)
+def test_options_of_pytorch_compute_the_same(option: str, mode: str, seen: list[tuple[str, torch.Tensor]]) -> None:
+    case = Case("lstm", mode, 4, 3, 8, threads=1, option=option, peer="torch.nn")
     ours, other, kernel = peers.contestants(case)
     with peers.gradients(case):
         for side in (ours, other):
@@ -176,7 +176,7 @@ def test_projections_compute_the_same(mode: str, seen: list[tuple[str, torch.Ten
             side.call()
     (_, found), (_, expected) = seen
     assert kernel in kernels.available()
-    assert found.shape == (4, 3, 4)
+    assert found.shape == (4, 3, {"proj_size": 4, "bidirectional": 16}.get(option, 8))
     torch.testing.assert_close(found, expected)
 
 

@@ -16,8 +16,8 @@ from typing import Any
 CELLS = ("lstm", "gru", "rnn")
 MODES = ("train", "infer")
 OPTIONS = ("layer_norm", "recurrent_dropout", "zoneout", "lengths", "peephole", "coupled_gates")
-PROJECTION = "proj_size"
-"""An option that PyTorch's layer has too: h is projected to H / 2."""
+PROJECTION, DIRECTIONS, DEPTH = SHARED = ("proj_size", "bidirectional", "num_layers")
+"""Options that PyTorch's layer has too: h projected to H / 2, both directions, two layers."""
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 
 
@@ -32,7 +32,7 @@ class Case:
         B: rows.
         H: hidden units, and the width of the input.
         threads: of PyTorch and of ours.
-        option: of our layer, one of `OPTIONS`, `PROJECTION` or `none`.
+        option: of our layer, one of `OPTIONS`, `SHARED` or `none`.
         peer: `torch.nn`; for one of `OPTIONS` `plain`, our layer without it, or a loop of steps, `eager` or
             `torchscript`.
     """
@@ -61,11 +61,21 @@ class Case:
         """Return the width of h."""
         return self.H // 2 if self.option == PROJECTION else self.H
 
+    @property
+    def entries(self) -> int:
+        """Return the layers and directions that there are."""
+        return 2 if self.option in (DIRECTIONS, DEPTH) else 1
+
+    @property
+    def output_width(self) -> int:
+        """Return the width of what the layer puts out."""
+        return self.width * (self.entries if self.option == DIRECTIONS else 1)
+
     def operations(self) -> int:
         """Return the multiplications and additions of the matrix products; training takes three times the forward's."""
         gates = GATES[self.cell] - (self.option == "coupled_gates")
         of_gates, of_h = gates * self.H * (self.H + self.width), self.H * self.width * (self.option == PROJECTION)
-        forward = 2 * sum(self.lengths()) * (of_gates + of_h)
+        forward = 2 * sum(self.lengths()) * (of_gates + of_h) * self.entries
         return forward * (3 if self.mode == "train" else 1)
 
 
@@ -142,6 +152,7 @@ GRIDS = {
         cells=("lstm",),
         options=(PROJECTION,),
     ),
+    "stacks": Grid(_every((1, 35), (1, 3, 20, 64), (64, 256, 650)), options=(DIRECTIONS, DEPTH)),
 }
 
 

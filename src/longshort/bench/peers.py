@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longshort import kernels, layers
-from longshort.bench.grids import PROJECTION, Case
+from longshort.bench.grids import DEPTH, DIRECTIONS, PROJECTION, SHARED, Case
 from longshort.bench.timing import Side
 from longshort.errors import UsageError
 
@@ -40,6 +40,8 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "zoneout": {"zoneout": _ZONEOUT},
     "peephole": {"peephole": True},
     "coupled_gates": {"coupled_gates": True},
+    DIRECTIONS: {"bidirectional": True},
+    DEPTH: {"num_layers": 2},
 }
 
 
@@ -85,10 +87,10 @@ def contestants(case: Case, kernel: str = "auto") -> tuple[Side, Side, str]:
     """
     torch.manual_seed(0)
     T, B, H = case.T, case.B, case.H
-    x_TBI, dy_TBH = torch.randn(T, B, H), torch.randn(T, B, case.width)
+    x_TBI, dy_TBH = torch.randn(T, B, H), torch.randn(T, B, case.output_width)
     # Not one tensor twice: a kernel may treat that as a case of its own.
     widths = (case.width, H)[: 2 if case.cell == "lstm" else 1]
-    states = [torch.randn(1, B, width) * 0.1 for width in widths]
+    states = [torch.randn(case.entries, B, width) * 0.1 for width in widths]
     hx: Any = tuple(states) if len(states) == 2 else states[0]
     given = _call_arguments(case)
     ours = our_layer(case)
@@ -137,7 +139,7 @@ def peer_of(case: Case, ours: nn.Module) -> nn.Module:
     if case.peer == "torchscript":
         peer = ScriptedLSTM(case.H, case.option, case.lengths())
     else:
-        arguments = _arguments(case) if case.option == PROJECTION else {}
+        arguments = _arguments(case) if case.option in SHARED else {}
         peer = (_TORCH if case.peer == "torch.nn" else _OURS)[case.cell](case.H, case.H, **arguments)
     values, own = ours.state_dict(), peer.state_dict()
     shared = {name: values[name] for name in own.keys() & values.keys() if values[name].shape == own[name].shape}

@@ -143,7 +143,7 @@ def bench(
         str,
         Parameter(
             help="quick (a minute), marks (the project's own), full (hours), options (of our LSTM), "
-            "or projection (LSTMs with proj_size)."
+            "projection (LSTMs with proj_size), or stacks (two directions, two layers)."
         ),
     ] = "quick",
     cells: Annotated[str | None, Parameter(help="Cells, separated by commas (default: lstm,gru,rnn).")] = None,
