@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -95,6 +96,91 @@ def test_every_call_has_the_bits_of_the_general_way(data: st.DataObject) -> None
     for a, b in zip(ours, general, strict=True):
         assert (a is None) == (b is None)
         assert a is None or b is None or torch.equal(a, b)
+
+
+def both_ways(call: Any) -> tuple[Any, Any]:
+    """Return what `call` gives by the short way and by the general one, with the same random numbers."""
+    found = []
+    for quickly in (True, False):
+        torch.manual_seed(0)
+        with one_way(quickly) as taken:
+            found.append(call())
+        assert (any(taken), all(taken)) == (quickly, True)
+    return found[0], found[1]
+
+
+def total(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([tensor.sin().sum() for tensor in tensors]).sum()
+
+
+def same_bits(ours: Any, general: Any) -> bool:
+    pairs = zip(ours, general, strict=True)
+    return all(a is b is None or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+
+
+DEEP: dict[str, Any] = {"num_layers": 3, "bidirectional": True, "dropout": 0.4}
+
+
+@pytest.mark.parametrize("frozen", ["", "l0", "l0,l1", "l1", "l2", "bias", "reverse", "l0,l1,l2"])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("results", [slice(0, 1), slice(1, 2), slice(2, 3), slice(0, 3)])
+def test_gradients_that_nobody_wants(frozen: str, residual: bool, results: slice) -> None:
+    layer = longshort.LSTM(3, 4, residual=residual, **DEEP)
+    for name, weight in layer.named_parameters():
+        weight.requires_grad_(not any(part in name for part in frozen.split(",") if part))
+    for x in (torch.randn(5, 2, 3, requires_grad=True), torch.randn(5, 2, 3)):
+        inputs = [tensor for tensor in (x, *layer.parameters()) if tensor.requires_grad]
+
+        def call(x: Tensor = x, inputs: list[Tensor] = inputs) -> Any:
+            found = flat(layer(x, lengths=[4, 5]))
+            if not inputs:
+                return found
+            return torch.autograd.grad(total(found[results]), inputs, allow_unused=True)
+
+        assert same_bits(*both_ways(call))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_outputs_that_are_changed_and_hooks_of_saved_tensors(residual: bool) -> None:
+    layer, x = longshort.GRU(3, 4, residual=residual, **DEEP), torch.randn(5, 2, 3, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+
+    def changed() -> Any:
+        y, h_n = layer(x)
+        y += h_n.sum()
+        return torch.autograd.grad(y.sin().sum(), inputs)
+
+    def hooked() -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+            y, h_n = layer(x)
+        return torch.autograd.grad(y.sin().sum() + h_n.sum(), inputs)
+
+    def checkpointed() -> Any:
+        y, h_n = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+        return torch.autograd.grad(y.sin().sum() + h_n.sum(), inputs)
+
+    def plain() -> Any:
+        y, h_n = layer(x)
+        return torch.autograd.grad(y.sin().sum() + h_n.sum(), inputs)
+
+    for call in (changed, hooked, checkpointed):
+        ours, general = both_ways(call)
+        torch.testing.assert_close(ours, general)
+        assert call is changed or same_bits(ours, both_ways(plain)[0])
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("lengths", [None, [5, 2]])
+def test_gradients_of_gradients(residual: bool, lengths: Any) -> None:
+    layer, x = longshort.LSTM(3, 4, residual=residual, zoneout=0.2, **DEEP), torch.randn(5, 2, 3, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+
+    def call() -> Any:
+        y, (h_n, c_n) = layer(x, lengths=lengths)
+        first = torch.autograd.grad(y.sin().sum() + (h_n * c_n).sum(), inputs, create_graph=True)
+        return torch.autograd.grad(total(first), inputs, allow_unused=True)
+
+    torch.testing.assert_close(*both_ways(call))
 
 
 def test_what_has_changed_since_is_seen() -> None:

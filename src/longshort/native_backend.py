@@ -8,7 +8,8 @@ the operation `longshort::layer` of `graph`. `kernels` decides what comes here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
@@ -80,44 +81,78 @@ def by_equations(
         gradients: of y, h_n, for the LSTM c_n, and of what `show` gave; None: zeros.
         wanted: as in `backward`.
     """
-    given: Any = None if state[0] is None else tuple(state)
-    plain, options = part_vectors(call, weights)
-    again = torch.is_grad_enabled()
-    # The user may have put autocast around the backward pass.
+    with equations():
+        outputs = run_equations(call, x, [tensor for tensor in state if tensor is not None], weights)
+    return differentiate(outputs, gradients, (x, *state, *weights), wanted)
+
+
+@contextmanager
+def equations() -> Iterator[None]:
+    """Without autocast, which the user may have put around the backward pass, and with gradients."""
     with torch.autocast("cpu", enabled=False), torch.enable_grad():
-        readings: list[Readings] | None = [] if call.shows else None
-        if call.ids is not None:
-            first = F.embedding(call.ids, x) + plain[2]
-            cell = cells.get_cell(call.cell)
-            given = given or tuple(x.new_zeros(1, call.ids.shape[1], call.H) for _ in cell.states)
-            output, after = cells.run_stack(
-                cell, first, given, [plain], bias=True, first_is_gates=True, sequences=call.sequences
-            )
-        else:
-            coupled = call.cell == native.COUPLED
-            cell_name = "lstm" if coupled else call.cell
-            stack = Stack(cell_name, x.shape[-1], call.H, 1, call.bias, call.directions == 2, call.projected, coupled)
-            output, after = backends.run_reference(
-                stack,
-                x,
-                given,
-                plain,
-                batch_first=call.batch_first,
-                sequences=call.sequences,
-                options=options,
-                readings=readings,
-            )
-        shown = (torch.stack([seen[name] for name in native.SHOWN[call.cell]]) for seen in readings or ())
-        outputs = (output, *after, *shown)
-    pairs = [(out, grad) for out, grad in zip(outputs, gradients, strict=True) if grad is not None]
-    inputs = [tensor for tensor, want in zip((x, *state, *weights), wanted, strict=True) if want and tensor is not None]
+        yield
+
+
+def run_equations(call: Call, x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return y, h_n, for the LSTM c_n, and what `show` gives, of a layer by the equations of `cells`.
+
+    Args:
+        call: the layer.
+        x: as in `forward`.
+        state: h_0, and for the LSTM c_0; empty: zeros.
+        weights: as in `forward`.
+    """
+    given: Any = tuple(state) or None
+    plain, options = part_vectors(call, weights)
+    readings: list[Readings] | None = [] if call.shows else None
+    if call.ids is not None:
+        first = F.embedding(call.ids, x) + plain[2]
+        cell = cells.get_cell(call.cell)
+        given = given or tuple(x.new_zeros(1, call.ids.shape[1], call.H) for _ in cell.states)
+        output, after = cells.run_stack(
+            cell, first, given, [plain], bias=True, first_is_gates=True, sequences=call.sequences
+        )
+    else:
+        coupled = call.cell == native.COUPLED
+        cell_name = "lstm" if coupled else call.cell
+        stack = Stack(cell_name, x.shape[-1], call.H, 1, call.bias, call.directions == 2, call.projected, coupled)
+        output, after = backends.run_reference(
+            stack,
+            x,
+            given,
+            plain,
+            batch_first=call.batch_first,
+            sequences=call.sequences,
+            options=options,
+            readings=readings,
+        )
+    shown = (torch.stack([seen[name] for name in native.SHOWN[call.cell]]) for seen in readings or ())
+    return [output, *after, *shown]
+
+
+def differentiate(
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Return the gradients of `inputs` by PyTorch, those that are `wanted`; differentiable where gradients are enabled.
+
+    Args:
+        outputs: with a graph that leads to the inputs.
+        gradients: of the outputs; None: zeros. There may be more of them, None.
+        inputs: None where there is none.
+        wanted: one entry for each input.
+    """
+    pairs = [(out, grad) for out, grad in zip(outputs, gradients, strict=False) if grad is not None]
+    asked = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want and tensor is not None]
     found = iter(
         torch.autograd.grad(
             [out for out, _ in pairs],
-            inputs,
+            asked,
             [grad for _, grad in pairs],
             retain_graph=True,
-            create_graph=again,
+            create_graph=torch.is_grad_enabled(),
             allow_unused=True,
         )
     )
