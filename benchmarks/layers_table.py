@@ -1,4 +1,4 @@
-"""Print the README's table of the layers from a file that `longshort bench layers --grid marks` wrote.
+"""Print a table of the layers, as README and docs have them, from a file that `longshort bench layers` wrote.
 
 python benchmarks/layers_table.py benchmarks/results/2026-11-24-layers-marks.json
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+
+STACKS = {"bidirectional": " in both directions", "num_layers": " of two layers"}
+"""What a row says of an option that the table is not about as a whole."""
 
 
 def lines(path: Path) -> list[str]:
@@ -20,7 +23,8 @@ def lines(path: Path) -> list[str]:
         where = f"{worst['ratio']:.2f} (T={worst['T']} B={worst['B']} H={worst['H']})"
         ratios = [f"{band['ratio']:.2f}" for band in group["bands"]]
         mode = {"train": "training", "infer": "inference"}[group["mode"]]
-        found.append(f"| {group['cell'].upper()}, {mode} | {' | '.join(ratios)} | {where} |")
+        what = group["cell"].upper() + STACKS.get(group["option"], "")
+        found.append(f"| {what}, {mode} | {' | '.join(ratios)} | {where} |")
     return found
 
 

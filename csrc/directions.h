@@ -35,10 +35,20 @@ static bool may_go_side_by_side(const Pass& alone) {
   return !divides_rows || rows < kRowsOfAStep * s.T * alone.teams;
 }
 
-/* The gradient of x, to which both directions add: the second has its own first, as (T, B, I). */
+/* The gradient of x, to which both directions add: the second has its own first, as (T, B, I), or with `starts` as x lies. */
+static inline int64_t rows_of_input(const ls_shape& s) {
+  if (!s.starts) return s.T * s.B;
+  int64_t rows = 0;
+  for (int64_t t = 0; t < s.T; ++t) {
+    const int64_t count = s.counts ? s.counts[t] : s.B;
+    if (count) rows = larger(rows, s.starts[t] + (s.order ? s.B : count));
+  }
+  return rows;
+}
+
 static inline int64_t floats_apart(const ls_forward_args&) { return 0; }
 static inline int64_t floats_apart(const ls_backward_args& a) {
-  return a.dx && a.accumulate_dx ? a.shape.T * a.shape.B * a.shape.I : 0;
+  return a.dx && a.accumulate_dx ? rows_of_input(a.shape) * a.shape.I : 0;
 }
 
 static inline void write_apart(ls_forward_args&, float*) {}
@@ -81,19 +91,23 @@ struct SideBySide {
     return args;
   }
 
-  /* Whether the weights that a thread reads at each step stay in its core's second-level cache, or nearly. */
-  bool stays_near() const { return passes[0].weights_read() / passes[0].team_size * 4 >> 10 <= Pass::kMostAside; }
+  bool pays() const {
+    if (passes[0].threads != passes[1].threads) return false; /* of one direction fewer gradients are wanted */
+    if (given->shape.starts && rows_of_input(given->shape) > 2 * passes[0].steps.total_rows()) return false; /* it has gaps */
+    /* The weights that a thread reads at each step stay in its core's second-level cache, or nearly. */
+    return passes[0].weights_read() / passes[0].team_size * 4 >> 10 <= Pass::kMostAside;
+  }
 
+  /* LS_OUT_OF_MEMORY: nothing has been done. */
   int32_t run() {
     apart = floats_apart(args[1]);
     float* memory = apart ? static_cast<float*>(take(size_t(apart) * sizeof(float))) : nullptr;
     if (apart && !memory) return LS_OUT_OF_MEMORY;
     if (apart) write_apart(args[1], memory);
     const bool begun = passes[0].begin(), both = begun && passes[1].begin();
-    const int threads = 2 * int(larger(passes[0].threads, passes[1].threads));
     if (both)
       parallel(
-          threads, given->shape.num_threads,
+          2 * passes[0].threads, given->shape.num_threads,
           [](void* context, int thread, int count) { static_cast<SideBySide*>(context)->work(thread, count); }, this);
     if (both) give(passes[1].memory);
     if (begun) give(passes[0].memory);
@@ -102,11 +116,9 @@ struct SideBySide {
   }
 
   void work(int thread, int count) {
+    FlushSubnormals flush;
     Team all(shared + 2, thread, count);
-    all.for_teams(shared, 2, [&](const Team& team, int64_t index) {
-      Pass& pass = passes[index]; /* it may have use for fewer threads than the other */
-      if (team.index() < pass.threads) pass.work(team.index(), int(smaller(team.count(), pass.threads)));
-    });
+    all.for_teams(shared, 2, [&](const Team& team, int64_t index) { passes[index].work(team.index(), team.count()); });
     if (all.wait() && apart) add_apart(all, given[1], args[1]);
   }
 };
@@ -117,7 +129,7 @@ static int32_t run_directions(const Args* args, int32_t count) {
   Pass first(args[0]);
   if (count == 2 && may_go_side_by_side(first)) {
     SideBySide<Pass, Args> both(args);
-    if (both.stays_near()) return both.run();
+    if (both.pays() && both.run() == LS_OK) return LS_OK;
   }
   const int32_t status = run_alone(first);
   if (status || count == 1) return status;

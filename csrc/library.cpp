@@ -231,7 +231,10 @@ bool can_run(const ls_backward_args& a) {
 }
 
 bool are_alike(const ls_forward_args& a, const ls_forward_args& b) { return !a.packed == !b.packed && !a.saved == !b.saved; }
-bool are_alike(const ls_backward_args&, const ls_backward_args&) { return true; }
+bool are_alike(const ls_backward_args& a, const ls_backward_args& b) {
+  const bool same_dx = a.dx && a.dx == b.dx, same_table = a.dtable && a.dtable == b.dtable;
+  return (!same_dx || b.accumulate_dx) && !same_table;
+}
 
 /* Whether these are calls of one direction of a layer, or of two, that can be run. */
 template <class Args>

@@ -305,7 +305,7 @@ LS_API uint64_t ls_sample(const ls_weights* weights);
 /* One direction of a layer, or the two of it: `count` of args, 1 or 2, whose shapes differ in `reverse` alone and which both are
    packed or not, and save or not. Two run side by side, in half of the threads each, where that is faster. */
 LS_API int32_t ls_forward(const ls_forward_args* args, int32_t count);
-/* The same back. Of two that have the same dx the second adds to it. The order in which gradients are summed over rows may depend
+/* The same back. Two may have one dx, if the second has accumulate_dx. The order in which gradients are summed over rows may depend
    on num_threads and on count, but not on how many threads then came. */
 LS_API int32_t ls_backward(const ls_backward_args* args, int32_t count);
 

@@ -133,6 +133,58 @@ def test_gradients_of_both_are_those_of_each(target: str, cell: str, shared: boo
                     assert all(map(np.array_equal, found, again))
 
 
+def test_rows_of_an_input_may_lie_apart() -> None:
+    """Where steps begin far from each other, so that x has more rows than steps."""
+    T, B, I, H, gap = 12, 4, 24, 48, 40
+    cases = two("lstm", (T, B, I, H))
+    rng, starts, counts = np.random.default_rng(0), np.arange(T) * gap, np.full(T, B)
+    x, dy = (rng.normal(size=(T * gap, width)).astype(np.float32) for width in (I, H))
+    sequences = [native_layers.Sequences(counts=counts, starts=starts, reverse=d == 1) for d in range(2)]
+    found = []
+    for together in (True, False):
+        dx = np.zeros_like(x)
+        native.need().ls_trim()  # so that no larger memory of an earlier call is taken
+        args = (BackwardArgs * 2)()
+        kept: list[Any] = []
+        for d, (case, steps) in enumerate(zip(cases, sequences, strict=True)):
+            output = native_layers.forward("lstm", x, case.weights, sequences=steps, save=True, threads=2)
+            places = [native.address(steps.counts), native.address(steps.starts), None]
+            args[d].shape = Shape(T, B, I, H, 0, *places, native.CELLS["lstm"], d, 2, -1)
+            arrays = {"x": x, "y": output.y, "saved": output.saved, "dy": dy, "dx": dx}
+            arrays |= {name: w for name, w in case.weights._asdict().items() if w is not None and "weight" in name}
+            for name, array in arrays.items():
+                setattr(args[d], name, native.address(array))
+            for name, width in (("x", I), ("y", H), ("dy", H), ("dx", I)):
+                setattr(args[d], f"{name}_row", width)
+            args[d].accumulate_dx = 1
+            kept.append((arrays, steps))
+        if together:
+            assert native.need().ls_backward(args, 2) == native.OK
+        else:
+            assert all(native.need().ls_backward(ctypes.byref(each), 1) == native.OK for each in args)
+        found.append(dx)
+    close(found[0], found[1], 1e-5, "gradient of x")
+
+
+def test_subnormal_numbers_are_zero_where_gradients_are_added_up() -> None:
+    cases = [Case(np.random.default_rng(d), "rnn", T=40, B=4, I=24, H=64) for d in range(2)]
+    cases[1].x = cases[0].x
+    for case in cases:
+        for weight in case.weights:
+            if weight is not None:
+                weight[...] = 0
+    outputs = [case.forward(bool(d), state=(), save=True, threads=2) for d, case in enumerate(cases)]
+    target = native.active_target()
+    assert target is not None
+    for together in (True, False):
+        calls = BackwardCalls(cases, outputs, 2, target, shared=True, adds=True)
+        dx = calls.found[0]
+        dx[...] = 1e-40
+        calls.args[0].dx = None
+        calls.together() if together else calls.apart()
+        assert not dx.any()
+
+
 def test_directions_that_are_not_of_one_layer_are_refused() -> None:
     library = native.need()
     cases = two("lstm", (3, 2, 4, 5))
@@ -156,6 +208,13 @@ def test_directions_that_are_not_of_one_layer_are_refused() -> None:
         assert library.ls_backward((BackwardArgs * 2)(), count) == native.BAD_ARGUMENT
     room = np.zeros(10_000, np.float32)
     steps = np.array([2, 1, 1])
+    backward = (BackwardArgs * 2)()
+    for d, args in enumerate(backward):
+        args.shape = Shape(3, 2, 4, 5, 0, None, None, None, native.CELLS["lstm"], d, 2, -1)
+        for name in ("x", "y", "saved", "weight_ih", "weight_hh", "dx"):
+            setattr(args, name, native.address(room))
+        args.saved = native.address(np.zeros(10_000, np.float32))
+    assert library.ls_backward(backward, 2) == native.BAD_ARGUMENT  # both would write one dx
     bad_changes: list[dict[str, Any]] = [
         *({name: value} for name, value in {"T": 2, "B": 1, "I": 3, "H": 4, "P": 3, "cell": 2}.items()),
         *({name: value} for name, value in {"num_threads": 1, "target": 0, "y": None, "x": None}.items()),
@@ -169,6 +228,7 @@ def test_directions_that_are_not_of_one_layer_are_refused() -> None:
         ({"weights": []}, "one or two directions, not 0"),
         ({"weights": [cases[0].weights] * 3}, "one or two directions, not 3"),
         ({"weights": [cases[0].weights, two("lstm", (3, 2, 4, 6))[0].weights]}, "equally wide"),
+        ({"weights": [cases[0].weights, two("lstm", (3, 2, 4, 5), P=5)[0].weights]}, "both projected"),
     ):
         weights = bad["weights"]
         with pytest.raises(ValueError, match=words):

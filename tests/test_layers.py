@@ -285,6 +285,19 @@ def test_packed_sequences(ours: Any, theirs: Any, kernel: str, enforce_sorted: b
         same(gradients[0], gradients[1], 1e-4 if dtype is torch.float32 else None)
 
 
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_packed_sequences_of_directions_that_run_side_by_side(ours: Any, theirs: Any) -> None:
+    layer, peer = ours(24, 48, bidirectional=True), theirs(24, 48, bidirectional=True)
+    layer.load_state_dict(peer.state_dict())
+    x = torch.randn(40, 4, 24, requires_grad=True)
+    found = []
+    for each in (layer, peer):
+        y, after = each(pack_padded_sequence(x, torch.tensor([12, 40, 1, 33]), enforce_sorted=False))
+        inputs = [x, *each.parameters()]
+        found.append([y.data, *flat(after), *torch.autograd.grad(y.data.sin().sum() + flat(after)[0].sum(), inputs)])
+    same(found[0], found[1], 1e-4)
+
+
 def test_sizes_of_a_packed_sequence_may_lie_apart() -> None:
     layer, x = longshort.LSTM(3, 4), torch.randn(5, 3)
     apart = torch.tensor([3, 9, 1, 9, 1])[::2]

@@ -80,6 +80,7 @@ def test_what_is_refused(constructor: str) -> None:
         "27-layers-medium",
         "27-layers-medium-epyc",
         "27-layers-sixteen-cores",
+        "28-layers-stacks",
     ],
 )
 def test_the_tables_of_figures_are_the_result_files(measured: str) -> None:

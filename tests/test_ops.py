@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import longshort
@@ -21,7 +19,7 @@ from longshort import graph, kernels, native, packing
 from longshort.buffers import Saved
 from longshort.cells import Stack
 from longshort.options import LayerOptions
-from recurrent import CELL_PAIRS, PAIRS, flat, same, seeded
+from recurrent import CELL_PAIRS, PAIRS, same
 
 pytestmark = pytest.mark.skipif(not native.targets(), reason="there are no native kernels here")
 
@@ -123,64 +121,6 @@ def test_packed_weights_go_when_their_layer_goes() -> None:
         assert len(packing._packed) == 1
         del layer
     assert not packing._packed
-
-
-QUICK = [
-    *itertools.product(
-        (longshort.RNN, longshort.GRU, longshort.LSTM),
-        ({}, {"layer_norm": True}, {"zoneout": 0.2, "recurrent_dropout": 0.1}),
-    ),
-    (longshort.LSTM, {"peephole": True}),
-    (longshort.LSTM, {"proj_size": 5}),
-    (longshort.LSTM, {"proj_size": 16, "layer_norm": True, "recurrent_dropout": 0.1}),
-    (longshort.LSTM, {"coupled_gates": True, "zoneout": 0.2}),
-    (longshort.LSTM, {"coupled_gates": True, "peephole": True, "layer_norm": True}),
-]
-
-
-@given(
-    st.sampled_from(QUICK),
-    st.integers(1, 4),
-    st.integers(1, 3),
-    st.booleans(),
-    st.booleans(),
-    st.booleans(),
-    st.booleans(),
-)
-def test_the_short_way_gives_the_same_bits(
-    quick: Any, T: int, B: int, batch_first: bool, bias: bool, with_state: bool, training: bool
-) -> None:
-    make, options = quick
-    layer = make(3, 17, batch_first=batch_first, bias=bias, **options).train(training)
-    assert layer._quick[training] is not None
-    x = torch.randn(*((B, T) if batch_first else (T, B)), 3, requires_grad=True)
-    state = torch.randn(1, B, 17, requires_grad=True)
-    h_0 = state[..., : layer.proj_size or 17].contiguous()
-    hx = ((h_0, state + 1) if make is longshort.LSTM else state) if with_state else None
-    for mode in (torch.no_grad(), torch.enable_grad()):
-        with mode:
-            short, general = seeded(0, layer, x, hx), seeded(0, layer._call, x, hx)
-            whole = [seeded(0, layer, x, hx, lengths=lengths) for lengths in ([T] * B, torch.tensor([T] * B))]
-        for found in (short, *whole):
-            assert all(torch.equal(a, b) for a, b in zip(flat(found), flat(general), strict=True))
-    inputs, outputs = (x, state, *layer.parameters()), (flat(short), flat(general))
-    every = [torch.randn_like(each) for each in outputs[0]]
-    for chosen in (range(len(every)), [0], [len(every) - 1]):  # gradients of all that is put out, and of parts
-        found, wanted = (
-            torch.autograd.grad(
-                [out[i] for i in chosen], inputs, [every[i] for i in chosen], retain_graph=True, materialize_grads=True
-            )
-            for out in outputs
-        )
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-
-
-def test_masks_are_drawn_once_where_the_short_way_is_left() -> None:
-    with torch.inference_mode():  # whose weights are not kept packed
-        layer, x = longshort.LSTM(3, 4, recurrent_dropout=0.5, zoneout=0.3), torch.randn(5, 2, 3)
-        found = seeded(0, layer, x)
-        with kernels.use("reference"):
-            same(found, seeded(0, layer, x))
 
 
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import longshort
 from longshort import calls, kernels, quick
-from recurrent import flat
+from recurrent import flat, same, seeded
 
 pytestmark = pytest.mark.skipif(not calls.TARGETS, reason="there are no native kernels")
 
@@ -181,6 +181,14 @@ def test_gradients_of_gradients(residual: bool, lengths: Any) -> None:
         return torch.autograd.grad(total(first), inputs, allow_unused=True)
 
     torch.testing.assert_close(*both_ways(call))
+
+
+def test_masks_are_drawn_once_where_the_short_way_is_left() -> None:
+    with torch.inference_mode():  # whose weights are not kept packed
+        layer, x = longshort.LSTM(3, 4, recurrent_dropout=0.5, zoneout=0.3), torch.randn(5, 2, 3)
+        found = seeded(0, layer, x)
+        with kernels.use("reference"):
+            same(found, seeded(0, layer, x))
 
 
 def test_what_has_changed_since_is_seen() -> None:

@@ -53,9 +53,11 @@ def test_memory_and_undefined_behaviour() -> None:
     place = build("address,undefined", f"-DLONGSHORT_TARGETS={targets}")
     few = "((sizes or lengths or normalisation or threads or refused) and not rnn and not share and not coupled)"
     few += " or (projections and reverse) or refuses or pieces or one_hot_rows or gradients_are_exact or does_not_fit"
+    few += " or (directions and not rnn and not coupled)"
     few = f"({few}) and not baseline"
     tests = ["-k", "not environment" if EVERYTHING else few, "tests/test_native.py", "tests/test_native_door.py"]
     tests += [
+        "tests/test_directions.py",
         "tests/test_decoding.py",
         "tests/test_prefixes.py",
         "tests/test_tokens.py",

@@ -94,6 +94,131 @@ def test_double_backward(ours: Any, theirs: Any, kernel: str) -> None:
     same(found[0], found[1], 1e-4)
 
 
+@pytest.mark.parametrize("kernel", kernels.available())
+@pytest.mark.parametrize("shape", [{}, {"num_layers": 2, "bidirectional": True}])
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_double_backward_through_calls_that_feed_each_other(
+    ours: Any, theirs: Any, kernel: str, shape: dict[str, Any]
+) -> None:
+    """A state that is carried comes from the same weights, and gradients of gradients go through it once."""
+    layer, peer = ours(4, 4, **shape), theirs(4, 4, **shape)
+    layer.load_state_dict(peer.state_dict())
+    x = torch.randn(3, 2, 4, requires_grad=True)
+    found = []
+    for each, forced in ((layer, kernel), (peer, "auto")):
+        with kernels.use(forced):
+            total, state = torch.zeros(()), None
+            for _ in range(3):
+                y, state = each(x, state)
+                total = total + y.square().sum()
+            inputs = [x, *each.parameters()]
+            first = torch.autograd.grad(total, inputs, create_graph=True)
+            second = torch.stack([part.square().sum() for part in first]).sum()
+            found.append([*first, *torch.autograd.grad(second, inputs)])
+    same(found[0], found[1], 1e-4)
+
+
+@pytest.mark.parametrize("kernel", kernels.available())
+@pytest.mark.parametrize(("ours", "theirs"), CELL_PAIRS)
+def test_double_backward_through_steps_of_a_cell(ours: Any, theirs: Any, kernel: str) -> None:
+    cell, peer = ours(3, 4), theirs(3, 4)
+    cell.load_state_dict(peer.state_dict())
+    x = torch.randn(4, 2, 3, requires_grad=True)
+    found = []
+    for each, forced in ((cell, kernel), (peer, "auto")):
+        with kernels.use(forced):
+            state = None
+            for step in x:
+                state = each(step, state)
+            inputs = [x, *each.parameters()]
+            total = flat(state)[0].square().sum()
+            first = torch.autograd.grad(total, inputs, create_graph=True)
+            second = torch.stack([part.square().sum() for part in first]).sum()
+            found.append([*first, *torch.autograd.grad(second, inputs)])
+    same(found[0], found[1], 1e-4)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is deprecated", "ignore:There is a performance drop"
+)  # PyTorch's
+@pytest.mark.parametrize("shape", [{}, {"num_layers": 2, "bidirectional": True}])
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_vmap_and_tangents_of_a_backward_pass(ours: Any, theirs: Any, shape: dict[str, Any]) -> None:
+    layer, peer, many = ours(3, 4, **shape), theirs(3, 4, **shape), torch.randn(3, 5, 2, 4 * (1 + len(shape) // 2))
+    layer.load_state_dict(peer.state_dict())
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    found = []
+    for each in (layer, peer):
+        y = each(x)[0]
+        found.append(vmap(lambda v, y=y: torch.autograd.grad(y, x, v, retain_graph=True)[0])(many))
+    same(found[0], found[1])
+    y = layer(x)[0]
+    with forward_ad.dual_level():
+        (dual,) = torch.autograd.grad(y, x, make_dual(many[0], many[1]))
+        same(unpack_dual(dual), (found[0][0], found[0][1]))  # a gradient is linear in that of the output
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_gradients_in_inference_mode_are_none(ours: Any, theirs: Any) -> None:
+    x = torch.randn(5, 2, 3)
+    for shape in ({}, {"num_layers": 2, "bidirectional": True}):
+        layer = ours(3, 4, **shape)
+        with torch.inference_mode(), torch.enable_grad():
+            found = flat([layer(x), layer(x, lengths=[5, 2]), layer(x, return_gates=True)[0]])
+        assert not any(tensor.requires_grad for tensor in found)
+    for cell in (longshort.RNNCell(3, 4), longshort.GRUCell(3, 4), longshort.LSTMCell(3, 4)):
+        with torch.inference_mode(), torch.enable_grad():
+            assert not any(tensor.requires_grad for tensor in flat(cell(x[0])))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_double_backward_where_outputs_do_not_depend_on_what_is_trained() -> None:
+    layer, peer = longshort.LSTM(3, 4, proj_size=2), nn.LSTM(3, 4, proj_size=2)
+    layer.load_state_dict(peer.state_dict())
+    found = []
+    for each in (layer, peer):
+        for name, weight in each.named_parameters():
+            weight.requires_grad_(name == "weight_hr_l0")
+        y, (_, c_n) = each(torch.ones(1, 2, 3))
+        found.append(torch.autograd.grad(y.square().sum() + c_n.sum(), [*each.parameters()][-1:], create_graph=True))
+    same(found[0], found[1])
+
+
+@pytest.mark.parametrize("shape", [{}, {"num_layers": 2, "bidirectional": True}])
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_what_is_exchanged_between_forward_and_backward_pass_is_noticed(
+    ours: Any, theirs: Any, shape: dict[str, Any]
+) -> None:
+    """Memory of another size or type lay under the addresses that the kernels were given."""
+
+    def half(layer: Any, x: Tensor) -> None:
+        layer.half()
+
+    def double(layer: Any, x: Tensor) -> None:
+        layer.double()
+
+    def smaller(layer: Any, x: Tensor) -> None:
+        layer.bias_ih_l0.data = torch.zeros(1)
+
+    def of_input(layer: Any, x: Tensor) -> None:
+        x.data = x.data.half()
+
+    for change in (half, double, smaller, of_input):
+        for arguments in ({}, {"return_gates": True}):
+            layer, x = ours(16, 16, **shape), torch.randn(5, 3, 16, requires_grad=True)
+            y, *_ = layer(x, **arguments)
+            change(layer, x)
+            with pytest.raises(RuntimeError, match="must stay as they are until its backward pass"):
+                y.sum().backward()
+    layer, peer, x = ours(16, 16, **shape), theirs(16, 16, **shape), torch.randn(5, 3, 16)
+    peer.load_state_dict(layer.state_dict())
+    y = layer(x)[0]
+    for weight in layer.parameters():
+        weight.data = weight.data.mT.contiguous().mT if weight.dim() == 2 else weight.data
+    found = torch.autograd.grad(y.sum(), list(layer.parameters()))
+    same(list(found), list(torch.autograd.grad(peer(x)[0].sum(), list(peer.parameters()))))
+
+
 @pytest.mark.parametrize(("ours", "theirs"), CELL_PAIRS)
 def test_cells_under_transforms(ours: Any, theirs: Any) -> None:
     cell, x = ours(3, 4), torch.randn(6, 2, 3)

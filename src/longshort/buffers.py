@@ -134,32 +134,40 @@ def keep(ctx: Any, tensors: Sequence[Tensor | None], output: Tensor, saved: Sequ
     ctx.num_hooked = len(saved) if saved[0].hooked else 0
     if ctx.num_hooked:
         tensors = (*tensors, output, *(each.tensor for each in saved))
-        ctx.sizes = [None if tensor is None else tensor.shape for tensor in tensors]
     else:
         ctx.output, ctx.version, ctx.saved = output.detach(), output._version, saved
+    ctx.sizes = [None if tensor is None else tensor.shape for tensor in tensors]
     ctx.save_for_backward(*tensors)
 
 
 def kept(ctx: Any) -> tuple[Sequence[Any], Tensor | None, Sequence[Tensor]]:
     """Return the tensors that `keep` was given, the output, or None where it has been changed, and the memory.
 
+    All are contiguous but the first, which is so in its last dimension.
+
     Raises:
-        RuntimeError: a hook gave back something else.
+        RuntimeError: a tensor has another shape, type or device now, or a hook gave back such a one.
     """
+    tensors = ctx.saved_tensors  # first: it says where there has been a backward pass already
+    first, lies_apart = tensors[0], False
+    for tensor, size in zip(tensors, ctx.sizes, strict=True):
+        if tensor is None:
+            continue
+        if tensor.shape != size or tensor.dtype is not torch.float32 or not tensor.is_cpu:
+            raise RuntimeError(
+                "Input, state and weights of a layer must stay as they are until its backward pass"
+                f"{', and hooks give back what they took' if ctx.num_hooked else ''}: expected {tuple(size)} of "
+                f"torch.float32 on the CPU, got {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}."
+            )
+        if not tensor.is_contiguous() and (tensor is not first or tensor.stride(-1) != 1):
+            lies_apart = True
+    if lies_apart:
+        tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
     if not ctx.num_hooked:
-        tensors = ctx.saved_tensors  # first: it says where there has been a backward pass already
         output = ctx.output if ctx.output._version == ctx.version else None
         return tensors, output, [each.tensor for each in ctx.saved]
-    found: list[Any] = []
-    for tensor, size in zip(ctx.saved_tensors, ctx.sizes, strict=True):
-        if tensor is not None and not (tensor.shape == size and tensor.dtype is torch.float32 and tensor.is_cpu):
-            raise RuntimeError(
-                f"A hook of saved tensors must give back what it took, {tuple(size)} of torch.float32 on the CPU, "
-                f"not {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}."
-            )
-        found.append(None if tensor is None else tensor.contiguous())
-    first = len(found) - ctx.num_hooked
-    return found[: first - 1], found[first - 1], found[first:]
+    count = len(tensors) - ctx.num_hooked
+    return tensors[: count - 1], tensors[count - 1], tensors[count:]
 
 
 def release(ctx: Any) -> None:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch.autograd import forward_ad
 from torch.profiler import record_function
 
 from longshort import native, precision
@@ -183,6 +184,9 @@ def check(status: int) -> None:
         raise RuntimeError(f"The native kernels refused a layer's arguments (status {status}): please report this.")
 
 
+_is_profiling: Any = torch._C._autograd._profiler_enabled
+
+
 def run(function: Any, arguments: tuple[Any, ...], cell: str, part: str = "") -> None:
     """Call a function of the library and raise what its status stands for; a profiler sees `longshort::{cell}{part}`.
 
@@ -192,12 +196,13 @@ def run(function: Any, arguments: tuple[Any, ...], cell: str, part: str = "") ->
         cell: what the function computes.
         part: of it, as a suffix.
     """
-    if torch._C._autograd._profiler_enabled():
+    if _is_profiling():
         with record_function(f"longshort::{cell}{part}"):
             status = function(*arguments)
     else:
         status = function(*arguments)
-    check(status)
+    if status:
+        check(status)
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -210,14 +215,27 @@ def rows(x: Tensor) -> Tensor:
     return x.resolve_neg() if x.stride(-1) == 1 or x.shape[-1] == 1 else dense(x)
 
 
+def differentiates(*tensors: Tensor | None) -> bool:
+    """Whether a call that reads these is to have gradients."""
+    if not torch.is_grad_enabled():
+        return False
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # of which a compiler knows nothing
+        return False
+    return any(tensor.requires_grad for tensor in tensors if tensor is not None)
+
+
 def is_readable(gradient: Tensor | None) -> bool:
     """Whether a gradient's numbers lie in memory; else, and where somebody will differentiate once more, equations do.
 
-    They do not where `is_grads_batched` stands for many gradients, and in tensors that only stand for others.
+    They do not where `is_grads_batched` or a transform of torch.func stands for many gradients, and in tensors that
+    only stand for others; a gradient that has a tangent is differentiated too.
     """
     if gradient is None:
         return True
-    return not is_legacy_batchedtensor(gradient) and bool(gradient.data_ptr() or not gradient.numel())
+    stands_for_others = is_legacy_batchedtensor(gradient) or is_functorch_wrapped_tensor(gradient)
+    if stands_for_others or forward_ad._current_level >= 0:
+        return False
+    return bool(gradient.data_ptr() or not gradient.numel())
 
 
 SAVED_OF_ALL = 1

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from longshort import kernels, native
+from longshort import calls, kernels, native
 from longshort.cells import State
 from longshort.kernels import Choice
 from longshort.standins import StandIn
@@ -96,7 +96,7 @@ class _CellLayer(StandIn, nn.RNNCellBase):
     def choose(self, x: Any = None, weights: Any = None, state: State = ()) -> Choice:
         """Return the implementation that a step from `x` would run: what `kernels.explain` tells."""
         others = (*(self.parameters() if weights is None else weights), *state)
-        grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*others, x) if tensor is not None)
+        grad = calls.differentiates(x, *others)
         size = None if x is None else (1, len(x) if x.dim() == 2 else 1, self.hidden_size)
         return kernels.choose(self.cell, x=x, size=size, grad=grad, others=others)
 

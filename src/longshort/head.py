@@ -86,7 +86,7 @@ def cross_entropy(h_NH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_N: Te
         targets_N: symbols, int64; `IGNORED` where there is nothing to predict.
         tokens: what the sum is divided by, so that parts of a batch add up.
     """
-    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (h_NH, weight_VH, bias_V))
+    wanted = calls.differentiates(h_NH, weight_VH, bias_V)
     target = kernels.native_target(h_NH) if wanted else None
     if target is not None:
         return _LongshortCrossEntropy.apply(h_NH, weight_VH, bias_V, targets_N, tokens, target)  # type: ignore[no-untyped-call, no-any-return]

@@ -454,7 +454,7 @@ def run(
     flat = [tensor for layer_weights in weights for tensor in layer_weights]
     require_fit(stack, x_TBI.shape[1], state, flat, options)
     inputs = (x_TBI, *state, *flat, *(tensor for each in options for tensor in each.vectors.values()))
-    grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    grad = calls.differentiates(*inputs)
     needs = frozenset({"layer_norm"} if options else ())
     size = (*x_TBI.shape[:2], stack.hidden_size)
     choice = choose(cell, needs, x=x_TBI, size=size, grad=grad)

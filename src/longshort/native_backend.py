@@ -81,16 +81,23 @@ def by_equations(
         gradients: of y, h_n, for the LSTM c_n, and of what `show` gave; None: zeros.
         wanted: as in `backward`.
     """
-    with equations():
-        outputs = run_equations(call, x, [tensor for tensor in state if tensor is not None], weights)
-    return differentiate(outputs, gradients, (x, *state, *weights), wanted)
+    with equations(x, *state, *weights) as inputs:
+        x, *rest = inputs
+        given, weights = rest[: len(state)], rest[len(state) :]
+        outputs = run_equations(call, x, [tensor for tensor in given if tensor is not None], weights)
+    return differentiate(outputs, gradients, inputs, wanted)
 
 
 @contextmanager
-def equations() -> Iterator[None]:
-    """Without autocast, which the user may have put around the backward pass, and with gradients."""
+def equations(*inputs: Tensor | None) -> Iterator[list[Any]]:
+    """Give the inputs of a layer for its equations, whose gradients are to be taken: None stays None.
+
+    A state may come from the same weights. Gradients must end at this call's own inputs, and not go on to what those
+    are made of, as the backward pass that asks for them does that; so these are views of them.
+    """
+    # The user may have put autocast around the backward pass.
     with torch.autocast("cpu", enabled=False), torch.enable_grad():
-        yield
+        yield [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
 
 
 def run_equations(call: Call, x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
@@ -144,8 +151,11 @@ def differentiate(
         inputs: None where there is none.
         wanted: one entry for each input.
     """
-    pairs = [(out, grad) for out, grad in zip(outputs, gradients, strict=False) if grad is not None]
+    given = zip(outputs, gradients, strict=False)
+    pairs = [(out, grad) for out, grad in given if grad is not None and out.requires_grad]
     asked = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want and tensor is not None]
+    if not pairs:
+        return [None for _ in wanted]
     found = iter(
         torch.autograd.grad(
             [out for out, _ in pairs],

@@ -298,8 +298,9 @@ def forward_directions(
         for d, (own, having) in enumerate(zip(weights, options, strict=True))
     ]
     B, H, P, rows = calls[0].B, calls[0].H, calls[0].P, calls[0].y_shape[:-1]
-    if any((call.H, call.P) != (H, P) for call in calls):
-        raise ValueError(f"directions must be equally wide, not {', '.join(str((call.H, call.P)) for call in calls)}")
+    if any((call.I, call.H, call.shape.P) != (calls[0].I, H, calls[0].shape.P) for call in calls):
+        sizes = ", ".join(str((call.I, call.H, call.P)) for call in calls)
+        raise ValueError(f"directions must be equally wide and both projected or not; I, H and P are {sizes}")
     y, h_n = np.empty((*rows, D * P), np.float32), np.empty((D, B, P), np.float32)
     c_n = np.empty((D, B, H), np.float32) if STATES[cell] == 2 else None
     args = [

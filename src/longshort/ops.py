@@ -3,7 +3,7 @@
     T  steps   B  rows   N  steps of all rows   I  input width   H  hidden units   D  directions
     P  width of h: H, or what it is projected to
 
-Each direction of a layer is one call of the library (`csrc/longshort.h`). Nothing here is differentiated by PyTorch:
+Each layer is one call of the library (`csrc/longshort.h`). Nothing here is differentiated by PyTorch:
 `native_backend` does that for eager calls, and `graph` for compiled ones. float32 on a CPU, checked before.
 """
 

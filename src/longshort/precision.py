@@ -19,18 +19,21 @@ import torch
 
 from longshort import machine, native
 
+EXACT = "ieee"
+"""What the switches say where products of float32 are to have all digits."""
+
 _read: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
 """What is behind the switches' properties, which take ten times as long to read."""
 
 
 def allowed() -> str:
-    """Return what the switches allow for recurrent layers on a CPU: `bf16`, `tf32`, or else `ieee`."""
+    """Return what the switches allow for recurrent layers on a CPU: `bf16`, `tf32`, or else `EXACT`."""
     if _read is None:
-        return "ieee"
+        return EXACT
     found: str = _read("mkldnn", "rnn")
     if found == "none":
         found = _read("mkldnn", "matmul")
-    return "ieee" if found == "none" else found
+    return EXACT if found == "none" else found
 
 
 def target(steps: int, rows: int, units: int) -> str | None:
@@ -42,7 +45,7 @@ def target(steps: int, rows: int, units: int) -> str | None:
         units: H.
     """
     found = allowed()
-    if found == "ieee" or not _is_open():
+    if found == EXACT or not _is_open():
         return None
     if found == "bf16" and (name := _fast_bfloat16()):
         return name

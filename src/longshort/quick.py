@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import Parameter
 
-from longshort import calls, masks, native, native_backend, packing
+from longshort import calls, masks, native, native_backend, packing, precision
 from longshort.buffers import LARGE, Gradients, Saved, keep, kept, prefer_large_pages, release
 from longshort.calls import BACKWARD, FORWARD, Call, address, library
 from longshort.cells import Options, Sequences, Stack
@@ -51,7 +51,7 @@ class Quick:
     def __init__(
         self, stack: Stack, names: Sequence[Sequence[str]], batch_first: bool, options: LayerOptions, training: bool
     ) -> None:
-        self.batch_first = batch_first
+        self.batch_first, self.residual = batch_first, stack.residual
         self._stack, self._options, self._cell = stack, options, calls.cell_of(stack)
         self._code, self._lstm = native.LAYER_CELLS[self._cell], native.STATES[self._cell] == 2
         self._L, self._D, self._H = stack.num_layers, 1 + stack.bidirectional, stack.hidden_size
@@ -115,11 +115,12 @@ class Quick:
             if not (weight.is_cpu and weight.is_contiguous()) or weight.is_neg():
                 return None
             weights.append(weight)
-        grad = torch.is_grad_enabled() and (
-            weights[0].requires_grad
-            or any(tensor.requires_grad for tensor in (x, *state, *weights) if tensor is not None)
+        grad = torch.is_grad_enabled() and (  # first what is true of most
+            (weights[0].requires_grad and not torch.is_inference_mode_enabled())
+            or calls.differentiates(x, *state, *weights)
         )
-        target = calls.resolved(target, T, B, self._H)
+        if target < 0 and precision.allowed() != precision.EXACT:
+            target = calls.resolved(target, T, B, self._H)
         if grad:
             if not all(map(Tensor.data_ptr, weights)):  # they only stand for others; `pack` asks too
                 return None
@@ -261,7 +262,7 @@ class Quick:
                 )
             calls.run(library.ls_forward, (fields, D), self._cell)
             between += (x, y)
-            x = x + y if k and self._stack.residual else y
+            x = x + y if k and self.residual else y
             if k < last and having.drops:
                 x = calls.rows(x * having.drops[k])
         return (x, h_n) if c_n is None else (x, h_n, c_n), between
@@ -295,7 +296,7 @@ class Quick:
         """
         first, second, _ = between[0].shape
         T, B = (second, first) if self.batch_first else (first, second)
-        P, D, bias = self._P, self._D, self._bias
+        P, D, plain, vectors = self._P, self._D, self._num_plain, self._vectors
         dh_0 = torch.empty_like(h_0) if h_0 is not None and wanted[1] else None
         dc_0 = torch.empty_like(c_0) if c_0 is not None and wanted[2] else None
         dweights = [Gradients.like(w) if want else None for w, want in zip(weights, wanted[3:], strict=True)]
@@ -304,7 +305,7 @@ class Quick:
         place_h0, place_c0, place_dh0, place_dc0 = address(h_0), address(c_0), address(dh_0), address(dc_0)
         place_dh, place_dc = address(dh_n), address(dc_n)
         size_h, size_c = 4 * B * P, 4 * B * self._H
-        lowest, dx = self._lowest(wanted), None
+        lowest, dx = self._lowest(wanted) if self._L > 1 else 0, None
         for k in range(self._L - 1, lowest - 1, -1):
             x, y = between[2 * k], between[2 * k + 1]
             I, entries = self._layers[k]
@@ -325,7 +326,7 @@ class Quick:
                     *of_x,
                     own[0].data_ptr(),
                     own[1].data_ptr(),
-                    own[self._num_plain - 1].data_ptr() if self._projected else 0,
+                    own[plain - 1].data_ptr() if self._projected else 0,
                     place_h0 and place_h0 + i * size_h,
                     place_c0 and place_c0 + i * size_c,
                     place_y + 4 * d * P,
@@ -339,15 +340,15 @@ class Quick:
                     place_dc and place_dc + i * size_c,
                     0,
                     *of_dx,
-                    *calls.weight_fields(bias, list(map(address, down[: self._num_plain]))),
+                    *calls.weight_fields(self._bias, list(map(address, down[:plain]))),
                     place_dh0 and place_dh0 + i * size_h,
                     place_dc0 and place_dc0 + i * size_c,
-                    *calls.vector_fields(self._vectors, down[self._num_plain :]),
+                    *(calls.vector_fields(vectors, down[plain:]) if vectors else calls.NO_VECTORS),
                     *(d, 0, 0, 0, 0, 0),
                 )
             calls.run(library.ls_backward, (fields, D), self._cell, "_backward")
             if dx is not None and k:
-                if self._stack.residual and dy is not None:
+                if self.residual and dy is not None:
                     dx.add_(dy)
                 if having.drops:
                     dx = dx * having.drops[k - 1]
@@ -371,15 +372,16 @@ class Quick:
         wanted: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
         """Return what `backward` returns, differentiable once more; `gradients` are those of output, h_n and c_n."""
-        state, inputs, after = [each for each in (h_0, c_0) if each is not None], (x, h_0, c_0, *weights), []
-        with native_backend.equations():
+        after = []
+        with native_backend.equations(x, h_0, c_0, *weights) as inputs:
+            x, state, weights = inputs[0], [each for each in inputs[1:3] if each is not None], inputs[3:]
             for k, (_, entries) in enumerate(self._layers):
                 here = slice(entries[0][0], entries[-1][0] + 1)
                 call = self._call._replace(options=having.options[here], sequences=having.sequences)
                 own = [weight for _, _, part in entries for weight in weights[part]]
                 y, *last = native_backend.run_equations(call, x, [tensor[here] for tensor in state], own)
                 after.append(last)
-                x = x + y if k and self._stack.residual else y
+                x = x + y if k and self.residual else y
                 x = x * having.drops[k] if having.drops and k + 1 < self._L else x
             outputs = (x, *map(torch.cat, zip(*after, strict=True)))
         return (*native_backend.differentiate(outputs, gradients, inputs, wanted),)
@@ -407,7 +409,8 @@ class _LongshortQuickLayer(torch.autograd.Function):  # by its name `grad_fn` an
         saved = [Saved(floats) for _ in having.options]
         found, between = quick.forward(having, x, h_0, c_0, weights, None, [each.tensor for each in saved])
         ctx.quick, ctx.having = quick, having
-        keep(ctx, (x, h_0, c_0, *weights, *between[1:-1]), between[-1], saved)
+        inner = between[1:-1] if having.drops or quick.residual else between[1:-1:2]  # what one reads the last has made
+        keep(ctx, (x, h_0, c_0, *weights, *inner), between[-1], saved)
         ctx.set_materialize_grads(False)
         return found
 
@@ -415,11 +418,13 @@ class _LongshortQuickLayer(torch.autograd.Function):  # by its name `grad_fn` an
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None = None) -> tuple[Any, ...]:
         (x, h_0, c_0, *rest), y, saved = kept(ctx)
         quick, having, wanted = ctx.quick, ctx.having, ctx.needs_input_grad[2:]
-        weights, between = rest[: len(wanted) - 3], rest[len(wanted) - 3 :]
+        weights, between = rest, [x, y]
+        if (count := len(wanted) - 3) < len(rest):
+            weights, inner = rest[:count], rest[count:]
+            between = [x, *(inner if having.drops or quick.residual else [each for each in inner for _ in range(2)]), y]
         if torch.is_grad_enabled() or not all(map(calls.is_readable, (dy, dh_n, dc_n))):
             found = quick.by_equations(having, x, h_0, c_0, weights, (dy, dh_n, dc_n), wanted)
         else:
-            between = [x, *between, y]
             if y is None:
                 again = [torch.empty_like(each) for each in saved]
                 _, between = quick.forward(having, x, h_0, c_0, weights, None, again)

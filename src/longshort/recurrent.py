@@ -286,7 +286,7 @@ class RecurrentLayer(StandIn, nn.RNNBase):
         if self.options.given or resets_TB is not None:
             state, weights, having = self._with_options(x, state, weights, steps, rows, sequences, resets_TB)
         inputs = (x, *weights, *(state or ()), *(tensor for each in having for tensor in each.vectors.values()))
-        grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+        grad = calls.differentiates(*inputs)
         size = steps, rows, stack.hidden_size
         choice = kernels.choose(stack.cell, needs, x=x, size=size, grad=grad, casts=True, others=inputs)
         return kernels.run_layers(
@@ -398,7 +398,7 @@ class RecurrentLayer(StandIn, nn.RNNBase):
         elif x is not None and x.dim() in (2, 3):
             steps, rows = (len(x), 1) if x.dim() == 2 else self._steps_and_rows(x)
             size = steps, rows, self.hidden_size
-        grad = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+        grad = calls.differentiates(*self.parameters())
         return kernels.choose(self.cell, needs, x=x, size=size, grad=grad, casts=True)
 
     def split_directions(self, state: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longshort import cells, kernels, lookup, masks, native, native_backend
+from longshort import calls, cells, kernels, lookup, masks, native, native_backend
 from longshort.cells import LayerWeights, Options, Stack, State
 
 
@@ -106,7 +106,7 @@ def run(
     if target is not None:
         table = _table(weight_ih, embedding_VE)
         flat[0] = weight_ih.detach()[:, :0]
-        grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (table, *state, *flat))
+        grad = calls.differentiates(table, *state, *flat)
         return native_backend.run_native(
             stack, table, state, flat, dropout=dropout, training=training, target=target, grad=grad, ids=ids_TB
         )
