@@ -149,7 +149,7 @@ def kept(ctx: Any) -> tuple[Sequence[Any], Tensor | None, Sequence[Tensor]]:
         RuntimeError: a tensor has another shape, type or device now, or a hook gave back such a one.
     """
     tensors = ctx.saved_tensors  # first: it says where there has been a backward pass already
-    first, lies_apart = tensors[0], False
+    first, apart = tensors[0], False
     for tensor, size in zip(tensors, ctx.sizes, strict=True):
         if tensor is None:
             continue
@@ -160,9 +160,10 @@ def kept(ctx: Any) -> tuple[Sequence[Any], Tensor | None, Sequence[Tensor]]:
                 f"torch.float32 on the CPU, got {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}."
             )
         if not tensor.is_contiguous() and (tensor is not first or tensor.stride(-1) != 1):
-            lies_apart = True
-    if lies_apart:
-        tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+            apart = True
+    if apart:  # the first goes on as it is where it can, so that gradients find the way to it
+        rest = [None if tensor is None else tensor.contiguous() for tensor in tensors[1:]]
+        tensors = [first if first.stride(-1) == 1 else first.contiguous(), *rest]
     if not ctx.num_hooked:
         output = ctx.output if ctx.output._version == ctx.version else None
         return tensors, output, [each.tensor for each in ctx.saved]
