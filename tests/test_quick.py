@@ -169,7 +169,7 @@ def test_outputs_that_are_changed_and_hooks_of_saved_tensors(residual: bool) -> 
         assert call is changed or same_bits(ours, both_ways(plain)[0])
 
 
-def test_many_gradients_at_once_of_an_input_that_lies_otherwise() -> None:
+def test_many_gradients_at_once_where_memory_has_another_order() -> None:
     """Where a weight's memory has another order since the forward pass, what was kept is put in order first."""
     layer, x = longshort.GRU(3, 4, batch_first=True, **DEEP), torch.randn(5, 2, 3, requires_grad=True)
     many = torch.randn(3, 2, 5, 8)

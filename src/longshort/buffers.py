@@ -161,9 +161,9 @@ def kept(ctx: Any) -> tuple[Sequence[Any], Tensor | None, Sequence[Tensor]]:
             )
         if not tensor.is_contiguous() and (tensor is not first or tensor.stride(-1) != 1):
             apart = True
-    if apart:  # the first goes on as it is where it can, so that gradients find the way to it
-        rest = [None if tensor is None else tensor.contiguous() for tensor in tensors[1:]]
-        tensors = [first if first.stride(-1) == 1 else first.contiguous(), *rest]
+    if apart:
+        with torch.enable_grad():  # equations may be run on them
+            tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
     if not ctx.num_hooked:
         output = ctx.output if ctx.output._version == ctx.version else None
         return tensors, output, [each.tensor for each in ctx.saved]
