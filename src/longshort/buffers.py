@@ -154,10 +154,12 @@ def kept(ctx: Any) -> tuple[Sequence[Any], Tensor | None, Sequence[Tensor]]:
         if tensor is None:
             continue
         if tensor.shape != size or tensor.dtype is not torch.float32 or not tensor.is_cpu:
+            what = "Input, state and weights of a layer must stay as they are until its backward pass"
+            if ctx.num_hooked:
+                what = "A hook of saved tensors must give back what it took"
             raise RuntimeError(
-                "Input, state and weights of a layer must stay as they are until its backward pass"
-                f"{', and hooks give back what they took' if ctx.num_hooked else ''}: expected {tuple(size)} of "
-                f"torch.float32 on the CPU, got {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}."
+                f"{what}: {tuple(size)} of torch.float32 on the CPU, "
+                f"not {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}."
             )
         if not tensor.is_contiguous() and (tensor is not first or tensor.stride(-1) != 1):
             apart = True
