@@ -201,6 +201,22 @@ def test_gradients_of_gradients(residual: bool, lengths: Any) -> None:
     torch.testing.assert_close(*both_ways(call))
 
 
+def test_outputs_of_layers_below_are_not_held_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, held = quick.Quick.forward, []
+
+    def spy(self: Any, *arguments: Any) -> Any:
+        found = forward(self, *arguments)
+        held.append(len(found[1]))
+        return found
+
+    monkeypatch.setattr(quick.Quick, "forward", spy)
+    layer, x = longshort.GRU(3, 4, num_layers=3), torch.randn(5, 2, 3)
+    with torch.no_grad():
+        layer(x)
+    layer(x)
+    assert held == [0, 6]
+
+
 def test_masks_are_drawn_once_where_the_short_way_is_left() -> None:
     with torch.inference_mode():  # whose weights are not kept packed
         layer, x = longshort.LSTM(3, 4, recurrent_dropout=0.5, zoneout=0.3), torch.randn(5, 2, 3)

@@ -147,11 +147,11 @@ def differentiate(
 
     Args:
         outputs: with a graph that leads to the inputs.
-        gradients: of the outputs; None: zeros. There may be more of them, None.
+        gradients: of the outputs; None: zeros.
         inputs: None where there is none.
         wanted: one entry for each input.
     """
-    given = zip(outputs, gradients, strict=False)
+    given = zip(outputs, gradients, strict=True)
     pairs = [(out, grad) for out, grad in given if grad is not None and out.requires_grad]
     asked = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want and tensor is not None]
     if not pairs:

@@ -223,7 +223,8 @@ class Quick:
             saved: of each entry what `backward` needs, as `ops.forward` fills it; None: nothing is saved.
 
         Returns:
-            The output, h_n and of an LSTM c_n; and of each layer what it read and what it put out, one after the other.
+            The output, h_n and of an LSTM c_n; and, where anything is saved, of each layer what it read and what it put
+            out, one after the other.
         """
         first, second, _ = x.shape
         T, B = (second, first) if self.batch_first else (first, second)
@@ -261,7 +262,8 @@ class Quick:
                     *(0, 0, 0),
                 )
             calls.run(library.ls_forward, (fields, D), self._cell)
-            between += (x, y)
+            if saved:  # else each is let go of as soon as the next layer has read it
+                between += (x, y)
             x = x + y if k and self.residual else y
             if k < last and having.drops:
                 x = calls.rows(x * having.drops[k])
@@ -351,7 +353,7 @@ class Quick:
                 if self.residual and dy is not None:
                     dx.add_(dy)
                 if having.drops:
-                    dx = dx * having.drops[k - 1]
+                    dx.mul_(having.drops[k - 1])
             dy = dx
         return (dx if wanted[0] else None), dh_0, dc_0, *dweights
 
@@ -384,7 +386,7 @@ class Quick:
                 x = x + y if k and self.residual else y
                 x = x * having.drops[k] if having.drops and k + 1 < self._L else x
             outputs = (x, *map(torch.cat, zip(*after, strict=True)))
-        return (*native_backend.differentiate(outputs, gradients, inputs, wanted),)
+        return (*native_backend.differentiate(outputs, gradients[: len(outputs)], inputs, wanted),)
 
     def saved_floats(self, having: Having, x: Tensor) -> int:
         """Return the floats that the forward pass saves for each entry."""
